@@ -1,0 +1,51 @@
+# `make demo` and `make test` set everything up on a fresh machine: a virtual environment, the packages, then the job.
+# Other builds of PyTorch: `make TORCH=torch test` (the newest, with CUDA on Linux), `make TORCH="torch==2.11.0" test`.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+OUTPUTS ?= outputs
+PHOTO ?= docs/assets/parrots.jpg
+PROMPT ?= a cat
+
+BIN := $(VENV)/bin
+# Made again when the list of dependencies changes.
+INSTALLED := $(VENV)/.installed
+SOURCES := src scripts tests benchmarks
+
+.PHONY: help setup demo style quality test bench clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
+
+setup: $(INSTALLED)  ## create .venv and install the package with its development tools
+
+$(INSTALLED): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $@
+
+demo: setup  ## a prompt becomes a picture, a photo becomes a contact sheet (in outputs/)
+	mkdir -p $(OUTPUTS)
+	$(BIN)/flextok generate "$(PROMPT)" --output $(OUTPUTS)/prompt.png
+	$(BIN)/flextok reconstruct $(PHOTO) --output $(OUTPUTS)/reconstruction.png
+
+style: setup  ## put the code into the project's format
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+quality: setup  ## check format, lint and types
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+test: setup  ## run the whole test suite
+	$(BIN)/python -m pytest
+
+bench: setup  ## time the embedded model; the last line of each benchmark is JSON
+	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:  ## remove what the targets above made
+	rm -rf $(VENV) $(OUTPUTS) build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,44 @@
+"""Shapes of the FlexTok encoder."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class FlexTokEncoderConfig(PreTrainedConfig):
+    """Configuration of `FlexTokEncoder`; the defaults are the published d12 size (Bachmann et al., 2025, arXiv 2502.13967).
+
+    in_channels (`int`): channels of the latents; 3 for a model that reads pixels.
+    patch_size (`int`): side of a square patch, in latent cells.
+    grid_size (`int`): side of the position grid, in patches; the largest picture is `grid_size * patch_size` latent cells.
+    hidden_size (`int`): width; a multiple of `head_dim` and of 4.
+    num_registers (`int`): longest token sequence of a picture; every prefix of it is valid too.
+    fsq_levels (`list[int]`): levels per code dimension; their product is the codebook size.
+    """
+
+    model_type = "flextok_encoder"
+
+    in_channels: int = 16
+    patch_size: int = 2
+    grid_size: int = 16
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    head_dim: int = 64
+    num_registers: int = 256
+    fsq_levels: list[int] | tuple[int, ...] = (8, 8, 8, 5, 5, 5)
+
+    def __post_init__(self, **kwargs):
+        self.fsq_levels = list(self.fsq_levels)  # JSON has no tuples: keep reloaded configs equal
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Raise an error if the values do not fit together."""
+        for name in ("in_channels", "patch_size", "grid_size", "hidden_size", "head_dim", "num_registers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be 1 or more, got {getattr(self, name)}.")
+        if self.hidden_size % self.head_dim or self.hidden_size % 4:
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) must be a multiple of `head_dim` ({self.head_dim}) and of 4."
+            )
+        if not self.fsq_levels or min(self.fsq_levels) < 2:
+            raise ValueError(f"`fsq_levels` must hold two or more levels per dimension, got {self.fsq_levels}.")

@@ -1,0 +1,85 @@
+"""Shapes of the autoregressive prior."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+
+@strict
+class FlexTokPriorConfig(PreTrainedConfig):
+    """Configuration of `FlexTokPriorForCausalLM`; the defaults are the published text-to-image model of 113M parameters.
+
+    codebook_size (`int`): token ids the model writes, the size of the tokenizer's codebook; also called `vocab_size`.
+    hidden_size (`int`): width; a multiple of `num_attention_heads`.
+    intermediate_size (`int`): width inside the gated feed-forward layers.
+    max_position_embeddings (`int`): longest token sequence of a picture, `num_registers` of the tokenizer.
+    rms_norm_eps (`float`): added to the mean square in every normalization.
+    qk_norm (`bool`): normalize queries and keys per head in self-attention.
+    cross_qk_norm (`bool`): the same in cross-attention.
+    text_hidden_size (`int`): width of the text encoder's states; `None` for a model without text.
+    projector_activation (`str`): activation between the two layers that fit text states to `hidden_size`.
+    num_classes (`int`): size of the class table; `None` for a model without classes.
+    dropout (`float`): share of each residual update set to zero in training; 0 in the published models.
+    initializer_range (`float`): standard deviation of fresh weights.
+    bos_token_id (`int`): id of the start vector, always `codebook_size`: the first id that is not a code.
+    """
+
+    model_type = "flextok_prior"
+    attribute_map = {"vocab_size": "codebook_size"}
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    codebook_size: int = 64000
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 2048
+    max_position_embeddings: int = 256
+    rms_norm_eps: float = 1e-6
+    qk_norm: bool = False
+    cross_qk_norm: bool = False
+    text_hidden_size: int | None = 2048
+    projector_activation: str = "gelu_pytorch_tanh"
+    num_classes: int | None = None
+    dropout: float = 0.0
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.bos_token_id is None:
+            self.bos_token_id = self.codebook_size
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Raise an error if the values do not fit together."""
+        counts = ["codebook_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
+        counts += ["max_position_embeddings", "text_hidden_size", "num_classes"]
+        for name in counts:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be 1 or more, got {value}.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads`"
+                f" ({self.num_attention_heads})."
+            )
+        if self.projector_activation not in ACT2FN:
+            raise ValueError(
+                f"`projector_activation` is {self.projector_activation!r}, which Transformers does not know. Use one of"
+                f" {sorted(ACT2FN)}."
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"`dropout` must lie in [0, 1), got {self.dropout}.")
+        if self.tie_word_embeddings:
+            raise ValueError("`tie_word_embeddings` must be False: the prior's embedding has a start row, its head none.")
+
+    def validate_token_ids(self):
+        """Raise an error if the start id is not the first id after the codes.
+
+        Replaces the library's check, which expects every special token inside the vocabulary the head writes.
+        """
+        if self.bos_token_id != self.codebook_size:
+            raise ValueError(
+                f"`bos_token_id` is {self.bos_token_id}, but the start vector is row `codebook_size`"
+                f" ({self.codebook_size}) of the embedding. Leave `bos_token_id` out."
+            )

@@ -1,0 +1,72 @@
+"""Rectified flow: noise levels, the straight path between data and noise, and its velocity.
+
+Liu et al., 2022, https://arxiv.org/abs/2209.03003. Sigma is the share of noise: 0 is data, 1 is noise.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+SIGMA_DISTRIBUTIONS = ("logit_normal", "mode", "uniform")
+
+
+def sample_sigma(
+    batch_size: int,
+    distribution: str = "logit_normal",
+    logit_mean: float = 0.0,
+    logit_std: float = 1.0,
+    mode_scale: float = 0.25,
+    is_stratified: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw training noise levels.
+
+    Args:
+        batch_size: number of samples B.
+        distribution: "logit_normal", "mode" (both Esser et al., 2024, https://arxiv.org/abs/2403.03206) or "uniform".
+        logit_mean: mean of the normal before the sigmoid; positive means noisier.
+        logit_std: its standard deviation.
+        mode_scale: strength of the "mode" warp towards the middle.
+        is_stratified: spread the draws of a batch evenly, which lowers the variance of the loss.
+        generator: source of randomness, on the CPU.
+
+    Returns:
+        Noise levels, (B,) float32 in [0, 1].
+    """
+    uniform = torch.rand(batch_size, generator=generator)
+    if is_stratified:
+        uniform = (torch.randperm(batch_size, generator=generator) + uniform) / batch_size
+    if distribution == "uniform":
+        return uniform
+    if distribution == "mode":
+        return mode_warp(uniform, mode_scale)
+    if distribution == "logit_normal":
+        # keep away from the ends, where the inverse normal distribution is infinite
+        normal = math.sqrt(2) * torch.erfinv(2 * uniform.clamp(1e-6, 1 - 1e-6) - 1)
+        return torch.sigmoid(logit_mean + logit_std * normal)
+    raise ValueError(f"`distribution` must be one of {', '.join(SIGMA_DISTRIBUTIONS)}, got {distribution!r}.")
+
+
+def mode_warp(uniform: Tensor, scale: float) -> Tensor:
+    """Warp uniform draws (B,) towards the middle noise levels (Esser et al., 2024, section 3.1, "mode sampling")."""
+    return 1 - uniform - scale * (torch.cos(math.pi / 2 * uniform) ** 2 - 1 + uniform)
+
+
+def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """Go from latents (B, C, h, w) towards noise of the same shape by a share `sigma`, (B,)."""
+    return torch.lerp(latents, noise, sigma.to(latents).view(-1, 1, 1, 1))
+
+
+def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
+    """Direction of the straight path from latents to noise, (B, C, h, w)."""
+    return noise - latents
+
+
+def euler_sigmas(num_inference_steps: int) -> list[float]:
+    """Noise levels at which Euler's method evaluates the velocity: uniform from 1 down to 1 / N.
+
+    Diffusers' own default grid ends at 0.001 instead, so these are handed to its scheduler explicitly.
+    """
+    return [step / num_inference_steps for step in range(num_inference_steps, 0, -1)]

@@ -1,0 +1,308 @@
+"""How the prior writes: classifier-free guidance and generators of one's own on top of Transformers' `generate`.
+
+Letters: B batch, M text length, k new tokens, V codebook size.
+"""
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
+from transformers.generation import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from .configuration_prior import FlexTokPriorConfig
+from .prior_inputs import (
+    UNCONDITIONAL_LABEL,
+    check_classes,
+    check_label_values,
+    check_mask_values,
+    check_range,
+    check_text,
+)
+
+
+@dataclass
+class PriorGenerateOutput(GenerateDecoderOnlyOutput):
+    """Transformers' output of `generate`, and how likely the choices were.
+
+    log_probs (`torch.FloatTensor` of shape `(B, k)`): log-probability of each new token under the distribution it was drawn
+        from, after guidance, temperature and filters; their sum over a row scores the row.
+    """
+
+    log_probs: Tensor | None = None
+
+
+@dataclass
+class GuidedSampling:
+    """What the sampling loop needs beyond Transformers' own options (see `PriorGenerationMixin.generate`)."""
+
+    guidance_scale: float
+    negative_hidden_states: Tensor | None
+    negative_attention_mask: Tensor | None
+    generator: torch.Generator | list[torch.Generator] | None
+    return_log_probs: bool
+
+
+class PriorGenerationMixin(GenerationMixin):
+    """`generate` with guidance, generators and log-probabilities; everything else is Transformers' own."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        guidance_scale: float | None = None,
+        negative_encoder_hidden_states: Tensor | None = None,
+        negative_encoder_attention_mask: Tensor | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_log_probs: bool = False,
+        **kwargs,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """Write token sequences for texts or classes.
+
+        Unless told otherwise, all `max_position_embeddings` tokens are written, greedily; with `do_sample=True` the whole
+        distribution is drawn from (`top_k=0`, `top_p=1.0`; 0.0 also switches top-p off). Sampling order: guidance,
+        temperature, top-k (ties with the k-th stay), top-p (the best token always stays).
+
+        Args:
+            inputs: start of the sequences, `[BOS, t0, ...]`, (B, 1 or more); also `input_ids`. `None` is `[BOS]` alone.
+            generation_config: options of Transformers' `generate`, which may also be passed one by one.
+            guidance_scale: s in `unconditional + s * (conditional - unconditional)` on the logits (Ho and Salimans, 2022,
+                https://arxiv.org/abs/2207.12598); 1 is no guidance and costs half. Unconditional is class -1 at every
+                step, and the negative text.
+            negative_encoder_hidden_states: text states of the unconditional rows, (B or 1, M, text_hidden_size), usually
+                of the empty string; needed by models with text under guidance.
+            negative_encoder_attention_mask: their mask, (B or 1, M).
+            generator: source of randomness. A list with one per row makes every row independent of its batch; a single
+                one draws for the whole batch. `None` uses PyTorch's global one; otherwise that one is left alone.
+            return_log_probs: return a `PriorGenerateOutput` with `log_probs`.
+            kwargs: conditions as in `forward` (`encoder_hidden_states`, `encoder_attention_mask`, `class_labels`) and
+                options such as `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`, `num_return_sequences`,
+                `cache_implementation="static"`, `use_cache`.
+
+        Returns:
+            Sequences with their start, (B, 1 + tokens); the token ids are `[:, 1:]`.
+        """
+        given = {name: kwargs.pop(name, None) for name in ("streamer", "assistant_model", "custom_generate")}
+        given = {name: value for name, value in given.items() if value is not None}
+        inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
+        through = {name: kwargs.pop(name) for name in GENERATE_OBJECTS if name in kwargs}
+        generation_config, conditions = self.resolve_generation_options(generation_config, inputs, kwargs)
+        if guidance_scale is None:
+            stored = (generation_config.guidance_scale, self.generation_config.guidance_scale, 1.0)
+            guidance_scale = next(value for value in stored if value is not None)
+        generation_config.guidance_scale = 1.0  # guided here: Transformers' own would drop the conditions
+        negative = (negative_encoder_hidden_states, negative_encoder_attention_mask)
+        self.check_generate_inputs(inputs, conditions, guidance_scale, negative)
+        if guidance_scale != 1.0 or generator is not None or return_log_probs:
+            if given or (generation_config.num_beams or 1) > 1:
+                raise ValueError(
+                    f"`guidance_scale`, `generator` and `return_log_probs` do not go together with {sorted(given)} or"
+                    " `num_beams` above 1. Leave one side out."
+                )
+            negative = self.pad_texts(conditions, *negative) if guidance_scale != 1.0 else (None, None)
+            sampling = GuidedSampling(guidance_scale, *negative, generator, return_log_probs)
+            given["custom_generate"] = partial(type(self).sample_guided, sampling=sampling)
+        return super().generate(inputs, generation_config, **through, **given, **conditions)
+
+    def resolve_generation_options(
+        self, generation_config: GenerationConfig | None, inputs: Tensor | None, kwargs: dict
+    ) -> tuple[GenerationConfig, dict]:
+        """Gather the options of one call with the prior's defaults; returns them, and the arguments that are not options."""
+        options = GenerationConfig() if generation_config is None else copy.deepcopy(generation_config)
+        conditions = options.update(**kwargs)
+
+        def is_unset(name: str) -> bool:
+            return getattr(options, name) is None and getattr(self.generation_config, name) is None
+
+        if is_unset("max_length") and is_unset("max_new_tokens"):
+            options.max_length = self.config.max_position_embeddings + 1
+        if is_unset("top_k") and (options.do_sample or self.generation_config.do_sample):
+            options.top_k = 0  # Transformers would keep 50
+        if options.top_p == 0.0:
+            options.top_p = 1.0  # both mean off
+        return options, conditions
+
+    def check_generate_inputs(
+        self, inputs: Tensor | None, conditions: dict, guidance_scale: float, negative: tuple[Tensor | None, Tensor | None]
+    ) -> None:
+        """Raise an error if `generate` cannot run on these arguments; values are read, once per call."""
+        config, text, mask = self.config, conditions.get("encoder_hidden_states"), conditions.get("encoder_attention_mask")
+        labels = conditions.get("class_labels")
+        given = [value for value in (inputs, text, labels) if value is not None]
+        batch_size = given[0].shape[0] if given else 1
+        check_text(config, batch_size, text, mask, is_start=True)
+        check_classes(config, batch_size, labels, is_start=True)
+        if mask is not None:
+            check_mask_values("encoder_attention_mask", mask)
+        if labels is not None:
+            check_label_values(config, labels)
+        if inputs is not None:
+            if inputs.ndim != 2 or inputs.shape[1] == 0 or (inputs[:, 0] != config.bos_token_id).any():
+                raise ValueError(
+                    f"`inputs` must have shape (batch, 1 or more) and start with `bos_token_id` ({config.bos_token_id})."
+                    " For token ids alone, pass `model.prepend_bos(token_ids)`."
+                )
+            check_range("inputs", inputs[:, 1:], 0, config.codebook_size, "Only the first may be `bos_token_id`.")
+        if guidance_scale == 1.0:
+            return
+        if text is None and labels is None:
+            raise ValueError(f"`guidance_scale` is {guidance_scale}, but this model has no condition to guide by. Use 1.")
+        if text is not None:
+            rows = 1 if negative[0] is not None and negative[0].shape[0] == 1 else batch_size
+            check_text(config, rows, *negative, is_start=True, name="negative_encoder")
+            if negative[1] is not None:
+                check_mask_values("negative_encoder_attention_mask", negative[1])
+
+    def pad_texts(
+        self, conditions: dict, hidden_states: Tensor | None, attention_mask: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Bring the texts in `conditions` and the negative ones to one length, for one batch; returns the negative ones."""
+        if hidden_states is None:
+            return None, None
+        text, text_mask = conditions["encoder_hidden_states"], conditions.get("encoder_attention_mask")
+        length = max(text.shape[1], hidden_states.shape[1])
+        conditions["encoder_hidden_states"], conditions["encoder_attention_mask"] = pad_text(text, text_mask, length)
+        return pad_text(hidden_states, attention_mask, length)
+
+    def sample_guided(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        sampling: GuidedSampling,
+        **model_kwargs,
+    ) -> Tensor | PriorGenerateOutput:
+        """Transformers' sampling loop with guidance and a generator; called by `generate`, which prepares its arguments."""
+        batch_size = input_ids.shape[0]
+        if isinstance(sampling.generator, list) and len(sampling.generator) != batch_size:
+            raise ValueError(
+                f"`generator` is a list of {len(sampling.generator)}, but the batch has {batch_size} rows. Pass one per row,"
+                " or a single one."
+            )
+        is_guided = sampling.guidance_scale != 1.0
+        if is_guided:
+            double_batch(model_kwargs, sampling, batch_size)
+        compiled = self._valid_auto_compile_criteria(model_kwargs, generation_config)
+        next_forward = self.get_compiled_call(generation_config.compile_config) if compiled else self
+        other_criteria = [rule for rule in stopping_criteria if not isinstance(rule, MaxLengthCriteria)]
+
+        cache = model_kwargs.get("past_key_values")
+        forward, new_ids = self, input_ids if cache is None else input_ids[:, int(cache.get_seq_length()) :]
+        scores, log_probs = [], []
+        while input_ids.shape[1] < generation_config.max_length:
+            output = forward(new_ids.repeat(2, 1) if is_guided else new_ids, **model_kwargs)
+            logits = output.logits[:, -1].float()  # (2 B or B, V)
+            if is_guided:
+                conditional, unconditional = logits.chunk(2)
+                logits = unconditional + sampling.guidance_scale * (conditional - unconditional)
+            step_scores = logits_processor(input_ids, logits)  # (B, V)
+            next_ids = choose(step_scores, generation_config.do_sample, sampling.generator)  # (B, 1)
+            if sampling.return_log_probs:
+                log_probs.append(step_scores.log_softmax(dim=-1).gather(1, next_ids))
+            if generation_config.output_scores:
+                scores.append(step_scores)
+            input_ids = torch.cat([input_ids, next_ids], dim=1)
+            forward, new_ids = next_forward, input_ids if cache is None else next_ids
+            if any(rule(input_ids, step_scores).all() for rule in other_criteria):
+                break
+
+        if not (generation_config.return_dict_in_generate or sampling.return_log_probs):
+            return input_ids
+        return PriorGenerateOutput(
+            sequences=input_ids,
+            scores=tuple(scores) or None,
+            past_key_values=cache,
+            log_probs=torch.cat(log_probs, dim=1) if log_probs else None,
+        )
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, next_sequence_length: int | None = None, is_first_iteration: bool = False, **kwargs
+    ) -> dict:
+        """Arguments of `forward` for the next step; positions and masks follow from the cache, so nothing else is made."""
+        if next_sequence_length is not None:
+            input_ids = input_ids[:, -next_sequence_length:]
+        return {"input_ids": input_ids.contiguous(), **{name: kwargs[name] for name in FORWARD_INPUTS if name in kwargs}}
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache, text = model_kwargs.get("past_key_values"), model_kwargs.get("encoder_hidden_states")
+        if isinstance(cache, StaticCache) and text is not None:
+            text_cache = StaticCache(config=self.config, max_cache_len=text.shape[1])
+            cache = EncoderDecoderCache(cache, text_cache)
+        if cache is not None:
+            model_kwargs["past_key_values"] = with_text_cache(self.config, cache)
+
+    def _validate_generated_length(self, generation_config, input_ids_length: int, *args, **kwargs) -> None:
+        super()._validate_generated_length(generation_config, input_ids_length, *args, **kwargs)
+        max_tokens = self.config.max_position_embeddings
+        if generation_config.max_length > max_tokens + 1:  # the start vector counts as well
+            raise ValueError(
+                f"`max_new_tokens` asks for sequences of {generation_config.max_length - 1} tokens, but the model writes at"
+                f" most {max_tokens} (`max_position_embeddings`). Ask for fewer, or leave it out to get all."
+            )
+
+
+FORWARD_INPUTS = (
+    "encoder_hidden_states",
+    "encoder_attention_mask",
+    "class_labels",
+    "past_key_values",
+    "use_cache",
+    "logits_to_keep",
+)
+# arguments of Transformers' `generate` that are neither options nor inputs of the model
+GENERATE_OBJECTS = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus")
+
+
+def choose(scores: Tensor, do_sample: bool, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
+    """Pick a token per row of scores (B, V): the best, or one drawn by softmax; returns ids (B, 1)."""
+    if not do_sample:
+        return scores.argmax(dim=-1, keepdim=True)
+    probs = scores.softmax(dim=-1)
+    if isinstance(generator, list):
+        return torch.cat([draw(row[None], own) for row, own in zip(probs, generator, strict=True)])
+    return draw(probs, generator)
+
+
+def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw one id per row of probabilities (B, V) on the generator's device, so that a CPU seed means the same everywhere."""
+    if generator is None:
+        return torch.multinomial(probs, 1)
+    return torch.multinomial(probs.to(generator.device), 1, generator=generator).to(probs.device)
+
+
+def pad_text(hidden_states: Tensor, attention_mask: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
+    """Pad text states (B, M, C) and their mask, (B, M) or `None` for no padding, to `length` masked positions."""
+    if attention_mask is None:
+        attention_mask = torch.ones(hidden_states.shape[:2], dtype=torch.long, device=hidden_states.device)
+    missing = length - hidden_states.shape[1]
+    return F.pad(hidden_states, (0, 0, 0, missing)), F.pad(attention_mask, (0, missing))
+
+
+def double_batch(model_kwargs: dict, sampling: GuidedSampling, batch_size: int) -> None:
+    """Put the unconditional rows after the conditional ones, in place: conditions (B, ...) become (2 B, ...)."""
+    pairs = {
+        "encoder_hidden_states": sampling.negative_hidden_states,
+        "encoder_attention_mask": sampling.negative_attention_mask,
+    }
+    for name, negative in pairs.items():
+        if negative is not None:
+            rows = negative.repeat_interleave(batch_size // negative.shape[0], dim=0)
+            model_kwargs[name] = torch.cat([model_kwargs[name], rows.to(model_kwargs[name])])
+    labels = model_kwargs.get("class_labels")
+    if labels is not None:
+        model_kwargs["class_labels"] = torch.cat([labels, torch.full_like(labels, UNCONDITIONAL_LABEL)])
+
+
+def with_text_cache(config: FlexTokPriorConfig, cache: Cache) -> Cache:
+    """Give the cache of a model with text a place for the text's keys and values, unless it has one."""
+    if config.text_hidden_size is None or isinstance(cache, EncoderDecoderCache):
+        return cache
+    return EncoderDecoderCache(cache, DynamicCache(config=config))

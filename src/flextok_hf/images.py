@@ -1,0 +1,262 @@
+"""Pictures of any kind -> `pixel_values` (B, 3, R, R) in [-1, 1], and back to PIL, numpy or torch.
+
+Letters: B batch, R resolution (side of the square picture), H W the side lengths that arrive.
+"""
+
+import struct
+import zlib
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+
+
+OUTPUT_TYPES = ("pil", "np", "pt")
+WHITE = (255, 255, 255, 255)
+# What Pillow raises for files that are no pictures, are cut off or are damaged; each format has its own habits.
+PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, zlib.error, OverflowError)
+PILLOW_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+def load_image(source: str | Path | bytes) -> Image.Image:
+    """Read a picture file, upright and in RGB; of an animation, the first frame.
+
+    Large JPEG files are decoded at full size on purpose: the decoder's own reduction gives slightly different pixels,
+    so that the tokens of a picture would depend on how it was handed over.
+
+    Args:
+        source: path of a picture file, or the bytes of one.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is not a picture, is cut off, or is too large to decode safely.
+    """
+    is_path = isinstance(source, (str, Path))
+    name = f"'{source}'" if is_path else f"a picture of {len(source)} bytes"
+    if is_path and not Path(source).is_file():
+        kind = "a folder" if Path(source).is_dir() else "not an existing file"
+        raise FileNotFoundError(
+            f"{name} is {kind}. Give the path of a picture file; download pictures on the Web before."
+        )
+    try:
+        with Image.open(source if is_path else BytesIO(source)) as image:
+            return to_rgb(image)
+    except Image.UnidentifiedImageError as error:
+        raise ValueError(f"{name} is not a picture that Pillow can read. Convert it to PNG or JPEG.") from error
+    except PILLOW_BOMBS as error:
+        raise ValueError(_bomb_message(name, error)) from error
+    except PILLOW_ERRORS as error:
+        raise ValueError(f"{name} is damaged or cut off ({error}). Fetch or save the file again.") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Turn a PIL picture of any mode upright (EXIF) and into RGB: transparency on white, 16 bits scaled to 8."""
+    image.load()
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _deep_to_gray(image)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # the call below copies even what is upright
+        image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBa", "La"):  # premultiplied alpha; Pillow converts it only to its own plain form
+        image = image.convert({"RGBa": "RGBA", "La": "LA"}[image.mode])
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        background = Image.new("RGBA", rgba.size, WHITE)
+        background.alpha_composite(rgba)
+        image = background
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def resize_and_crop(image: Image.Image, resolution: int) -> Image.Image:
+    """Shrink or enlarge the shorter side to `resolution` (Lanczos, antialiased), then cut out the middle square."""
+    if image.size == (resolution, resolution):
+        return image
+    width, height = image.size
+    side = min(width, height)
+    # One call does both: only the part that is kept is resampled, from the region of the source that it covers.
+    left, top = (width - side) / 2, (height - side) / 2
+    box = (left, top, left + side, top + side)
+    return image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+
+
+def prepare_images(images: Any, resolution: int, device: torch.device | str | None = None) -> Tensor:
+    """Bring one picture or many to `pixel_values` (B, 3, R, R), float32 in [-1, 1].
+
+    Args:
+        images: a picture or a list of pictures, sizes and kinds may be mixed. A picture is a path, a PIL image, a numpy
+            array (H, W) or (H, W, 1 | 3), or a tensor (H, W) or (1 | 3, H, W); uint8 in 0..255 or float in [0, 1].
+            Batches (B, H, W, 1 | 3) of numpy and (B, 1 | 3, H, W) of torch are taken too.
+        resolution: R. Tensors and arrays of exactly this size are not resampled.
+        device: where the result lies, default the CPU.
+
+    Raises:
+        TypeError: if a picture is of a kind or data type that is not listed above.
+        ValueError: if a picture is damaged, empty, out of range, not finite, or has another number of channels.
+    """
+    if isinstance(resolution, bool) or not isinstance(resolution, int) or resolution < 1:
+        raise ValueError(f"`resolution` must be a whole number of 1 or more, got {resolution!r}.")
+    if isinstance(images, (list, tuple)):
+        pictures: Sequence[Any] = images
+    elif isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4:
+        pictures = list(images)
+    else:
+        pictures = [images]
+    if len(pictures) == 0:
+        raise ValueError("`images` is empty. Give at least one picture.")
+    target = torch.device("cpu" if device is None else device)
+    is_single = pictures is not images and len(pictures) == 1
+    names = ["`images`"] if is_single else [f"`images[{index}]`" for index in range(len(pictures))]
+    return torch.stack([_prepare_one(*pair, resolution).to(target) for pair in zip(pictures, names, strict=True)])
+
+
+def pixels_to_values(pixels: Tensor) -> Tensor:
+    """Map uint8 pixels of any shape to float32 in [-1, 1], bit for bit as their [0, 1] form would be."""
+    return pixels.float() / 255 * 2 - 1
+
+
+def image_to_pixels(image: Image.Image) -> Tensor:
+    """Copy an RGB picture into a uint8 tensor (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def to_output(images: Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | Tensor:
+    """Turn a model's pictures (B, 3, H, W) in [-1, 1] into what the caller asked for.
+
+    Args:
+        images: values a little beyond [-1, 1], as a sampler leaves them, are cut at the ends.
+        output_type: "pil" for a list of PIL images, "np" for (B, H, W, 3) or "pt" for (B, 3, H, W), float32 in [0, 1].
+
+    Raises:
+        ValueError: if `output_type` is another word or `images` holds NaN or infinity.
+    """
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
+    if not torch.isfinite(images).all():
+        raise ValueError(
+            "The model's pictures hold NaN or infinity. Use a wider `dtype` (bfloat16 or float32 instead of float16), or"
+            " check that the weights were loaded in full."
+        )
+    return VaeImageProcessor().postprocess(images.detach().float(), output_type=output_type)
+
+
+def _prepare_one(picture: Any, name: str, resolution: int) -> Tensor:
+    """Bring one picture of any accepted kind to (3, R, R), float32 in [-1, 1]."""
+    if isinstance(picture, (str, Path)):
+        picture = load_image(picture)
+    if isinstance(picture, Image.Image):
+        if 0 in picture.size:
+            raise ValueError(f"{name} is empty: it measures {picture.size[0]} x {picture.size[1]} pixels.")
+        try:
+            rgb = to_rgb(picture)
+        except PILLOW_BOMBS as error:
+            raise ValueError(_bomb_message(name, error)) from error
+        except PILLOW_ERRORS as error:
+            raise ValueError(
+                f"{name}, a PIL picture of mode {picture.mode}, cannot be decoded ({error}). Load or save the file again."
+            ) from error
+        return pixels_to_values(image_to_pixels(resize_and_crop(rgb, resolution)))
+    if isinstance(picture, np.ndarray):
+        _check_shape(picture.shape, ("H, W", "H, W, 1", "H, W, 3"), -1, name, "array")
+        pixels = _array_to_tensor(picture, name)
+        pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+    elif isinstance(picture, Tensor):
+        _check_shape(picture.shape, ("H, W", "1, H, W", "3, H, W"), 0, name, "tensor")
+        pixels = picture.detach()
+        pixels = pixels[None] if pixels.ndim == 2 else pixels
+    else:
+        raise TypeError(
+            f"{name} is of type {type(picture).__name__}. Allowed are a path, a PIL image, a numpy array, a tensor, or a"
+            " flat list of them."
+        )
+    pixels = _check_values(pixels, name).expand(3, -1, -1)
+    if pixels.shape[-2:] != (resolution, resolution):
+        pixels = _resize_tensor(pixels.cpu(), resolution)
+    return pixels_to_values(pixels) if pixels.dtype == torch.uint8 else pixels.float() * 2 - 1
+
+
+def _array_to_tensor(array: np.ndarray, name: str) -> Tensor:
+    """View a numpy array as a tensor; data types that torch lacks are an error, others are checked with the tensors."""
+    if array.dtype not in (np.uint8, np.float16, np.float32, np.float64):
+        raise TypeError(_dtype_message(name, array.dtype))
+    # A copy where torch could not view: reversed or read-only memory, or the other byte order.
+    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
+
+
+def _check_shape(shape: Sequence[int], allowed: Sequence[str], channel_axis: int, name: str, kind: str) -> None:
+    """Raise a ValueError if an array or tensor of this shape is no picture."""
+    if 0 in shape:
+        raise ValueError(f"{name} is empty: its shape is {tuple(shape)}.")
+    if len(shape) == 2 or (len(shape) == 3 and shape[channel_axis] in (1, 3)):
+        return
+    remedy = "Choose one picture, with one (gray) or three (RGB) channels."
+    if len(shape) == 3 and shape[-1 - channel_axis] in (1, 3):
+        move = "permute(2, 0, 1)" if kind == "tensor" else "transpose(1, 2, 0)"
+        remedy = f"Its channels seem to lie on the other side: call `.{move}`."
+    elif len(shape) == 3 and shape[channel_axis] in (2, 4):
+        remedy = "For a transparent picture, pass a PIL image: it is laid on white. Latents cannot be passed here."
+    raise ValueError(f"{name} is a {kind} of shape {tuple(shape)}; allowed are ({'), ('.join(allowed)}). {remedy}")
+
+
+def _check_values(pixels: Tensor, name: str) -> Tensor:
+    """Return `pixels` if they are uint8, or floats in [0, 1]; raise an error that names the remedy if not."""
+    if pixels.dtype == torch.uint8:
+        return pixels
+    if not pixels.is_floating_point():
+        raise TypeError(_dtype_message(name, pixels.dtype))
+    if not torch.isfinite(pixels).all():
+        raise ValueError(f"{name} holds NaN or infinity. Repair the picture, for example with `torch.nan_to_num`.")
+    low, high = pixels.min().item(), pixels.max().item()
+    if 0 <= low and high <= 1:
+        return pixels
+    remedy = "Cut it with `clip(0, 1)` if the excess is rounding."
+    if high > 2:
+        remedy = "If it is in 0..255, divide by 255 or convert it to uint8."
+    elif -1 <= low and high <= 1:
+        remedy = "If it is in [-1, 1], pass `images / 2 + 0.5`."
+    raise ValueError(f"{name} has floats from {low:.6g} to {high:.6g}; floats must lie in [0, 1]. {remedy}")
+
+
+def _resize_tensor(pixels: Tensor, resolution: int) -> Tensor:
+    """Resize and crop (3, H, W): uint8 as a PIL picture, floats channel by channel without going through 8 bits."""
+    if pixels.dtype == torch.uint8:
+        image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+        return image_to_pixels(resize_and_crop(image, resolution))
+    channels = [Image.fromarray(channel) for channel in pixels.float().contiguous().numpy()]
+    resized = np.stack([np.array(resize_and_crop(channel, resolution)) for channel in channels])
+    return torch.from_numpy(resized).clamp(0, 1)  # Lanczos overshoots at edges; 8-bit resizing cuts it in the same way
+
+
+def _deep_to_gray(image: Image.Image) -> Image.Image:
+    """Scale a gray picture of 16 bits (also as 32-bit integers) or of floats in [0, 1] to 8 bits; keep its EXIF."""
+    values = np.array(image)
+    low, high = values.min(), values.max()
+    full = 1 if image.mode == "F" else 65535
+    if not (low >= 0 and high <= full):  # also true for NaN
+        raise ValueError(
+            f"its values run from {low} to {high}, beyond 0 to {full} of mode {image.mode}; scale them to 8 bits first"
+        )
+    if image.mode == "F":
+        gray = np.rint(values * 255).astype(np.uint8)
+    else:
+        if isinstance(image.info.get("transparency"), int):
+            values[values == image.info["transparency"]] = full  # the color that stands for transparent, on white
+        gray = ((values.astype(np.uint32) * 255 + full // 2) // full).astype(np.uint8)
+    result = Image.fromarray(gray)
+    result.getexif().update(image.getexif())
+    return result
+
+
+def _dtype_message(name: str, dtype: object) -> str:
+    return (
+        f"{name} is of data type {dtype}; allowed are uint8 (0..255) and floats (0 to 1). Convert 16-bit pictures with"
+        " `array / 65535`, 8-bit ones with `array.astype('uint8')`."
+    )
+
+
+def _bomb_message(name: str, error: Exception) -> str:
+    return f"{name} is too large to decode safely ({error}). Reduce it, or raise `PIL.Image.MAX_IMAGE_PIXELS` yourself."

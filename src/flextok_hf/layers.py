@@ -1,0 +1,184 @@
+"""Building blocks shared by the encoder, the flow decoder and the prior.
+
+Letters: B batch, L sequence, N patches, K registers, D hidden size, G side of the position grid.
+"""
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import get_timestep_embedding
+from torch import Tensor, nn
+
+
+LAYER_NORM_EPS = 1e-5
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    backend=None,
+) -> Tensor:
+    """Scaled dot-product attention; the only place of the package that calls an attention kernel.
+
+    Args:
+        query: (B, Lq, heads, head_dim).
+        key: (B, Lk, heads, head_dim).
+        value: (B, Lk, heads, head_dim).
+        attention_mask: broadcastable to (B, heads, Lq, Lk); boolean (true where a query may look) or added to the logits.
+        scale: factor on the logits; `None` means `head_dim ** -0.5`.
+        is_causal: mask later keys; only with equal lengths and without `attention_mask`.
+        backend: a Diffusers attention backend; `None` is the active one, PyTorch's own kernels unless changed.
+
+    Returns:
+        Context, (B, Lq, heads, head_dim).
+    """
+    return dispatch_attention_fn(
+        query, key, value, attn_mask=attention_mask, scale=scale, is_causal=is_causal, backend=backend
+    )
+
+
+def layer_norm(hidden_states: Tensor) -> Tensor:
+    """Normalize the last dimension to mean 0 and variance 1, in float32 and without learned scale or shift."""
+    return F.layer_norm(hidden_states.float(), hidden_states.shape[-1:], eps=LAYER_NORM_EPS).type_as(hidden_states)
+
+
+class AttentionProcessor:
+    """Holds the attention backend that Diffusers' `set_attention_backend` chooses for a module."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attention: "Attention", query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return attend(query, key, value, mask, attention.scale, backend=self._attention_backend)
+
+
+class Attention(nn.Module, AttentionModuleMixin):
+    """Multi-head self-attention with normalized queries and keys and no biases.
+
+    The logit scale is `8 / head_dim`: the width-independent choice of maximal update parametrization (Yang et al., 2022,
+    https://arxiv.org/abs/2203.03466), equal to the usual `head_dim ** -0.5` at the published head size of 64.
+    """
+
+    _default_processor_cls = AttentionProcessor
+    _available_processors = [AttentionProcessor]
+    _supports_qkv_fusion = False
+
+    def __init__(self, hidden_size: int, head_dim: int):
+        super().__init__()
+        self.head_dim = head_dim
+        self.scale = 8 / head_dim
+        self.to_q = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.to_k = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.to_v = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.to_out = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.processor = AttentionProcessor()
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Mix (B, L, D) along L. `attention_mask` is (L, L), true where a row may look at a column."""
+        query = layer_norm(self.to_q(hidden_states).unflatten(-1, (-1, self.head_dim)))  # (B, L, heads, head_dim)
+        key = layer_norm(self.to_k(hidden_states).unflatten(-1, (-1, self.head_dim)))
+        value = self.to_v(hidden_states).unflatten(-1, (-1, self.head_dim))
+        context = self.processor(self, query, key, value, attention_mask)  # (B, L, heads, head_dim)
+        return self.to_out(context.flatten(-2))  # (B, L, D)
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU feed-forward layer (Shazeer, 2020, https://arxiv.org/abs/2002.05202) of about 8/3 times the width, no biases."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        intermediate_size = 2 * (4 * hidden_size) // 3
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Transform every position of (B, L, D) by itself."""
+        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class TimestepEmbedder(nn.Module):
+    """Noise level sigma in [0, `max_timestep`] -> conditioning vector.
+
+    Sinusoidal features with base 256, cosines first, then a two-layer network. `max_timestep` only scales the
+    frequencies: released checkpoints store it, and it changes every output.
+    """
+
+    def __init__(self, hidden_size: int, frequency_embedding_size: int, max_timestep: float):
+        super().__init__()
+        self.frequency_embedding_size = frequency_embedding_size
+        self.frequency_scale = 1000.0 / max_timestep
+        self.linear_1 = nn.Linear(frequency_embedding_size, hidden_size)
+        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, sigma: Tensor) -> Tensor:
+        """Embed noise levels (B,) as (B, D)."""
+        frequencies = get_timestep_embedding(
+            sigma,
+            self.frequency_embedding_size,
+            flip_sin_to_cos=True,
+            downscale_freq_shift=0,
+            scale=self.frequency_scale,
+            max_period=256,
+        )  # (B, frequency_embedding_size), float32
+        return self.linear_2(F.silu(self.linear_1(frequencies.to(self.linear_1.weight.dtype))))
+
+
+def sincos_position_table(hidden_size: int, grid_size: int) -> Tensor:
+    """Fixed sine-cosine positions of a square grid, (G, G, D): a quarter each of sin(row), cos(row), sin(col), cos(col)."""
+    quarter = hidden_size // 4
+    # float64 and one rounding at the end: the table is a constant of the model, kept in its checkpoint
+    frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
+    angles = torch.arange(grid_size, dtype=torch.float64, device="cpu")[:, None] * frequencies  # (G, D / 4)
+    line = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (G, D / 2)
+    rows = line[:, None].expand(-1, grid_size, -1)
+    columns = line[None, :].expand(grid_size, -1, -1)
+    return torch.cat([rows, columns], dim=-1).float()  # (G, G, D)
+
+
+class PatchEmbedding(nn.Module):
+    """Latents (B, C, h, w) -> patch tokens (B, N, D): linear projection plus fixed 2-D positions, cropped to the grid."""
+
+    def __init__(self, in_channels: int, patch_size: int, grid_size: int, hidden_size: int):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Linear(in_channels * patch_size**2, hidden_size)
+        # persistent: the table belongs to the checkpoint, and Transformers does not rebuild unsaved buffers on load
+        self.register_buffer("positions", sincos_position_table(hidden_size, grid_size))  # (G, G, D)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Raises:
+        ValueError: if the latents are not a multiple of the patch size, or need more positions than the table has.
+        """
+        rows, columns = (side // self.patch_size for side in latents.shape[-2:])
+        limit = self.positions.shape[0]
+        if latents.shape[-2] % self.patch_size or latents.shape[-1] % self.patch_size or max(rows, columns) > limit:
+            raise ValueError(
+                f"`latents` of {latents.shape[-2]} x {latents.shape[-1]} do not fit: each side must be a multiple of the"
+                f" patch size {self.patch_size} and at most {limit * self.patch_size} (`grid_size` {limit} patches)."
+                " Resize or crop the picture first."
+            )
+        positions = self.positions[:rows, :columns].flatten(0, 1)  # (N, D)
+        return self.proj(patchify(latents, self.patch_size)) + positions
+
+
+def patchify(latents: Tensor, patch_size: int) -> Tensor:
+    """Cut latents (B, C, h, w) into row-major patches (B, N, p * p * C); inside a patch rows, columns, then channels."""
+    batch_size, channels, height, width = latents.shape
+    patches = latents.reshape(
+        batch_size, channels, height // patch_size, patch_size, width // patch_size, patch_size
+    ).permute(0, 2, 4, 3, 5, 1)  # (B, rows, columns, p, p, C)
+    return patches.flatten(3).flatten(1, 2)
+
+
+def unpatchify(patches: Tensor, patch_size: int, height: int, width: int) -> Tensor:
+    """Put patches (B, N, p * p * C) back together as latents (B, C, height, width); the inverse of `patchify`."""
+    batch_size, _, patch_dim = patches.shape
+    rows, columns, channels = height // patch_size, width // patch_size, patch_dim // patch_size**2
+    latents = patches.reshape(batch_size, rows, columns, patch_size, patch_size, channels)
+    return latents.permute(0, 5, 1, 3, 2, 4).reshape(batch_size, channels, height, width)

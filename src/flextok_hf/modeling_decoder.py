@@ -1,0 +1,192 @@
+"""Flow decoder: noisy latents + codes + noise level -> velocity.
+
+Letters: B batch, C latent channels, h w latent grid, N patches, K registers, D hidden size, Q code dimensions.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from .layers import Attention, GatedMLP, PatchEmbedding, TimestepEmbedder, layer_norm, unpatchify
+from .nested_dropout import mask_tail
+
+
+@dataclass
+class FlexTokFlowDecoderOutput(BaseOutput):
+    """velocity (`torch.Tensor` of shape `(B, C, h, w)`): noise - latents, the direction from data to noise."""
+
+    velocity: Tensor
+
+
+class DecoderBlock(nn.Module):
+    """Transformer block steered by the noise level: adaLN-Zero (Peebles and Xie, 2023, https://arxiv.org/abs/2212.09748).
+
+    Patches and registers share all weights except the modulation, which has one half for each.
+    """
+
+    def __init__(self, hidden_size: int, head_dim: int):
+        super().__init__()
+        self.modulation = nn.Linear(hidden_size, 12 * hidden_size)
+        self.attention = Attention(hidden_size, head_dim)
+        self.mlp = GatedMLP(hidden_size)
+
+    def forward(self, hidden_states: Tensor, temb: Tensor, num_patches: int) -> Tensor:
+        """Refine the sequence.
+
+        Args:
+            hidden_states: patches, then registers, (B, N + K, D).
+            temb: embedding of the noise level, (B, D).
+            num_patches: N, where the registers begin.
+
+        Returns:
+            New hidden states, (B, N + K, D).
+        """
+        modulation = self.modulation(F.silu(temb)).unflatten(-1, (2, 1, -1))  # (B, 2, 1, 6 D)
+        for_patches = modulation[:, 0].expand(-1, num_patches, -1)  # (B, N, 6 D)
+        for_registers = modulation[:, 1].expand(-1, hidden_states.shape[1] - num_patches, -1)  # (B, K, 6 D)
+        gate_attn, gate_mlp, shift_attn, scale_attn, shift_mlp, scale_mlp = torch.cat(
+            [for_patches, for_registers], dim=1
+        ).chunk(6, dim=-1)
+
+        attention_input = layer_norm(hidden_states) * (1 + scale_attn) + shift_attn
+        hidden_states = hidden_states + gate_attn * self.attention(attention_input)
+        mlp_input = layer_norm(hidden_states) * (1 + scale_mlp) + shift_mlp
+        return hidden_states + gate_mlp * self.mlp(mlp_input)
+
+
+class FlexTokFlowDecoder(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
+    """Rectified-flow decoder of any prefix of a token sequence (Bachmann et al., 2025, arXiv 2502.13967).
+
+    Args:
+        in_channels: channels C of the latents; 3 for a model that draws pixels.
+        patch_size: side of a square patch, in latent cells.
+        grid_size: side of the position grid, in patches.
+        hidden_size: width D; a multiple of `head_dim` and of 4.
+        num_layers: number of blocks.
+        head_dim: width of an attention head.
+        num_registers: longest token sequence K.
+        code_dim: dimensions Q of a code.
+        frequency_embedding_size: sinusoidal features of the noise level.
+        max_timestep: scale of these features; read it from a checkpoint, never assume it.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["DecoderBlock"]
+    _repeated_blocks = ["DecoderBlock"]
+    _skip_layerwise_casting_patterns = ["patch_embedding", "time_embedder", "modulation", "velocity_proj"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 16,
+        patch_size: int = 2,
+        grid_size: int = 16,
+        hidden_size: int = 768,
+        num_layers: int = 12,
+        head_dim: int = 64,
+        num_registers: int = 256,
+        code_dim: int = 6,
+        frequency_embedding_size: int = 256,
+        max_timestep: float = 1.0,
+    ):
+        super().__init__()
+        if hidden_size % head_dim or hidden_size % 4:
+            raise ValueError(f"`hidden_size` ({hidden_size}) must be a multiple of `head_dim` ({head_dim}) and of 4.")
+        self.code_proj = nn.Linear(code_dim, hidden_size)
+        self.register_positions = nn.Parameter(torch.empty(num_registers, hidden_size))  # (K, D)
+        self.mask_token = nn.Parameter(torch.empty(hidden_size))  # (D,)
+        self.null_token = nn.Parameter(torch.empty(hidden_size))  # (D,)
+        self.patch_embedding = PatchEmbedding(in_channels, patch_size, grid_size, hidden_size)
+        self.time_embedder = TimestepEmbedder(hidden_size, frequency_embedding_size, max_timestep)
+        self.transformer_blocks = nn.ModuleList(DecoderBlock(hidden_size, head_dim) for _ in range(num_layers))
+        self.final_modulation = nn.Linear(hidden_size, 2 * hidden_size)
+        self.velocity_proj = nn.Linear(hidden_size, in_channels * patch_size**2)
+        self.gradient_checkpointing = False
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """Xavier everywhere; zero modulations and head, so that a new model starts as the identity and predicts zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for vector in (self.register_positions, self.mask_token, self.null_token):
+            nn.init.trunc_normal_(vector, std=0.02)
+        for layer in (*(block.modulation for block in self.transformer_blocks), self.final_modulation):
+            nn.init.zeros_(layer.weight)
+        nn.init.zeros_(self.velocity_proj.weight)
+
+    def embed_codes(self, codes: Tensor, num_tokens: Tensor | None, is_unconditional: Tensor | None) -> Tensor:
+        """Turn codes into the decoder's register sequence, always K long.
+
+        Args:
+            codes: (B, k, Q) with k <= K.
+            num_tokens: tokens to keep per sample, (B,) in [0, k]; `None` keeps all k.
+            is_unconditional: (B,) boolean; samples where it is true forget their codes altogether.
+
+        Returns:
+            Registers, (B, K, D).
+        """
+        num_codes, num_registers = codes.shape[1], self.register_positions.shape[0]
+        if num_codes > num_registers:
+            raise ValueError(
+                f"`codes` has {num_codes} tokens per picture, but this decoder reads at most {num_registers}"
+                " (`num_registers`). Cut them with `codes[:, :n]`."
+            )
+        if num_tokens is None:
+            num_tokens = torch.full((codes.shape[0],), num_codes, device=codes.device)
+        registers = self.code_proj(F.pad(codes.to(self.code_proj.weight.dtype), (0, 0, 0, num_registers - num_codes)))
+        registers = registers + self.register_positions  # (B, K, D)
+        # The mask token replaces value and position of a dropped register, and the null token those of all registers.
+        registers = mask_tail(registers, num_tokens.clamp(max=num_codes), self.mask_token)
+        if is_unconditional is not None:
+            registers = torch.where(is_unconditional.view(-1, 1, 1), self.null_token, registers)
+        return registers
+
+    def forward(
+        self,
+        noisy_latents: Tensor,
+        sigma: Tensor,
+        codes: Tensor,
+        num_tokens: Tensor | None = None,
+        is_unconditional: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> FlexTokFlowDecoderOutput | tuple[Tensor]:
+        """Predict the velocity, noise - latents.
+
+        Args:
+            noisy_latents: (1 - sigma) * latents + sigma * noise, (B, C, h, w).
+            sigma: noise level per sample, (B,) in [0, 1]; 0 is data, 1 is noise.
+            codes: quantized features, (B, k, Q) in [-1, 1], k <= K; missing ones count as dropped.
+            num_tokens: how many codes to use per sample, (B,) in [0, k]; `None` uses all.
+            is_unconditional: (B,) boolean, true where the codes are to be ignored (for guidance).
+            return_dict: return a `FlexTokFlowDecoderOutput` rather than a tuple.
+
+        Returns:
+            The velocity, (B, C, h, w).
+        """
+        patches = self.patch_embedding(noisy_latents)  # (B, N, D)
+        registers = self.embed_codes(codes, num_tokens, is_unconditional)  # (B, K, D)
+        temb = self.time_embedder(sigma)  # (B, D)
+        hidden_states = torch.cat([patches, registers.to(patches.dtype)], dim=1)  # (B, N + K, D)
+
+        num_patches = patches.shape[1]
+        for block in self.transformer_blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, temb, num_patches)
+            else:
+                hidden_states = block(hidden_states, temb, num_patches)
+
+        shift, scale = self.final_modulation(F.silu(temb)).unsqueeze(1).chunk(2, dim=-1)  # (B, 1, D)
+        patches = layer_norm(hidden_states[:, :num_patches]) * (1 + scale) + shift  # (B, N, D)
+        velocity = unpatchify(self.velocity_proj(patches), self.config.patch_size, *noisy_latents.shape[-2:])
+        return FlexTokFlowDecoderOutput(velocity=velocity) if return_dict else (velocity,)

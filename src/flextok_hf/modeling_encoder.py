@@ -1,0 +1,141 @@
+"""Encoder: latents -> registers -> features -> codes -> token ids.
+
+Letters: B batch, C latent channels, h w latent grid, N patches, K registers, D hidden size, Q code dimensions.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput
+
+from .configuration_encoder import FlexTokEncoderConfig
+from .layers import Attention, GatedMLP, PatchEmbedding, layer_norm, sincos_position_table
+from .quantizer import FiniteScalarQuantizer
+
+
+@dataclass
+class FlexTokEncoderOutput(ModelOutput):
+    """What the encoder says about pictures.
+
+    features (`torch.FloatTensor` of shape `(B, K, Q)`): register features before quantization, coarsest first.
+    codes (`torch.FloatTensor` of shape `(B, K, Q)`): quantized features in [-1, 1].
+    token_ids (`torch.LongTensor` of shape `(B, K)`): their numbers in [0, codebook size).
+    """
+
+    features: Tensor | None = None
+    codes: Tensor | None = None
+    token_ids: Tensor | None = None
+
+
+class EncoderBlock(GradientCheckpointingLayer):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: FlexTokEncoderConfig):
+        super().__init__()
+        self.attention = Attention(config.hidden_size, config.head_dim)
+        self.mlp = GatedMLP(config.hidden_size)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden_states = hidden_states + self.attention(layer_norm(hidden_states), attention_mask)
+        return hidden_states + self.mlp(layer_norm(hidden_states))
+
+
+class FlexTokEncoder(PreTrainedModel):
+    """Resamples a picture into an ordered sequence of discrete tokens (Bachmann et al., 2025, arXiv 2502.13967)."""
+
+    config_class = FlexTokEncoderConfig
+    base_model_prefix = "encoder"
+    main_input_name = "latents"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["EncoderBlock"]
+    _supports_sdpa = True
+
+    def __init__(self, config: FlexTokEncoderConfig):
+        super().__init__(config)
+        self.patch_embedding = PatchEmbedding(
+            config.in_channels, config.patch_size, config.grid_size, config.hidden_size
+        )
+        self.register_tokens = nn.Parameter(torch.empty(config.num_registers, config.hidden_size))  # (K, D)
+        self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.num_hidden_layers))
+        self.feature_proj = nn.Linear(config.hidden_size, len(config.fsq_levels))
+        self.quantizer = FiniteScalarQuantizer(config.fsq_levels)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, PatchEmbedding):
+            table = sincos_position_table(self.config.hidden_size, self.config.grid_size)
+            init.copy_(module.positions, table)
+        elif module is self:
+            # std 1, not the usual 0.02: registers that start almost alike give every picture the same few codes
+            init.normal_(self.register_tokens, std=1.0)
+
+    def compute_features(self, latents: Tensor, num_tokens: int | None = None) -> Tensor:
+        """Summarize pictures in their registers.
+
+        Args:
+            latents: (B, C, h, w), about unit variance.
+            num_tokens: stop after this many registers; they are the same as in the full sequence, at less work.
+
+        Returns:
+            Features before quantization, (B, K, Q), coarsest first.
+        """
+        num_tokens = self.check_num_tokens(num_tokens)
+        patches = self.patch_embedding(latents)  # (B, N, D)
+        registers = self.register_tokens[:num_tokens].expand(latents.shape[0], -1, -1)  # (B, K, D)
+        hidden_states = torch.cat([patches, registers.to(patches.dtype)], dim=1)  # (B, N + K, D)
+
+        num_patches = patches.shape[1]
+        attention_mask = prefix_causal_mask(num_patches, num_tokens, latents.device)  # (N + K, N + K)
+        for block in self.blocks:
+            hidden_states = block(hidden_states, attention_mask)
+
+        return self.feature_proj(layer_norm(hidden_states[:, num_patches:]))  # (B, K, Q)
+
+    def forward(
+        self, latents: Tensor, num_tokens: int | None = None, return_dict: bool = True
+    ) -> FlexTokEncoderOutput | tuple[Tensor, Tensor, Tensor]:
+        """Tokenize latents.
+
+        Args:
+            latents: (B, C, h, w), about unit variance.
+            num_tokens: length of the sequences; `None` means all registers.
+            return_dict: return a `FlexTokEncoderOutput` rather than a tuple.
+
+        Returns:
+            Features, codes and token ids.
+        """
+        features = self.compute_features(latents, num_tokens)  # (B, K, Q)
+        codes = self.quantizer(features)  # (B, K, Q)
+        token_ids = self.quantizer.codes_to_ids(codes)  # (B, K)
+        output = FlexTokEncoderOutput(features=features, codes=codes, token_ids=token_ids)
+        return output if return_dict else output.to_tuple()
+
+    def check_num_tokens(self, num_tokens: int | None) -> int:
+        """Resolve `num_tokens`, an upper bound: more than there are registers means all of them."""
+        if num_tokens is None:
+            return self.config.num_registers
+        if isinstance(num_tokens, bool) or not isinstance(num_tokens, int) or num_tokens < 1:
+            raise ValueError(
+                f"`num_tokens` must be a whole number of 1 or more, got {num_tokens!r}. Leave it out to get all"
+                f" {self.config.num_registers}."
+            )
+        return min(num_tokens, self.config.num_registers)
+
+
+def prefix_causal_mask(num_patches: int, num_registers: int, device: torch.device) -> Tensor:
+    """Who sees whom, (N + K, N + K): patches see all patches, register r sees all patches and registers 0..r.
+
+    Nothing before a register depends on it, so the first k registers are the same whatever follows.
+    """
+    length = num_patches + num_registers
+    position = torch.arange(length, device=device)
+    return (position[None, :] < num_patches) | (position[None, :] <= position[:, None])

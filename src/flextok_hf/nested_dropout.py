@@ -1,0 +1,50 @@
+"""Nested dropout: draw how many tokens each picture keeps, and mask the tail.
+
+Every prefix of a token sequence becomes a description of the whole picture, because training keeps a random one
+(Rippel et al., 2014, https://arxiv.org/abs/1402.0915).
+"""
+
+import torch
+from torch import Tensor
+
+
+KEEP_MODES = ("uniform", "powers_of_two", "uniform_rounded_up")
+
+
+def sample_num_tokens(
+    batch_size: int, num_registers: int, mode: str = "powers_of_two", generator: torch.Generator | None = None
+) -> Tensor:
+    """Draw how many tokens every sample keeps.
+
+    Args:
+        batch_size: number of samples B.
+        num_registers: longest sequence K.
+        mode: "uniform" in 1..K, "powers_of_two" among 1, 2, 4, ... and K, or "uniform_rounded_up" to the next of these.
+        generator: source of randomness, on the CPU.
+
+    Returns:
+        Counts, (B,) int64 in [1, K].
+    """
+    if mode not in KEEP_MODES:
+        raise ValueError(f"`mode` must be one of {', '.join(KEEP_MODES)}, got {mode!r}.")
+    powers = torch.tensor([2**i for i in range(num_registers.bit_length()) if 2**i < num_registers] + [num_registers])
+    if mode == "powers_of_two":
+        return powers[torch.randint(len(powers), (batch_size,), generator=generator)]
+    num_tokens = torch.randint(1, num_registers + 1, (batch_size,), generator=generator)
+    return num_tokens if mode == "uniform" else powers[torch.searchsorted(powers, num_tokens)]
+
+
+def mask_tail(registers: Tensor, num_tokens: Tensor, mask_token: Tensor) -> Tensor:
+    """Keep the first `num_tokens[b]` registers of sample b and replace the others.
+
+    Args:
+        registers: (B, K, D), left unchanged.
+        num_tokens: registers to keep per sample, (B,), each in [0, K].
+        mask_token: learned stand-in for a dropped register, position included, (D,).
+
+    Returns:
+        New registers, (B, K, D).
+    """
+    position = torch.arange(registers.shape[1], device=registers.device)  # (K,)
+    is_kept = position < num_tokens.unsqueeze(1)  # (B, K)
+    return torch.where(is_kept.unsqueeze(-1), registers, mask_token)

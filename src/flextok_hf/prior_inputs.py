@@ -1,0 +1,142 @@
+"""Checks of what arrives at the prior: shapes always, values where reading them does not make an accelerator wait."""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from .configuration_prior import FlexTokPriorConfig
+
+
+UNCONDITIONAL_LABEL = -1  # class label that adds nothing
+IGNORED_LABEL = -100  # target that does not count in the loss, as everywhere in Transformers
+
+
+def check_prior_inputs(
+    config: FlexTokPriorConfig,
+    input_ids: Tensor,
+    encoder_hidden_states: Tensor | None,
+    encoder_attention_mask: Tensor | None,
+    class_labels: Tensor | None,
+    past_key_values: Cache | None,
+    labels: Tensor | None = None,
+) -> None:
+    """Raise an error if a model of this configuration cannot run on these inputs (see its `forward`)."""
+    if input_ids.ndim != 2 or input_ids.shape[1] == 0 or not is_integer(input_ids):
+        raise ValueError(
+            f"`input_ids` must be integers of shape (batch, length) with length 1 or more, got {input_ids.dtype} of shape"
+            f" {tuple(input_ids.shape)}. A sequence starts with `bos_token_id`: use `model.prepend_bos(token_ids)`."
+        )
+    if labels is not None:
+        check_labels(config, input_ids, labels, past_key_values)
+    num_inputs = input_ids.shape[1] - (labels is not None)  # with labels, the last input is not run
+    past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+    if isinstance(past_length, int) and past_length + num_inputs > config.max_position_embeddings:
+        raise ValueError(
+            f"`input_ids` reaches position {past_length + num_inputs}, but the model has {config.max_position_embeddings}"
+            " (`max_position_embeddings`; the start vector takes one). Pass fewer tokens."
+        )
+    is_start = isinstance(past_length, int) and past_length == 0
+    check_text(config, input_ids.shape[0], encoder_hidden_states, encoder_attention_mask, is_start)
+    check_classes(config, input_ids.shape[0], class_labels, is_start)
+    if not torch.compiler.is_compiling() and input_ids.device.type == "cpu":  # elsewhere reading values would stall
+        check_range("input_ids", input_ids, 0, config.codebook_size + 1, "The last of them is `bos_token_id`.")
+        if class_labels is not None:
+            check_label_values(config, class_labels)
+        if encoder_attention_mask is not None:
+            check_mask_values("encoder_attention_mask", encoder_attention_mask)
+
+
+def check_labels(config: FlexTokPriorConfig, input_ids: Tensor, labels: Tensor, past_key_values: Cache | None) -> None:
+    """Raise an error unless `labels` are targets for `input_ids`."""
+    if labels.shape != input_ids.shape or labels.shape[1] < 2 or past_key_values is not None:
+        raise ValueError(
+            f"`labels` of shape {tuple(labels.shape)} do not fit `input_ids` of shape {tuple(input_ids.shape)}: both are"
+            " (batch, length) with the start id and 1 token or more, usually the same tensor, without `past_key_values`."
+        )
+    if not torch.compiler.is_compiling() and labels.device.type == "cpu":
+        targets = labels[:, 1:]  # the first is the start id, which nothing predicts
+        check_range(
+            "labels", targets[targets != IGNORED_LABEL], 0, config.codebook_size, f"Use {IGNORED_LABEL} for no target."
+        )
+
+
+def check_text(
+    config: FlexTokPriorConfig,
+    batch_size: int,
+    hidden_states: Tensor | None,
+    attention_mask: Tensor | None,
+    is_start: bool,
+    name: str = "encoder",
+) -> None:
+    """Raise an error unless text states (B, M, text_hidden_size) and mask (B, M) fit; needed at the start only."""
+    states_name, mask_name = f"{name}_hidden_states", f"{name}_attention_mask"
+    if config.text_hidden_size is None:
+        if hidden_states is not None or attention_mask is not None:
+            raise ValueError(
+                f"`{states_name}` was given, but this model reads no text (`text_hidden_size` is None). Leave it out."
+            )
+        return
+    if hidden_states is None:
+        if is_start:
+            raise ValueError(
+                f"`{states_name}` is missing: this model reads text. Pass the last hidden states of its text encoder,"
+                f" (batch, text length, {config.text_hidden_size}); for no prompt, those of the empty string."
+            )
+    elif hidden_states.ndim != 3 or hidden_states.shape[0] != batch_size or not (
+        hidden_states.shape[1] > 0 and hidden_states.shape[2] == config.text_hidden_size
+    ):
+        raise ValueError(
+            f"`{states_name}` must have shape ({batch_size}, text length, {config.text_hidden_size}), got"
+            f" {tuple(hidden_states.shape)}. Use the text encoder this model was trained with, one text per row."
+        )
+    if attention_mask is not None and hidden_states is not None and attention_mask.shape != hidden_states.shape[:2]:
+        raise ValueError(
+            f"`{mask_name}` must have shape {tuple(hidden_states.shape[:2])}, as the text states, got"
+            f" {tuple(attention_mask.shape)}."
+        )
+
+
+def check_classes(config: FlexTokPriorConfig, batch_size: int, class_labels: Tensor | None, is_start: bool) -> None:
+    """Raise an error unless class labels (B,) fit; needed at the start only."""
+    if config.num_classes is None:
+        if class_labels is not None:
+            raise ValueError("`class_labels` was given, but this model has no classes (`num_classes` is None). Leave it out.")
+        return
+    if class_labels is None:
+        if is_start:
+            raise ValueError(
+                f"`class_labels` is missing: this model has {config.num_classes} classes. Pass one label per row, or"
+                f" {UNCONDITIONAL_LABEL} for none."
+            )
+    elif class_labels.shape != (batch_size,) or not is_integer(class_labels):
+        raise ValueError(
+            f"`class_labels` must be integers of shape ({batch_size},), got {class_labels.dtype} of shape"
+            f" {tuple(class_labels.shape)}."
+        )
+
+
+def check_label_values(config: FlexTokPriorConfig, class_labels: Tensor) -> None:
+    """Raise an error unless every class label is -1 or names a class."""
+    remedy = f"{UNCONDITIONAL_LABEL} means no class."
+    check_range("class_labels", class_labels, UNCONDITIONAL_LABEL, config.num_classes, remedy)
+
+
+def check_mask_values(name: str, attention_mask: Tensor) -> None:
+    """Raise an error unless every row of a text mask (B, M) keeps something to look at."""
+    if not attention_mask.bool().any(dim=1).all():
+        raise ValueError(
+            f"`{name}` hides the whole text of a row. The empty prompt still has one token: tokenize \"\" and pass its mask."
+        )
+
+
+def check_range(name: str, values: Tensor, low: int, high: int, remedy: str) -> None:
+    """Raise an error unless all values lie in [low, high)."""
+    if values.numel() == 0:
+        return
+    smallest, largest = (value.item() for value in values.aminmax())
+    if smallest < low or largest >= high:
+        raise ValueError(f"`{name}` must lie in [{low}, {high}), but range from {smallest} to {largest}. {remedy}")
+
+
+def is_integer(values: Tensor) -> bool:
+    return not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)

@@ -1,0 +1,94 @@
+"""Finite scalar quantization: features <-> codes <-> token ids.
+
+Letters: B batch, K registers, Q code dimensions, V codebook size.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+BOUND_MARGIN = 1e-3  # widens tanh a little, so that the outermost levels are reached at finite features
+
+
+class FiniteScalarQuantizer(nn.Module):
+    """Finite scalar quantization (Mentzer et al., 2023, https://arxiv.org/abs/2309.15505, appendix A.1).
+
+    It keeps no tensors: levels are a list, so nothing can be lost or left uninitialized when a checkpoint is loaded.
+    """
+
+    def __init__(self, levels: Sequence[int]):
+        super().__init__()
+        if not levels or any(level < 2 for level in levels):
+            raise ValueError(f"`levels` must name two or more levels for each code dimension, got {list(levels)}.")
+        self.levels = list(levels)
+        self.half_widths = [level // 2 for level in levels]
+        self.place_values = [math.prod(levels[:i]) for i in range(len(levels))]
+        self.codebook_size = math.prod(levels)
+
+    def bound(self, features: Tensor) -> Tensor:
+        """Squash features (B, K, Q) into the range of the levels, in float32: dimension q spans about its L_q integers."""
+        features = features.float()
+        levels = features.new_tensor(self.levels)  # (Q,)
+        half_range = (levels - 1) * (1 + BOUND_MARGIN) / 2
+        offset = torch.where(levels % 2 == 0, 0.5, 0.0)  # an even number of levels has no middle one
+        shift = torch.atanh(offset / half_range)
+        return torch.tanh(features + shift) * half_range - offset
+
+    def forward(self, features: Tensor, is_rounded: Tensor | None = None) -> Tensor:
+        """Round features to codes; the gradient passes as if nothing was rounded.
+
+        Args:
+            features: (B, K, Q), any range.
+            is_rounded: (B,) boolean; samples where it is false keep their bounded, unrounded values (a training aid).
+
+        Returns:
+            Codes, (B, K, Q) float32 in [-1, 1].
+        """
+        bounded = self.bound(features)
+        rounded = bounded + (bounded.round() - bounded).detach()  # straight-through estimator
+        if is_rounded is not None:
+            rounded = torch.where(is_rounded.view(-1, 1, 1), rounded, bounded)
+        return rounded / rounded.new_tensor(self.half_widths)
+
+    def codes_to_ids(self, codes: Tensor) -> Tensor:
+        """Number codes (B, K, Q) in [-1, 1] as token ids (B, K) in [0, V), int64."""
+        half_widths = codes.new_tensor(self.half_widths)
+        # round, not truncate: a code is stored as k / 13 for 27 levels, and k / 13 * 13 can land just below k
+        digits = (codes * half_widths + half_widths).round().long()  # (B, K, Q)
+        return (digits * digits.new_tensor(self.place_values)).sum(dim=-1)
+
+    def ids_to_codes(self, token_ids: Tensor) -> Tensor:
+        """Look up token ids (B, K) as codes (B, K, Q) float32; the inverse of `codes_to_ids`."""
+        place_values, levels = token_ids.new_tensor(self.place_values), token_ids.new_tensor(self.levels)
+        digits = token_ids.unsqueeze(-1) // place_values % levels  # (B, K, Q)
+        half_widths = levels // 2
+        return (digits - half_widths).float() / half_widths
+
+    def extra_repr(self) -> str:
+        return f"levels={self.levels}, codebook_size={self.codebook_size}"
+
+
+def check_token_ids(token_ids: Tensor, codebook_size: int, num_registers: int) -> None:
+    """Raise an error unless `token_ids` are (B, k) integers in [0, `codebook_size`) with 1 <= k <= `num_registers`.
+
+    Raises:
+        TypeError: if they are not an integer tensor.
+        ValueError: if the shape or a value is out of range.
+    """
+    if not isinstance(token_ids, Tensor) or token_ids.is_floating_point() or token_ids.dtype == torch.bool:
+        kind = token_ids.dtype if isinstance(token_ids, Tensor) else type(token_ids).__name__
+        raise TypeError(f"`token_ids` must be an integer tensor, got {kind}. Pass ids as `tokenize` returns them.")
+    if token_ids.ndim != 2 or not 1 <= token_ids.shape[1] <= num_registers or token_ids.shape[0] == 0:
+        raise ValueError(
+            f"`token_ids` must have the shape (batch, num_tokens) with 1 to {num_registers} tokens, got"
+            f" {tuple(token_ids.shape)}. Cut longer sequences with `token_ids[:, :n]`; never pad shorter ones."
+        )
+    low, high = token_ids.min().item(), token_ids.max().item()
+    if low < 0 or high >= codebook_size:
+        raise ValueError(
+            f"`token_ids` must lie in [0, {codebook_size}), the codebook, but range from {low} to {high}."
+            " They may come from another model, or still hold a start token."
+        )

@@ -1,0 +1,1 @@
+"""Training of the tokenizer and the prior: data, state and one step of each."""

@@ -1,0 +1,156 @@
+"""The order of training: which rows form batch number n, for any number of workers and processes.
+
+A batch of a map-style data set is a pure function of (seed, epoch, batch number), so that a run that resumes sees exactly
+what an uninterrupted one would have seen, without keeping or replaying any state.
+"""
+
+import hashlib
+import itertools
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from flextok_hf.training.rows import collate
+
+
+logger = logging.getLogger(__name__)
+
+
+def draw_seed(*numbers: int) -> int:
+    """Mix whole numbers (seed, epoch, row ...) into one seed of 63 bits, the same on every machine."""
+    digest = hashlib.blake2b(" ".join(map(str, numbers)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
+    """Yields batches of (row, draw) keys; `draw` decides the flips, crops and wordings of that row in that epoch.
+
+    All processes walk through one order and take neighboring slices of it, so n processes with batches of B see together
+    what one process with batches of n * B sees.
+
+    Args:
+        num_rows: rows of the data set.
+        batch_size: rows per batch and process.
+        drop_last: leave out the rows that do not fill a batch on every process. Otherwise the last batch is smaller; with
+            several processes it is filled up from the start of the order, since each must get as much as the others.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        drop_last: bool,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ):
+        self.num_rows = num_rows
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.drop_last = drop_last
+        self.process_index = process_index
+        self.num_processes = num_processes
+        self.epoch = 0
+        self.first_batch = 0
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch on this process, wherever the next iteration starts."""
+        stride = self.batch_size * self.num_processes
+        return self.num_rows // stride if self.drop_last else -(-self.num_rows // stride)
+
+    def set_position(self, epoch: int, first_batch: int = 0) -> None:
+        """Let the next iteration run through `epoch` from `first_batch` on."""
+        self.epoch, self.first_batch = epoch, first_batch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next iteration run through the whole of `epoch`."""
+        self.set_position(epoch)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch = self.epoch
+        order = torch.arange(self.num_rows)
+        if self.shuffle:
+            order = torch.randperm(self.num_rows, generator=torch.Generator().manual_seed(draw_seed(self.seed, epoch)))
+        stride = self.batch_size * self.num_processes
+        for batch in range(self.first_batch, len(self)):
+            rows = order[batch * stride : (batch + 1) * stride]
+            if self.num_processes > 1 and len(rows) < stride:
+                rows = order[torch.arange(batch * stride, (batch + 1) * stride) % self.num_rows]
+            rows = rows[self.process_index * self.batch_size : (self.process_index + 1) * self.batch_size].tolist()
+            yield [(row, draw_seed(self.seed, epoch, row)) for row in rows]
+
+
+def build_dataloader(
+    dataset: Dataset,
+    batch_size: int,
+    *,
+    shuffle: bool = True,
+    seed: int = 0,
+    num_workers: int = 0,
+    drop_last: bool = True,
+    process_index: int = 0,
+    num_processes: int = 1,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Serve `dataset`, from `load_training_dataset`, in batches as `collate` makes them.
+
+    Do not pass the result through `accelerator.prepare`: with `process_index` and `num_processes` it is already divided
+    among the processes, and accelerate cannot divide captions. The batches lie on the CPU.
+
+    Args:
+        batch_size: pictures per batch and process.
+        shuffle: draw a new order in each epoch. Data sets that are streamed have their own `shuffle_buffer`.
+        seed: decides the order, flips, crops and wordings; keep it for all processes and for a run that resumes.
+
+    Raises:
+        ValueError: if `batch_size` is below 1, or the data set has too few rows for a single batch.
+    """
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be 1 or more, got {batch_size}.")
+    if not 0 <= process_index < num_processes:
+        raise ValueError(f"`process_index` must lie in [0, {num_processes}), the number of processes, got {process_index}.")
+    options: dict[str, Any] = {"num_workers": num_workers, "collate_fn": collate, "pin_memory": pin_memory}
+    options["generator"] = torch.Generator().manual_seed(seed)  # leaves the global generator alone
+    if isinstance(dataset, IterableDataset):
+        dataset.set_processes(process_index, num_processes)
+        return DataLoader(dataset, batch_size=batch_size, drop_last=drop_last, **options)
+    sampler = EpochBatchSampler(len(dataset), batch_size, shuffle, seed, drop_last, process_index, num_processes)
+    if len(sampler) == 0:
+        raise ValueError(
+            f"{len(dataset)} rows do not fill one batch of `batch_size` {batch_size} on {num_processes} process(es)."
+            " Lower `batch_size`, or set `drop_last=False`."
+        )
+    return DataLoader(dataset, batch_sampler=sampler, persistent_workers=num_workers > 0, **options)
+
+
+def training_batches(dataloader: DataLoader, first_batch: int = 0) -> Iterator[dict[str, Any]]:
+    """Yield batches without end, epoch after epoch, from number `first_batch` of the whole training on.
+
+    Args:
+        dataloader: from `build_dataloader`.
+        first_batch: batches already trained on, counted over all epochs; with gradient accumulation these are
+            micro-batches. Found at once in a map-style data set; a streamed one must be read again up to there.
+    """
+    sampler = dataloader.batch_sampler
+    if isinstance(sampler, EpochBatchSampler):
+        first_epoch, offset = divmod(first_batch, len(sampler))
+        for epoch in itertools.count(first_epoch):
+            sampler.set_position(epoch, offset if epoch == first_epoch else 0)
+            yield from dataloader
+    num_read = 0
+    if first_batch > 0:
+        logger.warning("Reading %d streamed batches again to find the place where training stopped.", first_batch)
+    for epoch in itertools.count():
+        dataloader.dataset.set_epoch(epoch)
+        num_before = num_read
+        for batch in dataloader:
+            num_read += 1
+            if num_read > first_batch:
+                yield batch
+        if num_read == num_before:
+            raise ValueError("The streamed data set did not fill one batch. Lower `batch_size` or set `drop_last=False`.")

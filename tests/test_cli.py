@@ -1,0 +1,270 @@
+"""The command line: help, wrong input, and runs from end to end with the embedded model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from flextok_hf import cli, embedded
+from flextok_hf.outputs import check_output_path, numbered_paths, write_atomically
+from flextok_hf.sheets import contact_sheet
+from flextok_hf.token_files import parse_token_ids, read_json, write_token_file
+
+
+COMMANDS = ("generate", "tokenize", "detokenize", "reconstruct", "info")
+PHOTO = Path(__file__).parents[1] / "docs" / "assets" / "parrots.jpg"
+
+needs_embedded_model = pytest.mark.skipif(
+    not (embedded.EMBEDDED_MODEL_FOLDER / "model_index.json").is_file(), reason="the embedded model is not there yet"
+)
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    """Run `flextok` in this process and return its exit code, stdout and stderr."""
+    try:
+        code = cli.main([str(argument) for argument in arguments])
+    except SystemExit as leave:
+        code = leave.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def assert_one_line_error(result: tuple[int, str, str], *words: str) -> None:
+    code, out, err = result
+    assert code == 2
+    assert out == ""
+    assert err.startswith("flextok: error: ") and err.count("\n") == 1 and err.endswith("\n")
+    for word in words:
+        assert word in err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_a_screen_and_shows_an_example_that_parses(capsys, command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run(capsys, command, "--help")
+    assert code == 0
+    assert len(out.splitlines()) <= 40
+    assert max(map(len, out.splitlines())) <= 80
+    example = out.split("example:\n")[1].strip()
+    assert example.startswith(f"flextok {command}")
+    import shlex
+
+    cli.build_parser().parse_args(shlex.split(example)[1:])
+
+
+def test_reading_arguments_does_not_load_torch():
+    # Loaded by its path: importing the package itself may register classes with Transformers.
+    program = (
+        "import importlib.util, sys;"
+        f"spec = importlib.util.spec_from_file_location('flextok_cli', {cli.__file__!r});"
+        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module);"
+        "module.build_parser().format_help();"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'diffusers', 'PIL')))"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        ((), "COMMAND"),
+        (("draw",), "draw"),
+        (("generate", "a cat"), "--output"),
+        (("generate", "a cat", "--output", "cat.png", "--max-tokens", "0"), "--max-tokens"),
+        (("generate", "a cat", "--output", "cat.png", "--num-images", "-1"), "--num-images"),
+        (("generate", "a cat", "--output", "cat.png", "--top-p", "0"), "--top-p"),
+        (("generate", "a cat", "--output", "cat.png", "--temperature", "nan"), "--temperature"),
+        (("generate", "a cat", "--output", "cat.png", "--dtype", "int4"), "--dtype"),
+        (("reconstruct", "--output", "sheet.png"), "PHOTO"),
+    ],
+)
+def test_wrong_arguments_get_one_line_that_names_the_argument(capsys, arguments, word):
+    assert_one_line_error(run(capsys, *arguments), word)
+
+
+@pytest.mark.parametrize("name", ["cat.xyz", "cat", "missing/cat.png", "."])
+def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(capsys, tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert_one_line_error(run(capsys, "generate", "a cat", "--output", name, "--model", "not/there"), "`output`")
+
+
+def test_a_missing_photo_is_named(capsys, tmp_path):
+    result = run(capsys, "tokenize", "gone.jpg", "--output", tmp_path / "ids.json")
+    assert_one_line_error(result, "gone.jpg")
+
+
+def test_a_missing_token_file_is_named(capsys, tmp_path):
+    result = run(capsys, "detokenize", "gone.json", "--output", tmp_path / "out.png")
+    assert_one_line_error(result, "gone.json", "flextok tokenize")
+
+
+@pytest.mark.parametrize("model", ["./nowhere", "a/b/c", "word"])
+def test_a_model_that_is_neither_folder_nor_hub_id_is_refused(capsys, model):
+    assert_one_line_error(run(capsys, "info", "--model", model), "`model`", model)
+
+
+def test_a_folder_without_a_pipeline_is_refused(capsys, tmp_path):
+    assert_one_line_error(run(capsys, "info", "--model", tmp_path), "model_index.json")
+
+
+def test_an_unknown_device_is_refused(capsys):
+    assert_one_line_error(run(capsys, "info", "--device", "abacus"), "`device`", "abacus")
+
+
+def test_traceback_flag_shows_where_an_error_comes_from(tmp_path):
+    with pytest.raises(ValueError, match="model_index"):
+        cli.main(["info", "--model", str(tmp_path), "--traceback"])
+
+
+@pytest.mark.parametrize(
+    "content, word",
+    [
+        ([], "no token ids"),
+        ({"format": "other"}, "format"),
+        ([1, True], "integers"),
+        ([[1, 2.0]], "integers"),
+        ([[]], "0 ids"),
+        ([[1] * 17], "17 ids"),
+        ([[-1]], "-1"),
+        ([[1000]], "0 to 999"),
+        ([[10**30]], "0 to 999"),
+        ("12", "no token ids"),
+        ({"format": "flextok-token-ids", "codebook_size": 64000, "pictures": [{"token_ids": [1]}]}, "64000"),
+        ({"format": "flextok-token-ids", "codebook_size": 1000, "pictures": [{"file": "a.png"}]}, "integers"),
+    ],
+)
+def test_token_files_with_wrong_content_are_refused(content, word):
+    with pytest.raises(ValueError, match=word):
+        parse_token_ids(content, "ids.json", codebook_size=1000, num_registers=16)
+
+
+@pytest.mark.parametrize("content, expected", [([1, 2], [[1, 2]]), ([[1, 2], [3]], [[1, 2], [3]])])
+def test_plain_lists_are_token_files_too(content, expected):
+    assert parse_token_ids(content, "ids.json", codebook_size=1000, num_registers=16) == expected
+
+
+def test_token_files_survive_a_round_trip(tmp_path):
+    pictures = [{"file": "a.png", "token_ids": [1, 2]}, {"file": "b.png", "token_ids": [999]}]
+    write_token_file(tmp_path / "ids.json", pictures, codebook_size=1000, num_registers=16)
+    content = read_json(str(tmp_path / "ids.json"))
+    assert parse_token_ids(content, "ids.json", codebook_size=1000, num_registers=16) == [[1, 2], [999]]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "out.txt"
+    path.write_text("old")
+
+    def write_half(temporary):
+        Path(temporary).write_text("ne")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, write_half)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out.txt"]
+    assert path.read_text() == "old"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX systems")
+def test_written_files_have_the_permissions_of_ordinary_files(tmp_path):
+    write_atomically(tmp_path / "a.txt", lambda temporary: Path(temporary).write_text("a"))
+    (tmp_path / "b.txt").write_text("b")
+    assert (tmp_path / "a.txt").stat().st_mode == (tmp_path / "b.txt").stat().st_mode
+
+
+def test_several_results_get_numbers_that_sort():
+    assert numbered_paths("cat.png", 1) == [Path("cat.png")]
+    names = [path.name for path in numbered_paths("folder/cat.png", 10)]
+    assert names[0] == "cat-01.png" and names == sorted(names)
+
+
+def test_output_endings_may_be_in_capitals(tmp_path):
+    assert check_output_path(tmp_path / "CAT.PNG", (".png",)) == tmp_path / "CAT.PNG"
+
+
+def test_a_contact_sheet_keeps_pictures_in_their_rows_and_columns():
+    colors = [["red", "lime"], ["blue", "yellow"]]
+    rows = [[Image.new("RGB", (2, 2), color) for color in row] for row in colors]
+    sheet = contact_sheet(rows, ["one", "two"], cell_size=64, gap=8)
+    top = sheet.height - 2 * (64 + 8)
+    for row in range(2):
+        for column in range(2):
+            pixel = sheet.getpixel((8 + column * 72 + 32, top + row * 72 + 32))
+            assert pixel == Image.new("RGB", (1, 1), colors[row][column]).getpixel((0, 0))
+
+
+def test_a_contact_sheet_with_uneven_rows_is_refused():
+    with pytest.raises(ValueError, match="titles"):
+        contact_sheet([[Image.new("RGB", (2, 2))]], ["one", "two"])
+
+
+@needs_embedded_model
+def test_a_prompt_becomes_a_picture_file(capsys, tmp_path):
+    path = tmp_path / "cat.png"
+    code, out, err = run(
+        capsys,
+        "generate",
+        "a cat",
+        "--max-tokens",
+        64,
+        "--num-inference-steps",
+        2,
+        "--output",
+        path,
+        "--device",
+        "cpu",
+    )
+    assert (code, str(path) in out) == (0, True), err
+    assert Image.open(path).mode == "RGB"
+
+
+@needs_embedded_model
+def test_the_second_picture_of_a_seed_is_the_first_of_the_next_seed(capsys, tmp_path):
+    shared = ["generate", "a cat", "--num-inference-steps", 2, "--device", "cpu", "--quiet"]
+    assert run(capsys, *shared, "--seed", 3, "--num-images", 2, "--output", tmp_path / "pair.png") == (0, "", "")
+    assert run(capsys, *shared, "--seed", 4, "--output", tmp_path / "single.png") == (0, "", "")
+    pair, single = Image.open(tmp_path / "pair-2.png"), Image.open(tmp_path / "single.png")
+    difference = max(abs(a - b) for a, b in zip(pair.tobytes(), single.tobytes(), strict=True))
+    assert difference <= 1  # other batch sizes may round a value to its neighbor
+
+
+@needs_embedded_model
+def test_photos_become_ids_and_pictures_again(capsys, tmp_path):
+    ids, out = tmp_path / "ids.json", tmp_path / "out.png"
+    assert run(capsys, "tokenize", PHOTO, PHOTO, "--max-tokens", 3, "--output", ids, "--device", "cpu")[0] == 0
+    first, second = (picture["token_ids"] for picture in json.loads(ids.read_text())["pictures"])
+    assert first == second and len(first) == 3
+    shared = ["--num-inference-steps", 2, "--device", "cpu"]
+    assert run(capsys, "detokenize", ids, "--output", out, *shared)[0] == 0
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["out-1.png", "out-2.png"]
+
+
+@needs_embedded_model
+def test_a_photo_becomes_a_contact_sheet_with_a_column_per_count(capsys, tmp_path):
+    path = tmp_path / "sheet.png"
+    shared = ["--num-inference-steps", 2, "--output", path, "--device", "cpu"]
+    code, out, err = run(capsys, "reconstruct", PHOTO, "--max-tokens", 1, 4, *shared)
+    assert code == 0, err
+    assert "original, 1 token, 4 tokens" in out
+    width, height = Image.open(path).size
+    assert width > 2 * height
+
+
+@needs_embedded_model
+def test_a_file_that_is_no_picture_is_named(capsys, tmp_path):
+    fake = tmp_path / "fake.png"
+    fake.write_text("not a picture")
+    assert_one_line_error(run(capsys, "tokenize", fake, "--output", tmp_path / "ids.json"), "fake.png")
+
+
+@needs_embedded_model
+def test_info_tells_resolution_tokens_and_parameters(capsys):
+    code, out, err = run(capsys, "info", "--json", "--device", "cpu")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert {"resolution", "num_registers", "codebook_size"} <= facts.keys()
+    assert facts["components"]["encoder"]["parameters"] > 0
+    assert facts["components"]["encoder"]["bytes_on_disk"] > 0

@@ -1,0 +1,154 @@
+"""What the repository says about itself is true: examples run, arguments exist, nothing unwanted is named."""
+
+import ast
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from flextok_hf import cli, embedded
+
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "src").rglob("*.py"))
+SCRIPTS = sorted([*(ROOT / "scripts").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def code_blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def tracked_files() -> list[Path]:
+    """Return the files that git knows or would add; all of them in a copy without git."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    try:
+        listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in listing.split("\0") if name and (ROOT / name).is_file()]
+
+
+def names(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.skipif(
+    not (embedded.EMBEDDED_MODEL_FOLDER / "model_index.json").is_file(), reason="the embedded model is not there yet"
+)
+def test_python_examples_of_the_readme_run(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    blocks = code_blocks(ROOT / "README.md", "python")
+    assert blocks
+    scope: dict = {}
+    for block in blocks:  # in one scope: later examples may build on earlier ones
+        exec(compile(block, "README.md", "exec"), scope)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names)
+def test_python_examples_parse(page):
+    for block in code_blocks(page, "python"):
+        ast.parse(block)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names)
+def test_flextok_commands_of_the_docs_parse(page):
+    lines = [line for block in code_blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["flextok"]:
+            cli.build_parser().parse_args(words[1:])
+
+
+def test_make_targets_of_the_readme_exist():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for block in code_blocks(ROOT / "README.md", "bash"):
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["make"]:
+                assert {word for word in words[1:] if "=" not in word} <= targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names)
+def test_links_within_the_repository_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        if "://" not in target and not target.startswith("mailto:"):
+            assert (page.parent / target).exists(), f"{names(page)} links to {target}"
+
+
+def documented_arguments(docstring: str) -> list[str]:
+    """Return the names in the `Args:` section of a docstring."""
+    section = re.search(r"^( *)Args:\n((?:\1 +\S.*\n|\s*\n)*)", docstring + "\n", re.MULTILINE)
+    if section is None:
+        return []
+    lines = [line for line in section.group(2).splitlines() if line.strip()]
+    indent = len(lines[0]) - len(lines[0].lstrip())
+    entries = [line.strip() for line in lines if len(line) - len(line.lstrip()) == indent]
+    return [name.strip("` *") for entry in entries for name in re.split(r"[:(]", entry)[0].split(",")]
+
+
+def public_functions(tree: ast.Module):
+    """Yield (name, function, node with the docstring) of public functions, methods and constructors of a module."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            yield node.name, node, node
+        if isinstance(node, ast.ClassDef):
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef) and (
+                    not method.name.startswith("_") or method.name in ("__init__", "__call__")
+                ):
+                    yield f"{node.name}.{method.name}", method, method
+                    if method.name == "__init__":
+                        yield node.name, method, node
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=names)
+def test_docstrings_document_arguments_that_exist_in_their_order(path):
+    for name, function, documented in public_functions(ast.parse(path.read_text(encoding="utf-8"))):
+        described = documented_arguments(ast.get_docstring(documented) or "")
+        arguments = function.args
+        known = [argument.arg for argument in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]]
+        known += [argument.arg for argument in (arguments.vararg, arguments.kwarg) if argument is not None]
+        assert [entry for entry in known if entry in described] == described, f"{names(path)}: {name}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=names)
+def test_public_functions_of_any_length_have_docstrings(path):
+    for name, function, _ in public_functions(ast.parse(path.read_text(encoding="utf-8"))):
+        is_short = len(function.body) <= 3
+        if function.name not in ("__init__", "__call__") and not is_short:
+            assert ast.get_docstring(function), f"{names(path)}: {name}"
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *SCRIPTS], ids=names)
+def test_torchvision_is_not_imported(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            modules = [node.module]
+        assert not any(module.split(".")[0] == "torchvision" for module in modules)
+
+
+def test_no_file_names_a_private_path():
+    # Absolute paths of the kind that exist on one machine only. Written in parts, because this file is read too.
+    private = re.compile(
+        r"(?<![\w.~])/(?:" + "|".join(["ho" + "me/", "Us" + "ers/", "ro" + "ot/", "wo" + "rk/", "tm" + "p/"]) + ")"
+    )
+    found = []
+    for path in tracked_files():
+        if (
+            path.suffix in (".py", ".md", ".toml", ".yaml", ".yml", ".json", ".cff", ".sh", "")
+            and path.name != "LICENSE"
+        ):
+            text = path.read_text(encoding="utf-8", errors="ignore")
+            found += [f"{names(path)}: {match.group(0)}" for match in private.finditer(text)]
+    assert not found
+
+
+def test_python_files_are_ascii():
+    for path in tracked_files():
+        if path.suffix == ".py":
+            text = path.read_text(encoding="utf-8")
+            assert text.isascii(), names(path)
