@@ -11,7 +11,8 @@ PROMPT ?= a cat
 BIN := $(VENV)/bin
 # Made again when the list of dependencies changes.
 INSTALLED := $(VENV)/.installed
-SOURCES := src scripts tests benchmarks
+SOURCES := $(wildcard src scripts tests benchmarks)
+BENCHMARKS := $(wildcard benchmarks/bench_*.py)
 
 .PHONY: help setup demo style quality test bench clean
 .DEFAULT_GOAL := help
@@ -45,7 +46,7 @@ test: setup  ## run the whole test suite
 	$(BIN)/python -m pytest
 
 bench: setup  ## time the embedded model; the last line of each benchmark is JSON
-	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+	for script in $(BENCHMARKS); do $(BIN)/python $$script || exit 1; done
 
 clean:  ## remove what the targets above made
 	rm -rf $(VENV) $(OUTPUTS) build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

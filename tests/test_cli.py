@@ -2,14 +2,32 @@
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from flextok_hf import cli, embedded
+from flextok_hf import (
+    FlexTokEncoder,
+    FlexTokEncoderConfig,
+    FlexTokFlowDecoder,
+    FlexTokPipeline,
+    FlexTokPriorConfig,
+    FlexTokPriorForCausalLM,
+    cli,
+    embedded,
+)
 from flextok_hf.outputs import check_output_path, numbered_paths, write_atomically
 from flextok_hf.sheets import contact_sheet
 from flextok_hf.token_files import parse_token_ids, read_json, write_token_file
@@ -33,6 +51,58 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
     return code, captured.out, captured.err
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """Save an untrained pipeline of the smallest size that has every part, and return its folder."""
+    folder = str(tmp_path_factory.mktemp("model"))
+    torch.manual_seed(0)
+    width, registers = 16, 8
+    words = Tokenizer(WordLevel({"<pad>": 0, "</s>": 1, "a": 2, "cat": 3}, unk_token="<pad>"))
+    words.pre_tokenizer = Whitespace()
+    words.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    FlexTokPipeline(
+        FlexTokEncoder(
+            FlexTokEncoderConfig(
+                in_channels=3,
+                patch_size=4,
+                grid_size=4,
+                hidden_size=width,
+                num_hidden_layers=1,
+                head_dim=8,
+                num_registers=registers,
+                fsq_levels=[5, 5],
+            )
+        ),
+        FlexTokFlowDecoder(
+            in_channels=3,
+            patch_size=4,
+            grid_size=4,
+            hidden_size=width,
+            num_layers=1,
+            head_dim=8,
+            num_registers=registers,
+            code_dim=2,
+        ),
+        FlowMatchEulerDiscreteScheduler(),
+        prior=FlexTokPriorForCausalLM(
+            FlexTokPriorConfig(
+                codebook_size=25,
+                hidden_size=width,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=32,
+                max_position_embeddings=registers,
+                text_hidden_size=width,
+            )
+        ),
+        text_encoder=T5EncoderModel(
+            T5Config(vocab_size=4, d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2, pad_token_id=0)
+        ),
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>"),
+    ).save_pretrained(folder)
+    return folder
+
+
 def assert_one_line_error(result: tuple[int, str, str], *words: str) -> None:
     code, out, err = result
     assert code == 2
@@ -51,8 +121,6 @@ def test_help_fits_a_screen_and_shows_an_example_that_parses(capsys, command, mo
     assert max(map(len, out.splitlines())) <= 80
     example = out.split("example:\n")[1].strip()
     assert example.startswith(f"flextok {command}")
-    import shlex
-
     cli.build_parser().parse_args(shlex.split(example)[1:])
 
 
@@ -77,6 +145,7 @@ def test_reading_arguments_does_not_load_torch():
         (("generate", "a cat", "--output", "cat.png", "--max-tokens", "0"), "--max-tokens"),
         (("generate", "a cat", "--output", "cat.png", "--num-images", "-1"), "--num-images"),
         (("generate", "a cat", "--output", "cat.png", "--top-p", "0"), "--top-p"),
+        (("generate", "a cat", "--output", "cat.png", "--seed", str(2**63)), "--seed"),
         (("generate", "a cat", "--output", "cat.png", "--temperature", "nan"), "--temperature"),
         (("generate", "a cat", "--output", "cat.png", "--dtype", "int4"), "--dtype"),
         (("reconstruct", "--output", "sheet.png"), "PHOTO"),
@@ -111,8 +180,14 @@ def test_a_folder_without_a_pipeline_is_refused(capsys, tmp_path):
     assert_one_line_error(run(capsys, "info", "--model", tmp_path), "model_index.json")
 
 
-def test_an_unknown_device_is_refused(capsys):
-    assert_one_line_error(run(capsys, "info", "--device", "abacus"), "`device`", "abacus")
+def test_an_unknown_device_is_refused_before_the_model_is_loaded(capsys, tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    assert_one_line_error(run(capsys, "info", "--model", tmp_path, "--device", "abacus"), "`device`", "abacus")
+
+
+def test_a_damaged_model_index_is_refused(capsys, tmp_path):
+    (tmp_path / "model_index.json").write_text("{")
+    assert_one_line_error(run(capsys, "info", "--model", tmp_path, "--device", "cpu"), "`model`", str(tmp_path))
 
 
 def test_traceback_flag_shows_where_an_error_comes_from(tmp_path):
@@ -201,70 +276,87 @@ def test_a_contact_sheet_with_uneven_rows_is_refused():
         contact_sheet([[Image.new("RGB", (2, 2))]], ["one", "two"])
 
 
-@needs_embedded_model
-def test_a_prompt_becomes_a_picture_file(capsys, tmp_path):
+def fast(model: str) -> list[str]:
+    """Return the options that make a run with a tiny model quick."""
+    return ["--model", model, "--device", "cpu", "--num-inference-steps", "2"]
+
+
+def test_a_prompt_becomes_a_picture_file(capsys, tmp_path, model):
     path = tmp_path / "cat.png"
-    code, out, err = run(
-        capsys,
-        "generate",
-        "a cat",
-        "--max-tokens",
-        64,
-        "--num-inference-steps",
-        2,
-        "--output",
-        path,
-        "--device",
-        "cpu",
-    )
-    assert (code, str(path) in out) == (0, True), err
-    assert Image.open(path).mode == "RGB"
+    code, out, err = run(capsys, "generate", "a cat", "--max-tokens", 64, "--output", path, *fast(model))
+    assert code == 0, err
+    assert out == f"{path}: 16 x 16, 8 tokens, seed 0\n"
+    assert Image.open(path).size == (16, 16)
 
 
-@needs_embedded_model
-def test_the_second_picture_of_a_seed_is_the_first_of_the_next_seed(capsys, tmp_path):
-    shared = ["generate", "a cat", "--num-inference-steps", 2, "--device", "cpu", "--quiet"]
-    assert run(capsys, *shared, "--seed", 3, "--num-images", 2, "--output", tmp_path / "pair.png") == (0, "", "")
-    assert run(capsys, *shared, "--seed", 4, "--output", tmp_path / "single.png") == (0, "", "")
-    pair, single = Image.open(tmp_path / "pair-2.png"), Image.open(tmp_path / "single.png")
-    difference = max(abs(a - b) for a, b in zip(pair.tobytes(), single.tobytes(), strict=True))
-    assert difference <= 1  # other batch sizes may round a value to its neighbor
+def test_the_second_picture_of_a_seed_is_the_first_of_the_next_seed(capsys, tmp_path, model):
+    pair, single = tmp_path / "pair.png", tmp_path / "single.png"
+    common = ["generate", "a cat", "--quiet", *fast(model)]
+    assert run(capsys, *common, "--seed", 3, "--num-images", 2, "--output", pair) == (0, "", "")
+    assert run(capsys, *common, "--seed", 4, "--output", single) == (0, "", "")
+    second, single = Image.open(tmp_path / "pair-2.png"), Image.open(single)
+    difference = max(abs(a - b) for a, b in zip(second.tobytes(), single.tobytes(), strict=True))
+    assert difference <= 1  # another batch size may round a value to its neighbor
 
 
-@needs_embedded_model
-def test_photos_become_ids_and_pictures_again(capsys, tmp_path):
+def test_more_pictures_than_a_batch_holds_are_all_written(capsys, tmp_path, model, monkeypatch):
+    from flextok_hf import commands
+
+    monkeypatch.setattr(commands, "BATCH_SIZE", 2)
+    path = tmp_path / "cat.png"
+    assert run(capsys, "generate", "a cat", "--num-images", 3, "--output", path, *fast(model))[0] == 0
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["cat-1.png", "cat-2.png", "cat-3.png"]
+
+
+def test_photos_become_ids_and_pictures_again(capsys, tmp_path, model):
     ids, out = tmp_path / "ids.json", tmp_path / "out.png"
-    assert run(capsys, "tokenize", PHOTO, PHOTO, "--max-tokens", 3, "--output", ids, "--device", "cpu")[0] == 0
+    shared = ["--model", model, "--device", "cpu"]
+    assert run(capsys, "tokenize", PHOTO, PHOTO, "--max-tokens", 3, "--output", ids, *shared)[0] == 0
     first, second = (picture["token_ids"] for picture in json.loads(ids.read_text())["pictures"])
     assert first == second and len(first) == 3
-    shared = ["--num-inference-steps", 2, "--device", "cpu"]
-    assert run(capsys, "detokenize", ids, "--output", out, *shared)[0] == 0
+    assert run(capsys, "detokenize", ids, "--output", out, *fast(model))[0] == 0
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["out-1.png", "out-2.png"]
 
 
-@needs_embedded_model
-def test_a_photo_becomes_a_contact_sheet_with_a_column_per_count(capsys, tmp_path):
+def test_a_photo_becomes_a_contact_sheet_with_a_column_per_count(capsys, tmp_path, model):
     path = tmp_path / "sheet.png"
-    shared = ["--num-inference-steps", 2, "--output", path, "--device", "cpu"]
-    code, out, err = run(capsys, "reconstruct", PHOTO, "--max-tokens", 1, 4, *shared)
+    code, out, err = run(capsys, "reconstruct", PHOTO, "--max-tokens", 1, 4, 64, "--output", path, *fast(model))
     assert code == 0, err
-    assert "original, 1 token, 4 tokens" in out
+    assert "1 row, original, 1 token, 4 tokens, 8 tokens" in out
     width, height = Image.open(path).size
-    assert width > 2 * height
+    assert width > 3 * height
 
 
-@needs_embedded_model
-def test_a_file_that_is_no_picture_is_named(capsys, tmp_path):
+def test_a_file_that_is_no_picture_is_named(capsys, tmp_path, model):
     fake = tmp_path / "fake.png"
     fake.write_text("not a picture")
-    assert_one_line_error(run(capsys, "tokenize", fake, "--output", tmp_path / "ids.json"), "fake.png")
+    result = run(capsys, "tokenize", fake, "--output", tmp_path / "ids.json", "--model", model, "--device", "cpu")
+    assert_one_line_error(result, "fake.png")
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda file: file.unlink(), lambda file: file.write_bytes(file.read_bytes()[:999])]
+)
+def test_a_model_with_a_missing_or_truncated_weight_file_is_refused(capsys, tmp_path, model, damage):
+    copy = tmp_path / "copy"
+    shutil.copytree(model, copy)
+    damage(next((copy / "decoder").glob("*.safetensors")))
+    assert_one_line_error(run(capsys, "info", "--model", copy, "--device", "cpu"), "`model`", str(copy))
+
+
+def test_info_tells_resolution_tokens_and_parameters(capsys, model):
+    code, out, err = run(capsys, "info", "--json", "--model", model, "--device", "cpu")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert (facts["resolution"], facts["num_registers"], facts["codebook_size"]) == (16, 8, 25)
+    assert set(facts["components"]) == {"encoder", "decoder", "scheduler", "prior", "text_encoder", "tokenizer"}
+    assert facts["components"]["encoder"]["parameters"] > 0
+    assert facts["components"]["encoder"]["bytes_on_disk"] > 0
 
 
 @needs_embedded_model
-def test_info_tells_resolution_tokens_and_parameters(capsys):
-    code, out, err = run(capsys, "info", "--json", "--device", "cpu")
+def test_the_embedded_model_is_the_default(capsys, tmp_path):
+    path = tmp_path / "cat.png"
+    code, out, err = run(capsys, "generate", "a cat", "--max-tokens", 4, "--output", path, "--device", "cpu")
     assert code == 0, err
-    facts = json.loads(out)
-    assert {"resolution", "num_registers", "codebook_size"} <= facts.keys()
-    assert facts["components"]["encoder"]["parameters"] > 0
-    assert facts["components"]["encoder"]["bytes_on_disk"] > 0
+    assert "4 tokens" in out and Image.open(path).mode == "RGB"

@@ -83,9 +83,14 @@ def documented_arguments(docstring: str) -> list[str]:
     section = re.search(r"^( *)Args:\n((?:\1 +\S.*\n|\s*\n)*)", docstring + "\n", re.MULTILINE)
     if section is None:
         return []
+    entries: list[str] = []
     lines = [line for line in section.group(2).splitlines() if line.strip()]
     indent = len(lines[0]) - len(lines[0].lstrip())
-    entries = [line.strip() for line in lines if len(line) - len(line.lstrip()) == indent]
+    for line in lines:
+        if len(line) - len(line.lstrip()) == indent:
+            entries.append(line.strip())
+        else:  # the rest of an entry; several names may fill more than a line
+            entries[-1] += " " + line.strip()
     return [name.strip("` *") for entry in entries for name in re.split(r"[:(]", entry)[0].split(",")]
 
 

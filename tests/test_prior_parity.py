@@ -1,4 +1,4 @@
-"""The prior computes what the official one does: tiny random checkpoints in the official layout, outputs recorded once."""
+"""The prior computes what the official one does, on tiny random checkpoints in the official layout."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,7 @@ def map_state_dict(official, config):
             ours[f"text_projector.{layer}.weight"] = take(f"text_encoder.mlp.{layer}.weight")
     if config.num_classes is not None:
         ours["class_embedding.weight"] = take(f"{image_model}.preprocessor.cls_embedding.weight")
-    norms = ["self_attention_norm", "cross_attention_norm", "mlp_norm"] if has_text else ["self_attention_norm", "mlp_norm"]
+    norms = ["self_attention_norm", *["cross_attention_norm"] * has_text, "mlp_norm"]
     for index in range(config.num_hidden_layers):
         theirs, block = f"{image_model}.trunk.blocks.{index}", f"blocks.{index}"
         attention = f"{theirs}.self_attn" if has_text else f"{theirs}.attn"
@@ -223,7 +223,7 @@ def test_log_probabilities_of_the_best_continuation_match(text_golden):
 def test_filters_leave_the_official_probabilities(text_golden, temperature, top_k, top_p):
     model, logits = text_golden.model, text_golden.expected["filter_in"][:, 0]
     options, _ = model.resolve_generation_options(
-        None, None, {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        None, {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     )
     processor = model._get_logits_processor(options, input_ids_seq_length=1, logits_processor=[], model_kwargs={})
 

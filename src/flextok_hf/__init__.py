@@ -8,6 +8,7 @@ from .embedded import embedded_model
 from .modeling_decoder import FlexTokFlowDecoder
 from .modeling_encoder import FlexTokEncoder
 from .modeling_prior import FlexTokPriorForCausalLM
+from .pipeline_flextok import FlexTokPipeline, FlexTokPipelineOutput
 
 
 __version__ = "0.1.0"
@@ -16,6 +17,8 @@ __all__ = [
     "FlexTokEncoder",
     "FlexTokEncoderConfig",
     "FlexTokFlowDecoder",
+    "FlexTokPipeline",
+    "FlexTokPipelineOutput",
     "FlexTokPriorConfig",
     "FlexTokPriorForCausalLM",
     "embedded_model",

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: words after `flextok`; those of the process by default.
 
     Returns:
-        The exit code: 0 done, 2 wrong input (one line on stderr says what and how to mend it), 130 interrupted.
+        The exit code: 0 done, 1 nobody reads the output, 2 wrong input (one line on stderr), 130 interrupted.
     """
     options = build_parser().parse_args(arguments)
     try:
@@ -73,6 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from . import commands
 
         commands.COMMANDS[options.command](options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of our output has seen enough, as in `flextok info | head -1`; leave nothing to flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("flextok: interrupted", file=sys.stderr)
         return 130
@@ -128,6 +133,11 @@ def non_negative_int(text: str) -> int:
     return _bounded(int, text, "an integer of at least 0", lambda value: value >= 0)
 
 
+def seed(text: str) -> int:
+    """Read a seed that leaves room for the seeds of further pictures below what PyTorch takes."""
+    return _bounded(int, text, "an integer from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)
+
+
 def non_negative_float(text: str) -> float:
     """Read a finite number of at least 0."""
     return _bounded(float, text, "a number of at least 0", lambda value: 0 <= value < float("inf"))
@@ -158,9 +168,9 @@ def _add_command(commands, name: str, summary: str) -> argparse.ArgumentParser:
     )
 
 
-def _add_shared(parser: argparse.ArgumentParser, seed: bool = True) -> None:
-    if seed:
-        parser.add_argument("--seed", type=non_negative_int, default=0, metavar="N", help="same seed, same result (0)")
+def _add_shared(parser: argparse.ArgumentParser, has_seed: bool = True) -> None:
+    if has_seed:
+        parser.add_argument("--seed", type=seed, default=0, metavar="N", help="same seed, same result (0)")
     parser.add_argument("--model", metavar="PATH_OR_ID", help="folder or Hub id (the model in the package)")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (the best there is)")
     parser.add_argument(
@@ -216,7 +226,7 @@ def _add_tokenize(commands) -> None:
     parser.add_argument("photos", nargs="+", metavar="PHOTO", help="picture files of any size and mode")
     parser.add_argument("--output", required=True, metavar="FILE", help="JSON file for the ids")
     parser.add_argument("--max-tokens", type=positive_int, metavar="N", help="at most so many tokens (all)")
-    _add_shared(parser, seed=False)
+    _add_shared(parser, has_seed=False)
 
 
 def _add_detokenize(commands) -> None:
@@ -248,7 +258,7 @@ def _add_reconstruct(commands) -> None:
 def _add_info(commands) -> None:
     parser = _add_command(commands, "info", "describe a model: components, sizes, resolution, codebook")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    _add_shared(parser, seed=False)
+    _add_shared(parser, has_seed=False)
 
 
 if __name__ == "__main__":

@@ -41,12 +41,10 @@ def generate(options: argparse.Namespace) -> None:
             top_p=options.top_p,
             generator=[seeded(options.seed + start + number) for number in range(len(batch))],
         )
-        for number, (path, picture) in enumerate(zip(batch, result.images)):
+        for number, (path, picture, token_ids) in enumerate(zip(batch, result.images, result.token_ids)):
             save_picture(picture, path)
-            num_tokens, seed = len(result.token_ids[number]), options.seed + start + number
-            report(
-                options, f"{path}: {picture.width} x {picture.height}, {token_count_title(num_tokens)}, seed {seed}"
-            )
+            size, length = f"{picture.width} x {picture.height}", token_count_title(len(token_ids))
+            report(options, f"{path}: {size}, {length}, seed {options.seed + start + number}")
 
 
 def tokenize(options: argparse.Namespace) -> None:
@@ -87,18 +85,15 @@ def reconstruct(options: argparse.Namespace) -> None:
     rows: list[list[Image.Image]] = []
     for start, batch in batches(options.photos, options, "photos", pipe):
         photos = [load_image(path) for path in batch]
-        token_ids = pipe.tokenize(photos)
-        columns = [[resize_and_crop(photo, cell_size) for photo in photos]]
-        for count in counts:
-            # The same noise for every count: what changes along a row is what the tokens add.
-            result = pipe.detokenize(
-                token_ids[:, :count],
-                num_inference_steps=options.num_inference_steps,
-                guidance_scale=options.guidance_scale,
-                generator=[seeded(options.seed + start + number) for number in range(len(batch))],
-            )
-            columns.append(result.images)
-        rows += [list(row) for row in zip(*columns)]
+        columns = pipe.reconstruct(
+            photos,
+            max_tokens=counts,
+            num_inference_steps=options.num_inference_steps,
+            guidance_scale=options.guidance_scale,
+            generator=[seeded(options.seed + start + number) for number in range(len(batch))],
+        )
+        originals = [resize_and_crop(photo, cell_size) for photo in photos]
+        rows += [list(row) for row in zip(originals, *columns)]
     titles = ["original", *map(token_count_title, counts)]
     sheet = contact_sheet(rows, titles, cell_size=cell_size)
     save_picture(sheet, options.output)
@@ -164,14 +159,10 @@ def load_pipeline(options: argparse.Namespace) -> FlexTokPipeline:
     device = choose_device(options.device)
     try:
         pipe = FlexTokPipeline.from_pretrained(options.model)
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # a damaged file can surface as almost anything in the libraries below
+    except Exception as error:  # a missing or damaged file can surface as almost anything in the libraries below
         if options.traceback:
             raise
-        raise ValueError(
-            f"`model` {options.model!r} cannot be read; its files may be damaged, fetch it again: {error}"
-        ) from error
+        raise ValueError(f"`model` {options.model!r} cannot be loaded; fetch or save it again: {error}") from error
     return pipe.to(device=device, dtype=getattr(torch, options.dtype))
 
 
@@ -200,8 +191,9 @@ def batches(
     """Yield (index of the first item, items) in portions of `BATCH_SIZE`, with one progress bar."""
     # One portion: the pipeline's own bar, over decoder steps, says more. Several: a bar over all items.
     is_single = len(items) <= BATCH_SIZE
-    pipe.set_progress_bar_config(disable=options.quiet or not is_single, leave=False)
-    with tqdm(total=len(items), unit=f" {unit}", disable=options.quiet or is_single, leave=False) as progress:
+    is_hidden = True if options.quiet else None  # None: shown in a terminal, not in a log
+    pipe.set_progress_bar_config(disable=is_hidden if is_single else True, leave=False)
+    with tqdm(total=len(items), unit=f" {unit}", disable=True if is_single else is_hidden, leave=False) as progress:
         for start in range(0, len(items), BATCH_SIZE):
             batch = items[start : start + BATCH_SIZE]
             yield start, batch
@@ -210,7 +202,7 @@ def batches(
 
 def seeded(seed: int) -> torch.Generator:
     """Return a generator on the CPU, so that a seed means the same on every device."""
-    return torch.Generator("cpu").manual_seed(seed % 2**63)
+    return torch.Generator("cpu").manual_seed(seed)
 
 
 def token_counts(asked: Sequence[int] | None, num_registers: int) -> list[int]:

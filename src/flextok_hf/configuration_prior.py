@@ -7,7 +7,7 @@ from transformers.activations import ACT2FN
 
 @strict
 class FlexTokPriorConfig(PreTrainedConfig):
-    """Configuration of `FlexTokPriorForCausalLM`; the defaults are the published text-to-image model of 113M parameters.
+    """Configuration of `FlexTokPriorForCausalLM`; the defaults are the smallest published one, FlexAR-113M-T2I.
 
     codebook_size (`int`): token ids the model writes, the size of the tokenizer's codebook; also called `vocab_size`.
     hidden_size (`int`): width; a multiple of `num_attention_heads`.
@@ -65,13 +65,13 @@ class FlexTokPriorConfig(PreTrainedConfig):
             )
         if self.projector_activation not in ACT2FN:
             raise ValueError(
-                f"`projector_activation` is {self.projector_activation!r}, which Transformers does not know. Use one of"
-                f" {sorted(ACT2FN)}."
+                f"`projector_activation` is {self.projector_activation!r}, which Transformers does not know. Use one"
+                f" of {sorted(ACT2FN)}."
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"`dropout` must lie in [0, 1), got {self.dropout}.")
         if self.tie_word_embeddings:
-            raise ValueError("`tie_word_embeddings` must be False: the prior's embedding has a start row, its head none.")
+            raise ValueError("`tie_word_embeddings` must be False: the embedding has a start row, the head none.")
 
     def validate_token_ids(self):
         """Raise an error if the start id is not the first id after the codes.

@@ -16,22 +16,15 @@ from transformers.generation import LogitsProcessorList, MaxLengthCriteria, Stop
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .configuration_prior import FlexTokPriorConfig
-from .prior_inputs import (
-    UNCONDITIONAL_LABEL,
-    check_classes,
-    check_label_values,
-    check_mask_values,
-    check_range,
-    check_text,
-)
+from .prior_inputs import UNCONDITIONAL_LABEL, check_generate_inputs
 
 
 @dataclass
 class PriorGenerateOutput(GenerateDecoderOnlyOutput):
     """Transformers' output of `generate`, and how likely the choices were.
 
-    log_probs (`torch.FloatTensor` of shape `(B, k)`): log-probability of each new token under the distribution it was drawn
-        from, after guidance, temperature and filters; their sum over a row scores the row.
+    log_probs (`torch.FloatTensor` of shape `(B, k)`): log-probability of each new token under the distribution it was
+        drawn from, after guidance, temperature and filters; their sum over a row scores the row.
     """
 
     log_probs: Tensor | None = None
@@ -65,18 +58,18 @@ class PriorGenerationMixin(GenerationMixin):
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """Write token sequences for texts or classes.
 
-        Unless told otherwise, all `max_position_embeddings` tokens are written, greedily; with `do_sample=True` the whole
-        distribution is drawn from (`top_k=0`, `top_p=1.0`; 0.0 also switches top-p off). Sampling order: guidance,
+        Unless told otherwise, all `max_position_embeddings` tokens are written, greedily; with `do_sample=True` from
+        the whole distribution (`top_k=0`, `top_p=1.0`; 0.0 also switches top-p off). Sampling order: guidance,
         temperature, top-k (ties with the k-th stay), top-p (the best token always stays).
 
         Args:
-            inputs: start of the sequences, `[BOS, t0, ...]`, (B, 1 or more); also `input_ids`. `None` is `[BOS]` alone.
+            inputs: start of the sequences, `[BOS, t0, ...]`, (B, 1 or more); also `input_ids`. `None` is `[BOS]`.
             generation_config: options of Transformers' `generate`, which may also be passed one by one.
-            guidance_scale: s in `unconditional + s * (conditional - unconditional)` on the logits (Ho and Salimans, 2022,
-                https://arxiv.org/abs/2207.12598); 1 is no guidance and costs half. Unconditional is class -1 at every
-                step, and the negative text.
-            negative_encoder_hidden_states: text states of the unconditional rows, (B or 1, M, text_hidden_size), usually
-                of the empty string; needed by models with text under guidance.
+            guidance_scale: s in `unconditional + s * (conditional - unconditional)` on the logits (Ho and Salimans,
+                2022, https://arxiv.org/abs/2207.12598); 1 is no guidance and costs half. Unconditional is class -1 at
+                every step (the official code uses class 0 from the second step on), and the negative text.
+            negative_encoder_hidden_states: text states of the unconditional rows, (B or 1, M, text_hidden_size),
+                usually of the empty string; needed by models with text under guidance.
             negative_encoder_attention_mask: their mask, (B or 1, M).
             generator: source of randomness. A list with one per row makes every row independent of its batch; a single
                 one draws for the whole batch. `None` uses PyTorch's global one; otherwise that one is left alone.
@@ -92,28 +85,28 @@ class PriorGenerationMixin(GenerationMixin):
         given = {name: value for name, value in given.items() if value is not None}
         inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
         through = {name: kwargs.pop(name) for name in GENERATE_OBJECTS if name in kwargs}
-        generation_config, conditions = self.resolve_generation_options(generation_config, inputs, kwargs)
+        generation_config, conditions = self.resolve_generation_options(generation_config, kwargs)
         if guidance_scale is None:
             stored = (generation_config.guidance_scale, self.generation_config.guidance_scale, 1.0)
             guidance_scale = next(value for value in stored if value is not None)
         generation_config.guidance_scale = 1.0  # guided here: Transformers' own would drop the conditions
         negative = (negative_encoder_hidden_states, negative_encoder_attention_mask)
-        self.check_generate_inputs(inputs, conditions, guidance_scale, negative)
+        check_generate_inputs(self.config, inputs, conditions, guidance_scale, negative)
         if guidance_scale != 1.0 or generator is not None or return_log_probs:
             if given or (generation_config.num_beams or 1) > 1:
                 raise ValueError(
                     f"`guidance_scale`, `generator` and `return_log_probs` do not go together with {sorted(given)} or"
                     " `num_beams` above 1. Leave one side out."
                 )
-            negative = self.pad_texts(conditions, *negative) if guidance_scale != 1.0 else (None, None)
+            negative = pad_texts(conditions, *negative) if guidance_scale != 1.0 else (None, None)
             sampling = GuidedSampling(guidance_scale, *negative, generator, return_log_probs)
             given["custom_generate"] = partial(type(self).sample_guided, sampling=sampling)
         return super().generate(inputs, generation_config, **through, **given, **conditions)
 
     def resolve_generation_options(
-        self, generation_config: GenerationConfig | None, inputs: Tensor | None, kwargs: dict
+        self, generation_config: GenerationConfig | None, kwargs: dict
     ) -> tuple[GenerationConfig, dict]:
-        """Gather the options of one call with the prior's defaults; returns them, and the arguments that are not options."""
+        """Gather the options of one call with the prior's defaults; returns them and the arguments left over."""
         options = GenerationConfig() if generation_config is None else copy.deepcopy(generation_config)
         conditions = options.update(**kwargs)
 
@@ -128,48 +121,6 @@ class PriorGenerationMixin(GenerationMixin):
             options.top_p = 1.0  # both mean off
         return options, conditions
 
-    def check_generate_inputs(
-        self, inputs: Tensor | None, conditions: dict, guidance_scale: float, negative: tuple[Tensor | None, Tensor | None]
-    ) -> None:
-        """Raise an error if `generate` cannot run on these arguments; values are read, once per call."""
-        config, text, mask = self.config, conditions.get("encoder_hidden_states"), conditions.get("encoder_attention_mask")
-        labels = conditions.get("class_labels")
-        given = [value for value in (inputs, text, labels) if value is not None]
-        batch_size = given[0].shape[0] if given else 1
-        check_text(config, batch_size, text, mask, is_start=True)
-        check_classes(config, batch_size, labels, is_start=True)
-        if mask is not None:
-            check_mask_values("encoder_attention_mask", mask)
-        if labels is not None:
-            check_label_values(config, labels)
-        if inputs is not None:
-            if inputs.ndim != 2 or inputs.shape[1] == 0 or (inputs[:, 0] != config.bos_token_id).any():
-                raise ValueError(
-                    f"`inputs` must have shape (batch, 1 or more) and start with `bos_token_id` ({config.bos_token_id})."
-                    " For token ids alone, pass `model.prepend_bos(token_ids)`."
-                )
-            check_range("inputs", inputs[:, 1:], 0, config.codebook_size, "Only the first may be `bos_token_id`.")
-        if guidance_scale == 1.0:
-            return
-        if text is None and labels is None:
-            raise ValueError(f"`guidance_scale` is {guidance_scale}, but this model has no condition to guide by. Use 1.")
-        if text is not None:
-            rows = 1 if negative[0] is not None and negative[0].shape[0] == 1 else batch_size
-            check_text(config, rows, *negative, is_start=True, name="negative_encoder")
-            if negative[1] is not None:
-                check_mask_values("negative_encoder_attention_mask", negative[1])
-
-    def pad_texts(
-        self, conditions: dict, hidden_states: Tensor | None, attention_mask: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Bring the texts in `conditions` and the negative ones to one length, for one batch; returns the negative ones."""
-        if hidden_states is None:
-            return None, None
-        text, text_mask = conditions["encoder_hidden_states"], conditions.get("encoder_attention_mask")
-        length = max(text.shape[1], hidden_states.shape[1])
-        conditions["encoder_hidden_states"], conditions["encoder_attention_mask"] = pad_text(text, text_mask, length)
-        return pad_text(hidden_states, attention_mask, length)
-
     def sample_guided(
         self,
         input_ids: Tensor,
@@ -179,12 +130,12 @@ class PriorGenerationMixin(GenerationMixin):
         sampling: GuidedSampling,
         **model_kwargs,
     ) -> Tensor | PriorGenerateOutput:
-        """Transformers' sampling loop with guidance and a generator; called by `generate`, which prepares its arguments."""
+        """Transformers' sampling loop with guidance and a generator; `generate` prepares its arguments."""
         batch_size = input_ids.shape[0]
         if isinstance(sampling.generator, list) and len(sampling.generator) != batch_size:
             raise ValueError(
-                f"`generator` is a list of {len(sampling.generator)}, but the batch has {batch_size} rows. Pass one per row,"
-                " or a single one."
+                f"`generator` is a list of {len(sampling.generator)}, but the batch has {batch_size} rows. Pass one"
+                " per row, or a single one."
             )
         is_guided = sampling.guidance_scale != 1.0
         if is_guided:
@@ -195,7 +146,7 @@ class PriorGenerationMixin(GenerationMixin):
 
         cache = model_kwargs.get("past_key_values")
         forward, new_ids = self, input_ids if cache is None else input_ids[:, int(cache.get_seq_length()) :]
-        scores, log_probs = [], []
+        scores, raw_logits, log_probs = [], [], []
         while input_ids.shape[1] < generation_config.max_length:
             output = forward(new_ids.repeat(2, 1) if is_guided else new_ids, **model_kwargs)
             logits = output.logits[:, -1].float()  # (2 B or B, V)
@@ -208,6 +159,8 @@ class PriorGenerationMixin(GenerationMixin):
                 log_probs.append(step_scores.log_softmax(dim=-1).gather(1, next_ids))
             if generation_config.output_scores:
                 scores.append(step_scores)
+            if generation_config.output_logits:
+                raw_logits.append(logits)
             input_ids = torch.cat([input_ids, next_ids], dim=1)
             forward, new_ids = next_forward, input_ids if cache is None else next_ids
             if any(rule(input_ids, step_scores).all() for rule in other_criteria):
@@ -218,6 +171,7 @@ class PriorGenerationMixin(GenerationMixin):
         return PriorGenerateOutput(
             sequences=input_ids,
             scores=tuple(scores) or None,
+            logits=tuple(raw_logits) or None,
             past_key_values=cache,
             log_probs=torch.cat(log_probs, dim=1) if log_probs else None,
         )
@@ -225,10 +179,11 @@ class PriorGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, next_sequence_length: int | None = None, is_first_iteration: bool = False, **kwargs
     ) -> dict:
-        """Arguments of `forward` for the next step; positions and masks follow from the cache, so nothing else is made."""
+        """Arguments of `forward` for the next step; positions and masks follow from the cache."""
         if next_sequence_length is not None:
             input_ids = input_ids[:, -next_sequence_length:]
-        return {"input_ids": input_ids.contiguous(), **{name: kwargs[name] for name in FORWARD_INPUTS if name in kwargs}}
+        given = {name: kwargs[name] for name in FORWARD_INPUTS if name in kwargs}
+        return {"input_ids": input_ids.contiguous(), **given}
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
@@ -244,8 +199,8 @@ class PriorGenerationMixin(GenerationMixin):
         max_tokens = self.config.max_position_embeddings
         if generation_config.max_length > max_tokens + 1:  # the start vector counts as well
             raise ValueError(
-                f"`max_new_tokens` asks for sequences of {generation_config.max_length - 1} tokens, but the model writes at"
-                f" most {max_tokens} (`max_position_embeddings`). Ask for fewer, or leave it out to get all."
+                f"`max_new_tokens` asks for sequences of {generation_config.max_length - 1} tokens, but the model has"
+                f" {max_tokens} (`max_position_embeddings`). Ask for fewer, or leave it out to get all."
             )
 
 
@@ -272,10 +227,20 @@ def choose(scores: Tensor, do_sample: bool, generator: torch.Generator | list[to
 
 
 def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draw one id per row of probabilities (B, V) on the generator's device, so that a CPU seed means the same everywhere."""
+    """Draw one id per row of probabilities (B, V), on the generator's device: a CPU seed draws alike everywhere."""
     if generator is None:
         return torch.multinomial(probs, 1)
     return torch.multinomial(probs.to(generator.device), 1, generator=generator).to(probs.device)
+
+
+def pad_texts(conditions: dict, hidden_states: Tensor | None, attention_mask: Tensor | None) -> tuple:
+    """Bring the texts in `conditions` and the negative ones to one length; returns the negative ones."""
+    if hidden_states is None:
+        return None, None
+    text, text_mask = conditions["encoder_hidden_states"], conditions.get("encoder_attention_mask")
+    length = max(text.shape[1], hidden_states.shape[1])
+    conditions["encoder_hidden_states"], conditions["encoder_attention_mask"] = pad_text(text, text_mask, length)
+    return pad_text(hidden_states, attention_mask, length)
 
 
 def pad_text(hidden_states: Tensor, attention_mask: Tensor | None, length: int) -> tuple[Tensor, Tensor]:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 
 OUTPUT_TYPES = ("pil", "np", "pt")
-WHITE = (255, 255, 255, 255)
+WHITE = (255, 255, 255)
 # What Pillow raises for files that are no pictures, are cut off or are damaged; each format has its own habits.
-PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, zlib.error, OverflowError)
+PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, OverflowError, struct.error, zlib.error)
 PILLOW_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
@@ -65,10 +65,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBa", "La"):  # premultiplied alpha; Pillow converts it only to its own plain form
         image = image.convert({"RGBa": "RGBA", "La": "LA"}[image.mode])
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        background = Image.new("RGBA", rgba.size, WHITE)
-        background.alpha_composite(rgba)
-        image = background
+        rgba = image if image.mode == "RGBA" else image.convert("RGBA")  # even a conversion to the same mode copies
+        image = Image.new("RGB", rgba.size, WHITE)
+        image.paste(rgba, mask=rgba)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -88,7 +87,7 @@ def prepare_images(images: Any, resolution: int, device: torch.device | str | No
     """Bring one picture or many to `pixel_values` (B, 3, R, R), float32 in [-1, 1].
 
     Args:
-        images: a picture or a list of pictures, sizes and kinds may be mixed. A picture is a path, a PIL image, a numpy
+        images: a picture or a list of pictures, sizes and kinds may be mixed. A picture is a path, a PIL image, an
             array (H, W) or (H, W, 1 | 3), or a tensor (H, W) or (1 | 3, H, W); uint8 in 0..255 or float in [0, 1].
             Batches (B, H, W, 1 | 3) of numpy and (B, 1 | 3, H, W) of torch are taken too.
         resolution: R. Tensors and arrays of exactly this size are not resampled.
@@ -138,8 +137,8 @@ def to_output(images: Tensor, output_type: str = "pil") -> list[Image.Image] | n
         raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
     if not torch.isfinite(images).all():
         raise ValueError(
-            "The model's pictures hold NaN or infinity. Use a wider `dtype` (bfloat16 or float32 instead of float16), or"
-            " check that the weights were loaded in full."
+            "The model's pictures hold NaN or infinity. Use a wider `dtype` (bfloat16 or float32 instead of float16),"
+            " or check that the weights were loaded in full."
         )
     return VaeImageProcessor().postprocess(images.detach().float(), output_type=output_type)
 
@@ -157,7 +156,8 @@ def _prepare_one(picture: Any, name: str, resolution: int) -> Tensor:
             raise ValueError(_bomb_message(name, error)) from error
         except PILLOW_ERRORS as error:
             raise ValueError(
-                f"{name}, a PIL picture of mode {picture.mode}, cannot be decoded ({error}). Load or save the file again."
+                f"{name}, a PIL picture of mode {picture.mode}, cannot be decoded ({error})."
+                " Load or save the file again, or convert the picture to RGB."
             ) from error
         return pixels_to_values(image_to_pixels(resize_and_crop(rgb, resolution)))
     if isinstance(picture, np.ndarray):
@@ -170,8 +170,8 @@ def _prepare_one(picture: Any, name: str, resolution: int) -> Tensor:
         pixels = pixels[None] if pixels.ndim == 2 else pixels
     else:
         raise TypeError(
-            f"{name} is of type {type(picture).__name__}. Allowed are a path, a PIL image, a numpy array, a tensor, or a"
-            " flat list of them."
+            f"{name} is of type {type(picture).__name__}. Allowed are a path, a PIL image, a numpy array, a tensor, or"
+            " a flat list of them."
         )
     pixels = _check_values(pixels, name).expand(3, -1, -1)
     if pixels.shape[-2:] != (resolution, resolution):
@@ -180,7 +180,7 @@ def _prepare_one(picture: Any, name: str, resolution: int) -> Tensor:
 
 
 def _array_to_tensor(array: np.ndarray, name: str) -> Tensor:
-    """View a numpy array as a tensor; data types that torch lacks are an error, others are checked with the tensors."""
+    """Copy a numpy array into a tensor; data types that pictures do not have are an error."""
     if array.dtype not in (np.uint8, np.float16, np.float32, np.float64):
         raise TypeError(_dtype_message(name, array.dtype))
     # A copy where torch could not view: reversed or read-only memory, or the other byte order.
@@ -259,4 +259,4 @@ def _dtype_message(name: str, dtype: object) -> str:
 
 
 def _bomb_message(name: str, error: Exception) -> str:
-    return f"{name} is too large to decode safely ({error}). Reduce it, or raise `PIL.Image.MAX_IMAGE_PIXELS` yourself."
+    return f"{name} is too large to decode safely ({error}). Reduce it, or raise `PIL.Image.MAX_IMAGE_PIXELS`."

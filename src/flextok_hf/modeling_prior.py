@@ -1,7 +1,7 @@
 """Prior: text or class -> token ids, one after the other.
 
-A decoder-only transformer over picture tokens (the FlexAR models of Bachmann et al., 2025, arXiv 2502.13967), kept to the
-calls of a Transformers causal LM: `input_ids` are `[BOS, t0, t1, ...]` and the logits at position j predict token j.
+A decoder-only transformer over picture tokens (the autoregressive models of Bachmann et al., 2025, arXiv 2502.13967)
+with the calls of a Transformers causal LM: `input_ids` are `[BOS, t0, t1, ...]`, logits at position j predict token j.
 
 Letters: B batch, L tokens of this call, M text length, S keys (cached and new), D hidden size, V codebook size.
 """
@@ -20,7 +20,11 @@ from transformers.utils import can_return_tuple
 from .configuration_prior import FlexTokPriorConfig
 from .generation_prior import PriorGenerationMixin, with_text_cache
 from .layers import attend
-from .prior_inputs import UNCONDITIONAL_LABEL, check_prior_inputs
+from .prior_inputs import UNCONDITIONAL_LABEL, check_forward_inputs
+
+
+class ResidualProjection(nn.Linear):
+    """Last layer of a residual update; a class of its own because it starts smaller than other layers."""
 
 
 class CausalSelfAttention(nn.Module):
@@ -31,12 +35,12 @@ class CausalSelfAttention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)  # rows: query, key, value
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.out_proj = ResidualProjection(config.hidden_size, config.hidden_size, bias=False)
         self.query_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.key_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, is_causal: bool, cache: Cache | None):
-        """Mix (B, L, D) with the cached positions; `attention_mask` is (L, S), true where a row may look at a column."""
+        """Mix (B, L, D) with the cached positions; `attention_mask` (1, 1, L, S): who may look where."""
         query, key, value = self.qkv_proj(hidden_states).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
         query, key = self.query_norm(query), self.key_norm(key)  # (B, L, heads, head_dim)
         if cache is not None:
@@ -54,7 +58,7 @@ class CrossAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.query_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.key_value_proj = nn.Linear(config.hidden_size, 2 * config.hidden_size, bias=False)  # rows: key, value
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.out_proj = ResidualProjection(config.hidden_size, config.hidden_size, bias=False)
         self.query_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps) if config.cross_qk_norm else nn.Identity()
         self.key_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps) if config.cross_qk_norm else nn.Identity()
 
@@ -81,7 +85,7 @@ class GatedMLP(nn.Module):
     def __init__(self, config: FlexTokPriorConfig):
         super().__init__()
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)  # rows: gate, up
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj = ResidualProjection(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Transform every position of (B, L, D) by itself."""
@@ -127,12 +131,12 @@ class PriorBlock(GradientCheckpointingLayer):
         text_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> Tensor:
-        update = self.self_attention(self.self_attention_norm(hidden_states), attention_mask, is_causal, past_key_values)
+        normed = self.self_attention_norm(hidden_states)
+        update = self.self_attention(normed, attention_mask, is_causal, past_key_values)
         hidden_states = hidden_states + F.dropout(update, self.dropout, self.training)
         if self.reads_text:
-            update = self.cross_attention(
-                self.cross_attention_norm(hidden_states), text_states, text_mask, past_key_values
-            )
+            normed = self.cross_attention_norm(hidden_states)
+            update = self.cross_attention(normed, text_states, text_mask, past_key_values)
             hidden_states = hidden_states + F.dropout(update, self.dropout, self.training)
         update = self.mlp(self.mlp_norm(hidden_states))
         return hidden_states + F.dropout(update, self.dropout, self.training)
@@ -141,8 +145,8 @@ class PriorBlock(GradientCheckpointingLayer):
 class FlexTokPriorForCausalLM(PreTrainedModel, PriorGenerationMixin):
     """Writes the token ids of a picture from a text or a class, coarsest first.
 
-    The start vector is row V of the embedding, so `[BOS, t0, ...]` is an ordinary `input_ids`, `generate()` starts from
-    `bos_token_id` as for any causal LM, and nothing but plain weights is saved. The head writes codes only.
+    The start vector is row V of the embedding, so `[BOS, t0, ...]` is an ordinary `input_ids` and `generate()` starts
+    from `bos_token_id` as for any causal LM. The head writes codes only.
     """
 
     config_class = FlexTokPriorConfig
@@ -170,16 +174,13 @@ class FlexTokPriorForCausalLM(PreTrainedModel, PriorGenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if isinstance(module, ResidualProjection):
+            # GPT-2's rule (Radford et al., 2019): the sum of all residual updates starts at the scale of one of them
+            init.normal_(module.weight, std=std / (2 * self.config.num_hidden_layers) ** 0.5)
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
             init.normal_(module.weight, std=std)
         elif isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
-        elif isinstance(module, PriorBlock):
-            # GPT-2's rule (Radford et al., 2019): the sum of all residual updates starts at the scale of one of them
-            std /= (2 * self.config.num_hidden_layers) ** 0.5
-            for name, child in module.named_modules():
-                if name.endswith(("out_proj", "down_proj")):
-                    init.normal_(child.weight, std=std)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.token_embedding
@@ -202,7 +203,7 @@ class FlexTokPriorForCausalLM(PreTrainedModel, PriorGenerationMixin):
         return self.text_projector(encoder_hidden_states)
 
     def embed(self, input_ids: Tensor, positions: Tensor, class_labels: Tensor | None) -> Tensor:
-        """Embed ids (B, L) at `positions` (L,) as (B, L, D); the class is added to the start vector, -1 adds nothing."""
+        """Embed ids (B, L) at `positions` (L,) as (B, L, D); a class is added to the start vector, -1 adds nothing."""
         hidden_states = self.token_embedding(input_ids) + self.position_embedding(positions)  # (B, L, D)
         if class_labels is None:
             return hidden_states
@@ -228,13 +229,13 @@ class FlexTokPriorForCausalLM(PreTrainedModel, PriorGenerationMixin):
 
         Args:
             input_ids: (B, L), `[BOS, t0, t1, ...]`, or what follows the positions in `past_key_values`.
-            encoder_hidden_states: last states of the text encoder, (B, M, text_hidden_size); needed by models with text.
+            encoder_hidden_states: states of the text encoder, (B, M, text_hidden_size); needed by models with text.
             encoder_attention_mask: (B, M), 1 for text and 0 for padding; `None` means no padding.
             class_labels: (B,) in [0, num_classes), or -1 for unconditional; needed by models with classes.
             past_key_values: cache of the positions so far; a `DynamicCache` or `StaticCache`, wrapped in an
                 `EncoderDecoderCache` with the text's keys and values for models with text.
-            labels: (B, L), usually `input_ids` itself; shifted inside, -100 is ignored. The last input, which has nothing
-                to predict, is then not run: logits are (B, L - 1, V), and `[BOS, all tokens]` fits the position table.
+            labels: (B, L), usually `input_ids` itself; shifted inside, -100 is ignored. The last input has nothing to
+                predict and is then not run: logits are (B, L - 1, V), and `[BOS, all tokens]` fits the positions.
             use_cache: return a cache; `None` means only if one was given.
             logits_to_keep: compute the logits of the last positions only; 0 means all; or positions as a 1-D tensor.
             num_items_in_batch: divide the summed loss by this rather than by the number of labels.
@@ -242,9 +243,8 @@ class FlexTokPriorForCausalLM(PreTrainedModel, PriorGenerationMixin):
         Returns:
             `loss` if `labels` were given, `logits` (B, L, V) over the codes, `past_key_values` if asked for.
         """
-        check_prior_inputs(
-            self.config, input_ids, encoder_hidden_states, encoder_attention_mask, class_labels, past_key_values, labels
-        )
+        text = (encoder_hidden_states, encoder_attention_mask)
+        check_forward_inputs(self.config, input_ids, *text, class_labels, past_key_values, labels)
         if labels is not None:
             input_ids = input_ids[:, :-1]
         if past_key_values is None and use_cache:
@@ -254,21 +254,13 @@ class FlexTokPriorForCausalLM(PreTrainedModel, PriorGenerationMixin):
 
         positions, attention_mask, is_causal = plan_attention(input_ids, past_key_values)
         hidden_states = self.embed(input_ids, positions, class_labels)  # (B, L, D)
-        text_states = text_mask = None
-        if self.config.text_hidden_size is not None:
-            if past_key_values is None or not past_key_values.is_updated.get(0):
-                text_states = self.project_text(encoder_hidden_states)  # (B, M, D)
-            if encoder_attention_mask is not None:
-                text_mask = encoder_attention_mask[:, None, None, :].bool()  # (B, 1, 1, M)
+        text_states = None
+        if self.config.text_hidden_size is not None and not has_cached_text(past_key_values):
+            text_states = self.project_text(encoder_hidden_states)  # (B, M, D)
+        text_mask = None if encoder_attention_mask is None else encoder_attention_mask[:, None, None].bool()
+        masks = {"attention_mask": attention_mask, "is_causal": is_causal, "text_mask": text_mask}
         for block in self.blocks:
-            hidden_states = block(
-                hidden_states,
-                text_states,
-                attention_mask=attention_mask,
-                is_causal=is_causal,
-                text_mask=text_mask,
-                past_key_values=past_key_values,
-            )
+            hidden_states = block(hidden_states, text_states, **masks, past_key_values=past_key_values)
 
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.head(self.norm(hidden_states[:, kept]))  # (B, L, V)
@@ -286,18 +278,24 @@ def update_cache(cache: Cache, key: Tensor, value: Tensor, layer_idx: int) -> tu
     """Append keys and values (B, L, heads, head_dim) to a layer of the cache; returns all of them, (B, S, ...)."""
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
-    key, value = cache.update(key.transpose(1, 2), value.transpose(1, 2), layer_idx)  # the cache keeps (B, heads, S, .)
+    # the cache keeps (B, heads, S, head_dim)
+    key, value = cache.update(key.transpose(1, 2), value.transpose(1, 2), layer_idx)
     return key.transpose(1, 2), value.transpose(1, 2)
+
+
+def has_cached_text(cache: Cache | None) -> bool:
+    """Whether the text's keys and values are in the cache, so that its states are not needed again."""
+    return cache is not None and bool(cache.is_updated.get(0))
 
 
 def plan_attention(input_ids: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor | None, bool]:
     """Where the inputs stand, and what each may look at.
 
-    A dynamic cache knows its length as a number, so the two usual cases need no mask; a static cache keeps it in a tensor,
-    which must not be read on the host, and always gets one.
+    A dynamic cache knows its length as a number, so the two usual cases need no mask; a static cache keeps it in a
+    tensor, which must not be read on the host, and always gets one.
 
     Returns:
-        positions (L,), attention mask (L, S) or `None`, and whether the kernel's own causal mask applies.
+        positions (L,), attention mask (1, 1, L, S) or `None`, and whether the kernel's own causal mask applies.
     """
     num_inputs, device = input_ids.shape[1], input_ids.device
     past_length = 0 if cache is None else cache.get_seq_length()
@@ -308,4 +306,5 @@ def plan_attention(input_ids: Tensor, cache: Cache | None) -> tuple[Tensor, Tens
     if not is_static and num_inputs == 1:
         return positions, None, False
     num_keys, _ = cache.get_mask_sizes(num_inputs, 0)
-    return positions, torch.arange(num_keys, device=device) <= positions[:, None], False
+    is_visible = torch.arange(num_keys, device=device) <= positions[:, None]  # (L, S)
+    return positions, is_visible[None, None], False

@@ -38,7 +38,7 @@ def check_output_path(path: str | os.PathLike, extensions: tuple[str, ...]) -> P
     return path
 
 
-def write_atomically(path: str | os.PathLike, write: Callable[[str], None]) -> None:
+def write_atomically(path: str | os.PathLike, write: Callable[[str], object]) -> None:
     """Let `write` fill a temporary file next to `path`, then move it there in one step.
 
     An interrupted or failed job leaves the file that was there before as it was.

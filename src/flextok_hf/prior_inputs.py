@@ -11,7 +11,7 @@ UNCONDITIONAL_LABEL = -1  # class label that adds nothing
 IGNORED_LABEL = -100  # target that does not count in the loss, as everywhere in Transformers
 
 
-def check_prior_inputs(
+def check_forward_inputs(
     config: FlexTokPriorConfig,
     input_ids: Tensor,
     encoder_hidden_states: Tensor | None,
@@ -23,8 +23,8 @@ def check_prior_inputs(
     """Raise an error if a model of this configuration cannot run on these inputs (see its `forward`)."""
     if input_ids.ndim != 2 or input_ids.shape[1] == 0 or not is_integer(input_ids):
         raise ValueError(
-            f"`input_ids` must be integers of shape (batch, length) with length 1 or more, got {input_ids.dtype} of shape"
-            f" {tuple(input_ids.shape)}. A sequence starts with `bos_token_id`: use `model.prepend_bos(token_ids)`."
+            f"`input_ids` must be integers of shape (batch, length) with length 1 or more, got {input_ids.dtype} of"
+            f" shape {tuple(input_ids.shape)}. A sequence starts with `bos_token_id`: `model.prepend_bos(token_ids)`."
         )
     if labels is not None:
         check_labels(config, input_ids, labels, past_key_values)
@@ -32,26 +32,65 @@ def check_prior_inputs(
     past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
     if isinstance(past_length, int) and past_length + num_inputs > config.max_position_embeddings:
         raise ValueError(
-            f"`input_ids` reaches position {past_length + num_inputs}, but the model has {config.max_position_embeddings}"
-            " (`max_position_embeddings`; the start vector takes one). Pass fewer tokens."
+            f"`input_ids` needs {past_length + num_inputs} positions, but the model has"
+            f" {config.max_position_embeddings} (`max_position_embeddings`; the start vector takes one). Pass fewer."
         )
     is_start = isinstance(past_length, int) and past_length == 0
     check_text(config, input_ids.shape[0], encoder_hidden_states, encoder_attention_mask, is_start)
     check_classes(config, input_ids.shape[0], class_labels, is_start)
     if not torch.compiler.is_compiling() and input_ids.device.type == "cpu":  # elsewhere reading values would stall
         check_range("input_ids", input_ids, 0, config.codebook_size + 1, "The last of them is `bos_token_id`.")
-        if class_labels is not None:
-            check_label_values(config, class_labels)
-        if encoder_attention_mask is not None:
-            check_mask_values("encoder_attention_mask", encoder_attention_mask)
+        check_condition_values(config, encoder_attention_mask, class_labels)
+
+
+def check_generate_inputs(
+    config: FlexTokPriorConfig, inputs: Tensor | None, conditions: dict, guidance_scale: float, negative: tuple
+) -> None:
+    """Raise an error if `generate` cannot run on these arguments; values are read, once per call."""
+    text, mask = conditions.get("encoder_hidden_states"), conditions.get("encoder_attention_mask")
+    labels = conditions.get("class_labels")
+    batch_size = next((value.shape[0] for value in (inputs, text, labels) if value is not None), 1)
+    check_text(config, batch_size, text, mask, is_start=True)
+    check_classes(config, batch_size, labels, is_start=True)
+    check_condition_values(config, mask, labels)
+    if inputs is not None:
+        if inputs.ndim != 2 or inputs.shape[1] == 0 or (inputs[:, 0] != config.bos_token_id).any():
+            raise ValueError(
+                f"`inputs` must have shape (batch, 1 or more) and start with `bos_token_id` ({config.bos_token_id})."
+                " For token ids alone, pass `model.prepend_bos(token_ids)`."
+            )
+        check_range("inputs", inputs[:, 1:], 0, config.codebook_size, "Only the first may be `bos_token_id`.")
+    if guidance_scale == 1.0:
+        return
+    if text is None and labels is None:
+        raise ValueError(f"`guidance_scale` is {guidance_scale}, but this model has no condition to guide by. Use 1.")
+    if text is not None:
+        rows = 1 if negative[0] is not None and negative[0].shape[0] == 1 else batch_size
+        check_text(config, rows, *negative, is_start=True, name="negative_encoder")
+        check_condition_values(config, negative[1], None, name="negative_encoder")
+
+
+def check_condition_values(
+    config: FlexTokPriorConfig, attention_mask: Tensor | None, class_labels: Tensor | None, name: str = "encoder"
+) -> None:
+    """Raise an error unless every row of a text mask (B, M) shows something, and every label is -1 or a class."""
+    if attention_mask is not None and not attention_mask.bool().any(dim=1).all():
+        raise ValueError(
+            f"`{name}_attention_mask` hides the whole text of a row. The empty prompt still has one token: tokenize ''"
+            " and pass its mask."
+        )
+    if class_labels is not None:
+        remedy = f"{UNCONDITIONAL_LABEL} means no class."
+        check_range("class_labels", class_labels, UNCONDITIONAL_LABEL, config.num_classes, remedy)
 
 
 def check_labels(config: FlexTokPriorConfig, input_ids: Tensor, labels: Tensor, past_key_values: Cache | None) -> None:
     """Raise an error unless `labels` are targets for `input_ids`."""
     if labels.shape != input_ids.shape or labels.shape[1] < 2 or past_key_values is not None:
         raise ValueError(
-            f"`labels` of shape {tuple(labels.shape)} do not fit `input_ids` of shape {tuple(input_ids.shape)}: both are"
-            " (batch, length) with the start id and 1 token or more, usually the same tensor, without `past_key_values`."
+            f"`labels` of shape {tuple(labels.shape)} do not fit `input_ids` of shape {tuple(input_ids.shape)}: both"
+            " are (batch, length) with the start id and 1 token or more, usually the same tensor, and go without"
+            " `past_key_values`."
         )
     if not torch.compiler.is_compiling() and labels.device.type == "cpu":
         targets = labels[:, 1:]  # the first is the start id, which nothing predicts
@@ -82,8 +121,10 @@ def check_text(
                 f"`{states_name}` is missing: this model reads text. Pass the last hidden states of its text encoder,"
                 f" (batch, text length, {config.text_hidden_size}); for no prompt, those of the empty string."
             )
-    elif hidden_states.ndim != 3 or hidden_states.shape[0] != batch_size or not (
-        hidden_states.shape[1] > 0 and hidden_states.shape[2] == config.text_hidden_size
+    elif (
+        hidden_states.ndim != 3
+        or hidden_states.shape[1] == 0
+        or (hidden_states.shape[0], hidden_states.shape[2]) != (batch_size, config.text_hidden_size)
     ):
         raise ValueError(
             f"`{states_name}` must have shape ({batch_size}, text length, {config.text_hidden_size}), got"
@@ -100,7 +141,9 @@ def check_classes(config: FlexTokPriorConfig, batch_size: int, class_labels: Ten
     """Raise an error unless class labels (B,) fit; needed at the start only."""
     if config.num_classes is None:
         if class_labels is not None:
-            raise ValueError("`class_labels` was given, but this model has no classes (`num_classes` is None). Leave it out.")
+            raise ValueError(
+                "`class_labels` was given, but this model has no classes (`num_classes` is None). Leave it out."
+            )
         return
     if class_labels is None:
         if is_start:
@@ -115,27 +158,15 @@ def check_classes(config: FlexTokPriorConfig, batch_size: int, class_labels: Ten
         )
 
 
-def check_label_values(config: FlexTokPriorConfig, class_labels: Tensor) -> None:
-    """Raise an error unless every class label is -1 or names a class."""
-    remedy = f"{UNCONDITIONAL_LABEL} means no class."
-    check_range("class_labels", class_labels, UNCONDITIONAL_LABEL, config.num_classes, remedy)
-
-
-def check_mask_values(name: str, attention_mask: Tensor) -> None:
-    """Raise an error unless every row of a text mask (B, M) keeps something to look at."""
-    if not attention_mask.bool().any(dim=1).all():
-        raise ValueError(
-            f"`{name}` hides the whole text of a row. The empty prompt still has one token: tokenize \"\" and pass its mask."
-        )
-
-
 def check_range(name: str, values: Tensor, low: int, high: int, remedy: str) -> None:
     """Raise an error unless all values lie in [low, high)."""
     if values.numel() == 0:
         return
     smallest, largest = (value.item() for value in values.aminmax())
     if smallest < low or largest >= high:
-        raise ValueError(f"`{name}` must lie in [{low}, {high}), but range from {smallest} to {largest}. {remedy}")
+        raise ValueError(
+            f"`{name}` must hold values in [{low}, {high}), got values from {smallest} to {largest}. {remedy}"
+        )
 
 
 def is_integer(values: Tensor) -> bool:

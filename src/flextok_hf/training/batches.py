@@ -1,7 +1,7 @@
 """The order of training: which rows form batch number n, for any number of workers and processes.
 
-A batch of a map-style data set is a pure function of (seed, epoch, batch number), so that a run that resumes sees exactly
-what an uninterrupted one would have seen, without keeping or replaying any state.
+A batch of a map-style data set is a pure function of (seed, epoch, batch number), so that a run that resumes sees
+exactly what an uninterrupted one would have seen, without keeping or replaying any state.
 """
 
 import hashlib
@@ -28,14 +28,14 @@ def draw_seed(*numbers: int) -> int:
 class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
     """Yields batches of (row, draw) keys; `draw` decides the flips, crops and wordings of that row in that epoch.
 
-    All processes walk through one order and take neighboring slices of it, so n processes with batches of B see together
-    what one process with batches of n * B sees.
+    All processes walk through one order and take neighboring slices of it, so n processes with batches of B see
+    together what one process with batches of n * B sees.
 
     Args:
         num_rows: rows of the data set.
         batch_size: rows per batch and process.
-        drop_last: leave out the rows that do not fill a batch on every process. Otherwise the last batch is smaller; with
-            several processes it is filled up from the start of the order, since each must get as much as the others.
+        drop_last: leave out the rows that do not fill a batch on every process. Otherwise the last batch is smaller;
+            with several processes it is filled up from the start of the order, since each must get as many rows.
     """
 
     def __init__(
@@ -99,8 +99,8 @@ def build_dataloader(
 ) -> DataLoader:
     """Serve `dataset`, from `load_training_dataset`, in batches as `collate` makes them.
 
-    Do not pass the result through `accelerator.prepare`: with `process_index` and `num_processes` it is already divided
-    among the processes, and accelerate cannot divide captions. The batches lie on the CPU.
+    Do not pass the result through `accelerator.prepare`: with `process_index` and `num_processes` it is already
+    divided among the processes, and accelerate cannot divide captions. The batches lie on the CPU.
 
     Args:
         batch_size: pictures per batch and process.
@@ -113,7 +113,7 @@ def build_dataloader(
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be 1 or more, got {batch_size}.")
     if not 0 <= process_index < num_processes:
-        raise ValueError(f"`process_index` must lie in [0, {num_processes}), the number of processes, got {process_index}.")
+        raise ValueError(f"`process_index` must lie in [0, `num_processes` = {num_processes}), got {process_index}.")
     options: dict[str, Any] = {"num_workers": num_workers, "collate_fn": collate, "pin_memory": pin_memory}
     options["generator"] = torch.Generator().manual_seed(seed)  # leaves the global generator alone
     if isinstance(dataset, IterableDataset):
@@ -153,4 +153,4 @@ def training_batches(dataloader: DataLoader, first_batch: int = 0) -> Iterator[d
             if num_read > first_batch:
                 yield batch
         if num_read == num_before:
-            raise ValueError("The streamed data set did not fill one batch. Lower `batch_size` or set `drop_last=False`.")
+            raise ValueError("The stream did not fill one batch. Lower `batch_size` or set `drop_last=False`.")

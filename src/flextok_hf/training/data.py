@@ -46,9 +46,9 @@ MAX_UNREADABLE_ROWS = 100  # one after the other; more than that is not a damage
 class ImageDataset(Dataset):
     """Pictures with captions and classes, found by their row.
 
-    An item is asked for by row, or by (row, draw) with a `draw` number that decides flips, crops and wordings; without it
-    they come from the global generator of the worker. A row that cannot be read is replaced by the next one that can, so
-    that batches keep their size.
+    An item is asked for by row, or by (row, draw) with a `draw` number that decides flips, crops and wordings; without
+    it they come from the global generator of the worker. A row that cannot be read is replaced by the next one that
+    can, so that batches keep their size.
 
     Args:
         cache_in_memory: decode everything now and keep 3 * R * R bytes per picture; unreadable rows are left out.
@@ -112,7 +112,7 @@ class ImageDataset(Dataset):
             except UnreadableRow as error:
                 _skip(self.skipped, row, error)
             else:
-                kept.append(values)  # a plain dictionary: reading a row of an Arrow table costs as much as a small step
+                kept.append(values)  # a plain dictionary, since reading one row of an Arrow table is slow
                 pixels.append(picture)
         if not kept:
             raise _no_picture_error(f"all {len(self.rows)} rows", self.columns)
@@ -141,7 +141,7 @@ class StreamedImageDataset(IterableDataset):
     ):
         super().__init__()
         if dataset.features is None:
-            raise ValueError("The columns of this data set are not known while it is streamed. Load it without `streaming`.")
+            raise ValueError("The columns of this data set are not known in a stream. Load it without `streaming`.")
         columns.check(dataset.features)
         self.transform = transform
         self.columns = columns
@@ -210,19 +210,21 @@ def load_training_dataset(
     """Load one split of a data set for training; serve it with `build_dataloader`.
 
     Args:
-        source: "synthetic" for the project's own shapes (captions in "text"); else a folder of pictures (with or without
-            a metadata file, class folders become "label"), a folder of parquet files, one or more parquet files, a
-            folder of `save_to_disk`, or a name on the Hub.
+        source: "synthetic" for the project's own shapes (captions in "text"); else a folder of pictures (with or
+            without a metadata file, class folders become "label"), a folder of parquet files, one or more parquet
+            files, a folder of `save_to_disk`, or a name on the Hub.
         split: its name, "train" or "validation" in most data sets. Files given by name are all of this split.
         transform: how a picture becomes `pixel_values`.
-        image_column, caption_column, class_column: names of the columns. Captions and classes are in the batches only if
-            named here. A caption column may hold lists of wordings: each draw takes one of them.
+        image_column: holds the pictures.
+        caption_column: holds a caption, or a list of wordings of which each draw takes one.
+        class_column: holds whole numbers.
         streaming: read while training, without a local copy.
         shuffle_buffer: rows to draw from in a streamed training; ignored otherwise. 0 keeps the order.
         cache_in_memory: decode all pictures once, for small data sets that are not streamed.
         max_samples: use only the first rows.
         seed: decides the synthetic pictures and the order and draws of a streamed data set.
-        config_name, revision: of a data set on the Hub.
+        config_name: of a data set on the Hub that has several.
+        revision: of a data set on the Hub.
     """
     if streaming and cache_in_memory:
         raise ValueError("`cache_in_memory` needs all rows at the start: turn off either it or `streaming`.")
@@ -244,7 +246,11 @@ def load_training_dataset(
 
 
 def _load_rows(
-    source: str | Path | Sequence[str | Path], split: str, streaming: bool, config_name: str | None, revision: str | None
+    source: str | Path | Sequence[str | Path],
+    split: str,
+    streaming: bool,
+    config_name: str | None,
+    revision: str | None,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Find out what `source` is and load it with the matching call of `datasets`."""
     paths = [Path(source)] if isinstance(source, (str, Path)) else [Path(path) for path in source]
@@ -267,7 +273,7 @@ def _load_rows(
     if path.is_dir():
         return datasets.load_dataset(str(path), split=split, streaming=streaming)
     if isinstance(source, Path) or str(source).startswith((".", "/", "~")) or path.suffix == ".parquet":
-        raise FileNotFoundError(f"`source` '{source}' does not exist. Give a folder, a parquet file or a name on the Hub.")
+        raise FileNotFoundError(f"`source` '{source}' does not exist. Give a folder, a parquet file or a Hub name.")
     return datasets.load_dataset(str(source), config_name, split=split, streaming=streaming, revision=revision)
 
 

@@ -74,20 +74,22 @@ class Columns:
                 )
         if not isinstance(features[self.image], datasets.Image):
             raise TypeError(
-                f"`image_column` '{self.image}' holds {features[self.image]}, not pictures. Choose another column, or turn"
-                " it into pictures with `dataset.cast_column(name, datasets.Image())`."
+                f"`image_column` '{self.image}' holds {features[self.image]}, not pictures. Choose another column, or"
+                " turn it into pictures with `dataset.cast_column(name, datasets.Image())`."
             )
         if self.caption is not None:
             feature = features[self.caption]
             item = getattr(feature, "feature", feature)  # a list of wordings or a single one
             if not (isinstance(item, Value) and item.dtype in ("string", "large_string")):
-                raise TypeError(f"`caption_column` '{self.caption}' must hold strings or lists of strings, not {feature}.")
+                raise TypeError(
+                    f"`caption_column` '{self.caption}' must hold strings or lists of them, not {feature}."
+                )
         if self.class_label is not None:
             feature = features[self.class_label]
             if not (isinstance(feature, ClassLabel) or (isinstance(feature, Value) and "int" in feature.dtype)):
                 raise TypeError(
-                    f"`class_column` '{self.class_label}' must hold whole numbers, not {feature}. Number the names with"
-                    " `dataset.class_encode_column(name)`."
+                    f"`class_column` '{self.class_label}' must hold whole numbers, not {feature}. Number the names"
+                    " with `dataset.class_encode_column(name)`."
                 )
 
 
@@ -95,7 +97,8 @@ def read_picture(value: dict[str, Any] | None) -> Image.Image:
     """Open an undecoded value {"bytes", "path"} of an image column as RGB.
 
     Raises:
-        UnreadableRow: if the picture is missing or damaged. A network that fails is not the row's fault: that error passes.
+        UnreadableRow: if the picture is missing or damaged. A network that fails is not the row's fault: its error
+            passes.
     """
     if value is None or (value["bytes"] is None and value["path"] is None):
         raise UnreadableRow("there is no picture")
@@ -109,7 +112,9 @@ def read_picture(value: dict[str, Any] | None) -> Image.Image:
         raise UnreadableRow(str(error)) from error
 
 
-def make_sample(row: dict[str, Any], pixel_values: Tensor, columns: Columns, generator: torch.Generator | None) -> dict:
+def make_sample(
+    row: dict[str, Any], pixel_values: Tensor, columns: Columns, generator: torch.Generator | None
+) -> dict[str, Any]:
     """Put a picture (3, R, R) together with one of its captions, drawn with `generator`, and its class."""
     sample: dict[str, Any] = {"pixel_values": pixel_values}
     if columns.caption is not None:

@@ -1,0 +1,28 @@
+"""Train a stage of FlexTok.
+
+    accelerate launch scripts/train.py tokenizer --config scripts/configs/embedded_tokenizer.yaml
+    accelerate launch scripts/train.py prior --config scripts/configs/embedded_prior.yaml
+"""
+
+import logging
+import sys
+
+from flextok_hf.training.arguments import PriorArguments, TokenizerArguments, parse_arguments
+from flextok_hf.training.stages import train_tokenizer
+
+
+STAGES = {"tokenizer": (TokenizerArguments, train_tokenizer)}
+
+
+def main(argv: list[str]) -> None:
+    """Run the stage named by the first argument with the options that follow."""
+    if not argv or argv[0] not in STAGES:
+        raise SystemExit(f"usage: train.py {{{','.join(STAGES)}}} [--config FILE] [OPTIONS]; --help after the stage lists them")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    kind, train = STAGES[argv[0]]
+    folder = train(parse_arguments(kind, argv[1:]))
+    print(f"Saved {folder}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,23 @@
+"""Pixels <-> latents: a VAE with its scaling factor, or the identity for models that work on pixels."""
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+
+@torch.no_grad()
+def encode_latents(vae: AutoencoderKL | None, pixel_values: Tensor) -> Tensor:
+    """Encode pictures (B, 3, H, W) in [-1, 1] as latents (B, C, h, w) of about unit variance.
+
+    The mean of the VAE's posterior is taken, not a sample, so that tokenizing a picture always gives the same ids.
+    """
+    if vae is None:
+        return pixel_values
+    return vae.encode(pixel_values.to(vae.dtype)).latent_dist.mode() * vae.config.scaling_factor
+
+
+def decode_latents(vae: AutoencoderKL | None, latents: Tensor) -> Tensor:
+    """Decode latents (B, C, h, w) as pictures (B, 3, H, W), about [-1, 1] and not clamped."""
+    if vae is None:
+        return latents
+    return vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample

@@ -1,0 +1,157 @@
+"""Checks at the pipeline's public door: what a caller may pass, and what to do if it was something else."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_whole_number(value: Any) -> bool:
+    """Tell Python integers from booleans and floats."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def resolve_max_tokens(max_tokens: int | Sequence[int] | None, batch_size: int, num_registers: int) -> list[int]:
+    """Turn `max_tokens`, an upper bound, into one token count per sample.
+
+    Args:
+        max_tokens: one bound for all, one per sample, or `None` for as many tokens as there are registers.
+        batch_size: number of samples.
+        num_registers: longest sequence; larger bounds mean all of it.
+
+    Raises:
+        ValueError: if a bound is not a whole number of 1 or more, or there are more or fewer of them than samples.
+    """
+    if isinstance(max_tokens, Tensor):
+        max_tokens = max_tokens.tolist()
+    bounds = [num_registers] * batch_size if max_tokens is None else max_tokens
+    if not isinstance(bounds, list | tuple):
+        bounds = [bounds] * batch_size
+    if len(bounds) != batch_size:
+        raise ValueError(
+            f"`max_tokens` has {len(bounds)} values for {batch_size} pictures or prompts. Pass one number for all of"
+            " them, or a list with one each."
+        )
+    for bound in bounds:
+        if not is_whole_number(bound) or bound < 1:
+            raise ValueError(
+                f"`max_tokens` must be whole numbers of 1 or more, got {bound!r}. A picture needs at least one token;"
+                f" leave `max_tokens` out to use all {num_registers}."
+            )
+    return [min(bound, num_registers) for bound in bounds]
+
+
+def pad_token_ids(
+    token_ids: Tensor | Sequence[Tensor], codebook_size: int, num_registers: int
+) -> tuple[Tensor, list[int]]:
+    """Bring sequences of one or of different lengths into one tensor.
+
+    Args:
+        token_ids: (B, k) integers, or B one-dimensional tensors of different lengths.
+        codebook_size: every id is below it.
+        num_registers: longest sequence allowed.
+
+    Returns:
+        Ids (B, longest), filled up with 0, and the length of each sequence.
+
+    Raises:
+        TypeError: if they are not integer tensors.
+        ValueError: if there are none, one is too long or empty, or an id is out of range.
+    """
+    if isinstance(token_ids, Tensor):
+        sequences = list(token_ids) if token_ids.ndim == 2 else [token_ids]
+        if token_ids.ndim != 2 or token_ids.shape[0] == 0:
+            raise ValueError(
+                f"`token_ids` must have the shape (batch, num_tokens), got {tuple(token_ids.shape)}. For one picture, add"
+                " the batch with `token_ids[None]`."
+            )
+    else:
+        sequences = list(token_ids)
+    if not sequences:
+        raise ValueError("`token_ids` is empty. Give at least one sequence.")
+    for index, sequence in enumerate(sequences):
+        check_sequence(sequence, f"`token_ids[{index}]`", codebook_size, num_registers)
+    return torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True), [len(sequence) for sequence in sequences]
+
+
+def check_sequence(sequence: Any, name: str, codebook_size: int, num_registers: int) -> None:
+    """Raise a TypeError or ValueError that starts with `name` unless `sequence` is a decodable (k,) tensor."""
+    if not isinstance(sequence, Tensor) or sequence.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+        kind = sequence.dtype if isinstance(sequence, Tensor) else type(sequence).__name__
+        raise TypeError(f"{name} must be a tensor of integers, got {kind}. Pass ids as `tokenize` returns them.")
+    if sequence.ndim != 1 or not 1 <= len(sequence) <= num_registers:
+        raise ValueError(
+            f"{name} must hold 1 to {num_registers} ids in one dimension, got the shape {tuple(sequence.shape)}. Cut longer"
+            " sequences with `token_ids[:, :n]`; never pad shorter ones."
+        )
+    low, high = int(sequence.min()), int(sequence.max())
+    if low < 0 or high >= codebook_size:
+        raise ValueError(
+            f"{name} must lie in [0, {codebook_size}), the codebook, but ranges from {low} to {high}. The ids may come"
+            " from another model, or still hold a start token."
+        )
+
+
+def check_prompts(prompt: Any) -> list[str]:
+    """Return the prompts as a list; an empty string is allowed and means no condition.
+
+    Raises:
+        TypeError: if `prompt` is neither a string nor a list of strings.
+        ValueError: if the list is empty.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list | tuple) or not all(isinstance(text, str) for text in prompts):
+        raise TypeError(f"`prompt` must be a string or a list of strings, got {prompt!r}.")
+    if len(prompts) == 0:
+        raise ValueError("`prompt` is an empty list. Give at least one prompt.")
+    return list(prompts)
+
+
+def check_class_labels(class_labels: Any, num_classes: int | None) -> Tensor:
+    """Return class labels as a (B,) int64 tensor.
+
+    Raises:
+        TypeError: if they are not whole numbers.
+        ValueError: if there are none, one is out of range, or the prior knows no classes.
+    """
+    if num_classes is None:
+        raise ValueError("`class_labels` were given, but this model's prior knows no classes. Pass a `prompt` instead.")
+    labels = class_labels.tolist() if isinstance(class_labels, Tensor) else class_labels
+    labels = labels if isinstance(labels, list | tuple) else [labels]
+    if len(labels) == 0:
+        raise ValueError("`class_labels` is empty. Give at least one class.")
+    for label in labels:
+        if not is_whole_number(label):
+            raise TypeError(f"`class_labels` must be whole numbers, got {label!r}.")
+        if not 0 <= label < num_classes:
+            raise ValueError(f"`class_labels` must lie in [0, {num_classes}), the classes of this prior, got {label}.")
+    return torch.tensor(labels)
+
+
+def check_sampling(num_inference_steps: Any, guidance_scale: Any, output_type: str, output_types: Sequence[str]) -> None:
+    """Raise a ValueError or TypeError unless the options of the flow decoder's sampler make sense."""
+    if not is_whole_number(num_inference_steps) or num_inference_steps < 1:
+        raise ValueError(f"`num_inference_steps` must be a whole number of 1 or more, got {num_inference_steps!r}.")
+    if not callable(guidance_scale) and not isinstance(guidance_scale, int | float):
+        raise TypeError(f"`guidance_scale` must be a number, or a function of sigma, got {guidance_scale!r}.")
+    if output_type not in output_types:
+        raise ValueError(f"`output_type` must be one of {', '.join(output_types)}, got {output_type!r}.")
+
+
+def spread_generators(
+    generator: torch.Generator | Sequence[torch.Generator] | None, batch_size: int
+) -> list[torch.Generator] | torch.Generator | None:
+    """Check that a list of generators has one per sample; one generator or none passes through.
+
+    Raises:
+        ValueError: if the number of generators differs from `batch_size`.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        return generator
+    if len(generator) != batch_size:
+        raise ValueError(
+            f"`generator` has {len(generator)} entries for {batch_size} pictures. Pass a single generator, or one per"
+            " picture (prompts times `num_images_per_prompt`)."
+        )
+    return list(generator)

@@ -1,0 +1,240 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flextok_hf.images import load_image, prepare_images, to_output
+
+
+R = 16
+RED = (200, 30, 40)
+
+
+def photo(width=R, height=R, seed=0):
+    generator = np.random.default_rng(seed)
+    return Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def as_bytes_values(image):
+    """The uint8 pixels (3, R, R) that a PIL picture of the right size must become."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def test_every_way_to_pass_the_same_picture_gives_the_same_values(tmp_path):
+    image = photo()
+    image.save(tmp_path / "photo.png")
+    array = np.array(image)
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    expected = prepare_images(image, R)
+
+    assert expected.shape == (1, 3, R, R) and expected.dtype == torch.float32
+    for same in (
+        tmp_path / "photo.png",
+        str(tmp_path / "photo.png"),
+        [image],
+        array,
+        array[None],
+        tensor,
+        tensor[None],
+        tensor.float() / 255,
+        array.astype(np.float32) / 255,
+        array[::-1][::-1],
+    ):
+        assert torch.equal(prepare_images(same, R), expected)
+
+
+def test_floats_of_the_right_size_are_only_scaled():
+    images = torch.rand(2, 3, R, R, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(prepare_images(images, R), images * 2 - 1)
+
+
+def test_a_list_may_mix_kinds_and_sizes():
+    pictures = [photo(40, 20), np.zeros((9, 9), dtype=np.uint8), torch.ones(3, 5, 50), photo().convert("L")]
+    values = prepare_images(pictures, R)
+    assert values.shape == (4, 3, R, R)
+    assert (values[1] == -1).all() and (values[2] == 1).all()
+
+
+def test_inputs_are_left_unchanged():
+    images = torch.rand(1, 3, R, R)
+    before = images.clone()
+    prepare_images(images, R).add_(1)
+    assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "HSV", "RGBX"])
+def test_opaque_modes_become_their_rgb_form(mode):
+    image = photo().convert(mode)
+    assert torch.equal(prepare_images(image, R)[0], as_bytes_values(image).float() / 255 * 2 - 1)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "La", "RGBa"])
+def test_transparent_pixels_become_white(mode):
+    image = Image.new("RGBA", (R, R), (0, 0, 0, 0))
+    image = image.convert({"La": "LA", "RGBa": "RGBA"}.get(mode, mode)).convert(mode)
+    assert (prepare_images(image, R) == 1).all()
+
+
+def test_half_transparent_pixels_are_mixed_with_white():
+    image = Image.new("RGBA", (R, R), (0, 0, 0, 128))
+    assert prepare_images(image, R).unique().item() == pytest.approx(127 / 255 * 2 - 1)
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "RGB"])
+def test_a_color_marked_as_transparent_in_a_file_becomes_white(tmp_path, mode):
+    image = Image.new(mode, (R, R), 0)
+    image.paste(image.getpixel((0, 0)), (0, 0, R, R))
+    image.save(tmp_path / "marked.png", transparency=(0, 0, 0) if mode == "RGB" else 0)
+    assert (prepare_images(tmp_path / "marked.png", R) == 1).all()
+
+
+def test_sixteen_bits_are_scaled_to_the_nearest_eight(tmp_path):
+    deep = np.linspace(0, 65535, R * R).round().astype(np.uint16).reshape(R, R)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    expected = torch.from_numpy(np.rint(deep / 257)).float() / 255 * 2 - 1
+
+    for image in (tmp_path / "deep.png", Image.fromarray(deep), Image.fromarray(deep.astype(np.int32))):
+        assert torch.equal(prepare_images(image, R)[0], expected.float().expand(3, R, R))
+
+
+def test_float_pil_pictures_are_scaled_from_0_to_1():
+    assert (prepare_images(Image.new("F", (R, R), 1.0), R) == 1).all()
+    with pytest.raises(ValueError, match="beyond 0 to 1 of mode F"):
+        prepare_images(Image.new("F", (R, R), 100.0), R)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_upright(tmp_path, orientation):
+    # The stored picture, shown upright, has its red half as this table says.
+    red_side = {1: "top", 2: "top", 3: "bottom", 4: "bottom", 5: "left", 6: "right", 7: "right", 8: "left"}[
+        orientation
+    ]
+    image = Image.new("RGB", (R, R), "white")
+    image.paste(RED, (0, 0, R, R // 2))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "turned.png", exif=exif)
+
+    green = prepare_images(tmp_path / "turned.png", R)[0, 1]
+    sides = {"top": green[0], "bottom": green[-1], "left": green[:, 0], "right": green[:, -1]}
+    darkest = min(sides, key=lambda side: sides[side].mean())
+    assert darkest == red_side
+
+
+def test_the_shorter_side_is_resized_and_the_middle_is_cut_out():
+    resized = photo(60, 20).resize((30, 10), Image.Resampling.LANCZOS)
+    assert torch.equal(prepare_images(photo(60, 20), 10), prepare_images(resized.crop((10, 0, 20, 10)), 10))
+
+
+def test_shrinking_averages_fine_patterns():
+    stripes = np.zeros((160, 160), dtype=np.uint8)
+    stripes[:, ::2] = 255
+    assert prepare_images(stripes, R)[..., 2:-2].abs().max() < 0.02
+
+
+def test_floats_and_bytes_are_resized_alike():
+    array = np.array(photo(50, 37))
+    difference = prepare_images(array, R) - prepare_images(array.astype(np.float64) / 255, R)
+    assert difference.abs().max() <= 2 * 2 / 255  # two levels: the byte form is rounded after each of its two passes
+
+
+def test_a_single_pixel_fills_the_picture():
+    assert torch.equal(
+        prepare_images(Image.new("RGB", (1, 1), RED), R), prepare_images(Image.new("RGB", (R, R), RED), R)
+    )
+    assert prepare_images(photo(1, 300), R).shape == (1, 3, R, R)
+
+
+def test_a_photo_of_60_megapixels_is_reduced(tmp_path):
+    Image.new("RGB", (9000, 6700), RED).save(tmp_path / "large.jpg")
+    values = prepare_images(tmp_path / "large.jpg", R)
+    assert (values[0, :, 0, 0] / 2 + 0.5) * 255 == pytest.approx(torch.tensor(RED), abs=3)
+
+
+def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
+    photo(40, 40).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match="bomb.png' is too large to decode safely"):
+        load_image(tmp_path / "bomb.png")
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path / "letter.png").write_text("Dear reader, this is no picture.")
+    (tmp_path / "empty.png").write_bytes(b"")
+    for name in ("letter.png", "empty.png"):
+        with pytest.raises(ValueError, match=f"{name}' is not a picture"):
+            load_image(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="'nowhere.png' is not an existing file"):
+        prepare_images("nowhere.png", R)
+    with pytest.raises(FileNotFoundError, match="is a folder"):
+        load_image(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp", "tiff", "bmp"])
+def test_cut_off_files_are_refused(tmp_path, suffix):
+    path = tmp_path / f"cut.{suffix}"
+    photo(64, 64).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=f"cut.{suffix}' is (damaged or cut off|not a picture)"):
+        load_image(path)
+
+
+def test_a_cut_off_file_opened_by_the_caller_is_refused(tmp_path):
+    path = tmp_path / "cut.png"
+    photo(64, 64).save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"`images\[1\]`, a PIL picture of mode RGB, cannot be decoded"):
+        prepare_images([photo(), Image.open(path)], R)
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        ([], ValueError, "`images` is empty"),
+        (np.zeros((0, 4, 4, 3), dtype=np.uint8), ValueError, "`images` is empty"),
+        (torch.full((3, R, R), float("nan")), ValueError, "`images` holds NaN or infinity"),
+        (torch.full((3, R, R), float("inf")), ValueError, "`images` holds NaN or infinity"),
+        (torch.full((3, R, R), -1.0), ValueError, "images / 2 \\+ 0.5"),
+        (np.full((R, R, 3), 255.0), ValueError, "divide by 255"),
+        (np.full((R, R, 3), 1.001), ValueError, "clip\\(0, 1\\)"),
+        (torch.zeros(4, R, R), ValueError, "transparent picture, pass a PIL image"),
+        (torch.zeros(R, R, 3), ValueError, "permute\\(2, 0, 1\\)"),
+        (np.zeros((3, R, R)), ValueError, "transpose\\(1, 2, 0\\)"),
+        (torch.zeros(5, R, R), ValueError, "with one \\(gray\\) or three"),
+        (torch.zeros(R), ValueError, "allowed are \\(H, W\\)"),
+        (np.zeros((0, R, 3), dtype=np.uint8), ValueError, "is empty: its shape"),
+        (torch.zeros(3, R, R, dtype=torch.int64), TypeError, "data type torch.int64"),
+        (np.zeros((R, R), dtype=np.uint16), TypeError, "array / 65535"),
+        (np.zeros((R, R), dtype=bool), TypeError, "data type bool"),
+        (None, TypeError, "of type NoneType"),
+        ([[torch.zeros(3, R, R)]], TypeError, "`images\\[0\\]` is of type list"),
+    ],
+)
+def test_wrong_input_is_refused_with_a_remedy(images, error, message):
+    with pytest.raises(error, match=message):
+        prepare_images(images, R)
+
+
+@pytest.mark.parametrize("resolution", [0, -1, 1.5, True, "16"])
+def test_a_wrong_resolution_is_refused(resolution):
+    with pytest.raises(ValueError, match="`resolution` must be a whole number"):
+        prepare_images(photo(), resolution)
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
+def test_outputs_can_be_put_in_again(output_type):
+    values = prepare_images([photo(seed=1), photo(seed=2)], R)
+    outputs = to_output(values, output_type)
+    torch.testing.assert_close(prepare_images(outputs, R), values, rtol=0, atol=1e-6)
+
+
+def test_outputs_beyond_the_range_are_cut_at_its_ends():
+    outputs = to_output(torch.tensor([-1.5, 1.5]).view(2, 1, 1, 1).expand(2, 3, 4, 4), "pt")
+    assert outputs.unique().tolist() == [0.0, 1.0]
+
+
+def test_outputs_that_are_not_finite_are_refused():
+    with pytest.raises(ValueError, match="hold NaN or infinity"):
+        to_output(torch.full((1, 3, 4, 4), float("nan")))
+    with pytest.raises(ValueError, match="`output_type` must be one of pil, np, pt"):
+        to_output(torch.zeros(1, 3, 4, 4), "jpeg")

@@ -1,0 +1,397 @@
+import itertools
+import json
+import logging
+import pickle
+from io import BytesIO
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flextok_hf.training.data import (
+    EpochBatchSampler,
+    ImageTransform,
+    build_dataloader,
+    collate,
+    load_training_dataset,
+    training_batches,
+)
+
+
+R = 16
+TRANSFORM = ImageTransform(R)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Keep what `datasets` writes out of the user's cache."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def png(shade, size=(R, R)):
+    content = BytesIO()
+    Image.new("RGB", size, (shade, 255 - shade, 7)).save(content, format="PNG")
+    return content.getvalue()
+
+
+def shade_of(pixel_values):
+    """The number that `png` was given, read back from (3, R, R) or a batch of it."""
+    return ((pixel_values[..., 0, 0, 0] / 2 + 0.5) * 255).round().long().tolist()
+
+
+def write_parquet(path, num_rows=10, damaged=(), **columns):
+    """Write rows whose picture has the shade of its row; the pictures in `damaged` are no pictures."""
+    pictures = [{"bytes": b"junk" if row in damaged else png(row), "path": None} for row in range(num_rows)]
+    features = datasets.Dataset.from_dict({name: values[:num_rows] for name, values in columns.items()}).features
+    features["image"] = datasets.Image()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_dict({"image": pictures, **columns}, features=features).to_parquet(str(path))
+    return path
+
+
+def same_batches(first, second):
+    return len(first) == len(second) and all(
+        torch.equal(one["pixel_values"], other["pixel_values"]) and one.get("captions") == other.get("captions")
+        for one, other in zip(first, second, strict=True)
+    )
+
+
+def take(batches, count):
+    return list(itertools.islice(batches, count))
+
+
+# Sources
+
+
+def test_a_parquet_file_gives_batches_with_captions_and_classes(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", text=[f"row {row}" for row in range(10)], label=list(range(10)))
+    dataset = load_training_dataset(path, transform=TRANSFORM, caption_column="text", class_column="label")
+    batch = next(iter(build_dataloader(dataset, 4, shuffle=False)))
+
+    assert batch["pixel_values"].shape == (4, 3, R, R) and batch["pixel_values"].dtype == torch.float32
+    assert shade_of(batch["pixel_values"]) == [0, 1, 2, 3]
+    assert batch["captions"] == ["row 0", "row 1", "row 2", "row 3"]
+    assert batch["class_labels"].tolist() == [0, 1, 2, 3] and batch["class_labels"].dtype == torch.int64
+
+
+def test_captions_and_classes_are_absent_unless_asked_for(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", text=["x"] * 10, label=[0] * 10)
+    for cached in (False, True):
+        dataset = load_training_dataset(path, transform=TRANSFORM, cache_in_memory=cached)
+        assert set(next(iter(build_dataloader(dataset, 4)))) == {"pixel_values"}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_of_parquet_files_has_splits(tmp_path, streaming):
+    write_parquet(tmp_path / "data" / "train-00000-of-00002.parquet", 4)
+    write_parquet(tmp_path / "data" / "train-00001-of-00002.parquet", 3)
+    write_parquet(tmp_path / "data" / "validation-00000-of-00001.parquet", 2)
+    for split, count in (("train", 7), ("validation", 2)):
+        dataset = load_training_dataset(
+            tmp_path / "data", split, transform=TRANSFORM, streaming=streaming, shuffle_buffer=0
+        )
+        assert len(list(dataset)) == count
+    with pytest.raises(ValueError, match="test"):
+        load_training_dataset(tmp_path / "data", "test", transform=TRANSFORM, streaming=streaming)
+
+
+def test_several_parquet_files_are_one_split(tmp_path):
+    paths = [write_parquet(tmp_path / f"{name}.parquet", 3) for name in "ab"]
+    assert len(load_training_dataset(paths, "validation", transform=TRANSFORM)) == 6
+
+
+def test_a_folder_of_pictures_takes_captions_from_its_metadata(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for row in range(3):
+        (folder / f"{row}.png").write_bytes(png(row, size=(20, 30)))
+    lines = [json.dumps({"file_name": f"{row}.png", "text": f"picture {row}"}) for row in range(3)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+
+    dataset = load_training_dataset(folder, transform=TRANSFORM, caption_column="text")
+    assert [(shade_of(sample["pixel_values"]), sample["captions"]) for sample in dataset] == [
+        (row, f"picture {row}") for row in range(3)
+    ]
+
+
+def test_a_folder_of_class_folders_gives_classes(tmp_path):
+    for row, name in enumerate(("cat", "dog")):
+        (tmp_path / "animals" / name).mkdir(parents=True)
+        (tmp_path / "animals" / name / "one.png").write_bytes(png(row))
+    dataset = load_training_dataset(tmp_path / "animals", transform=TRANSFORM, class_column="label")
+    assert dataset.class_names == ["cat", "dog"]
+    assert [sample["class_labels"] for sample in dataset] == [0, 1]
+
+
+def test_a_folder_saved_to_disk_can_be_loaded(tmp_path):
+    rows = datasets.load_dataset("parquet", data_files=str(write_parquet(tmp_path / "a.parquet", 5)), split="train")
+    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "saved")
+    assert len(load_training_dataset(tmp_path / "saved", transform=TRANSFORM)) == 5
+    with pytest.raises(ValueError, match="`split` 'validation' is not in .* which has train"):
+        load_training_dataset(tmp_path / "saved", "validation", transform=TRANSFORM)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_synthetic_set_needs_no_files(tmp_path, streaming):
+    dataset = load_training_dataset(
+        "synthetic", transform=TRANSFORM, caption_column="text", max_samples=6, streaming=streaming
+    )
+    batch = next(iter(build_dataloader(dataset, 6)))
+    assert batch["pixel_values"].shape == (6, 3, R, R) and len(set(batch["captions"])) > 1
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) == 0  # lock files are empty
+
+
+def test_max_samples_keeps_the_first_rows(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet")
+    for streaming in (False, True):
+        dataset = load_training_dataset(
+            path, transform=TRANSFORM, max_samples=3, streaming=streaming, shuffle_buffer=0
+        )
+        assert [shade_of(sample["pixel_values"]) for sample in dataset] == [0, 1, 2]
+
+
+# Transform
+
+
+@pytest.mark.parametrize("size", [(R, R), (50, 20), (3, 7)])
+def test_the_transform_gives_values_in_range_for_any_size_and_survives_pickling(size):
+    transform = pickle.loads(pickle.dumps(TRANSFORM))
+    values = transform(Image.new("LA", size, (255, 255)))
+    assert values.shape == (3, R, R) and values.dtype == torch.float32 and (values == 1).all()
+
+
+def test_half_of_the_pictures_are_mirrored():
+    image = Image.fromarray(np.arange(R * R, dtype=np.uint8).reshape(R, R)).convert("RGB")
+    straight = TRANSFORM(image)
+    generator = torch.Generator().manual_seed(0)
+    draws = [ImageTransform(R, random_flip=True)(image, generator) for _ in range(100)]
+    mirrored = [torch.equal(draw, straight.flip(-1)) for draw in draws]
+    assert all(is_mirrored or torch.equal(draw, straight) for draw, is_mirrored in zip(draws, mirrored, strict=True))
+    assert 30 < sum(mirrored) < 70
+
+
+def test_random_crops_move_along_the_longer_side_only():
+    image = Image.linear_gradient("L").resize((R, 4 * R))
+    generator = torch.Generator().manual_seed(0)
+    tops = [ImageTransform(R, random_crop=True)(image, generator)[0, 0, 0].item() for _ in range(20)]
+    assert len(set(tops)) > 10 and min(tops) < -0.8 and max(tops) > 0.3
+
+
+def test_one_of_several_wordings_is_drawn_each_time(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", 2, text=[["a", "b", "c"], ["d"]])
+    for cached in (False, True):
+        dataset = load_training_dataset(path, transform=TRANSFORM, caption_column="text", cache_in_memory=cached)
+        assert {dataset[0, draw]["captions"] for draw in range(30)} == {"a", "b", "c"}
+        assert dataset[1]["captions"] == "d"
+        assert dataset[0, 5]["captions"] == dataset[0, 5]["captions"]
+
+
+# Damaged rows
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_damaged_rows_are_counted_named_and_never_used(tmp_path, caplog, cached):
+    path = write_parquet(tmp_path / "a.parquet", damaged=(3, 4, 9))
+    with caplog.at_level(logging.WARNING):
+        dataset = load_training_dataset(path, transform=TRANSFORM, cache_in_memory=cached)
+        loader = build_dataloader(dataset, 5, drop_last=False)
+        shades = [shade for batch in [*loader, *loader] for shade in shade_of(batch["pixel_values"])]
+
+    assert set(shades) == {0, 1, 2, 5, 6, 7, 8}
+    assert dataset.num_skipped == 3 and set(dataset.skipped) == {3, 4, 9}
+    messages = [record.getMessage() for record in caplog.records if "is skipped" in record.getMessage()]
+    assert len(messages) == 3 and any("Row 4 is skipped: a picture of 4 bytes is not a picture" in m for m in messages)
+
+
+def test_a_damaged_row_is_replaced_by_the_next_so_that_batches_keep_their_size(tmp_path):
+    dataset = load_training_dataset(write_parquet(tmp_path / "a.parquet", damaged=(9,)), transform=TRANSFORM)
+    assert shade_of(dataset[9]["pixel_values"]) == 0
+
+
+def test_damaged_rows_of_a_stream_are_left_out(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", damaged=(3, 4))
+    dataset = load_training_dataset(path, transform=TRANSFORM, streaming=True, shuffle_buffer=0)
+    assert [shade_of(sample["pixel_values"]) for sample in dataset] == [0, 1, 2, 5, 6, 7, 8, 9]
+    assert dataset.num_skipped == 2
+
+
+@pytest.mark.parametrize("captions", [["a", None, "b"], [["a"], [], ["b"]], [["a"], None, ["b"]]])
+def test_rows_without_a_caption_are_skipped(tmp_path, captions):
+    path = write_parquet(tmp_path / "a.parquet", 3, text=captions)
+    for cached in (False, True):
+        dataset = load_training_dataset(path, transform=TRANSFORM, caption_column="text", cache_in_memory=cached)
+        assert [sample["captions"] for sample in dataset if sample["captions"] == "a"] == ["a"]
+        assert {sample["captions"] for sample in dataset} == {"a", "b"}
+        assert set(dataset.skipped) == {1}
+
+
+def test_missing_picture_files_are_skipped(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for row in range(2):
+        (folder / f"{row}.png").write_bytes(png(row))
+    dataset = load_training_dataset(folder, transform=TRANSFORM)
+    (folder / "0.png").unlink()
+    assert shade_of(dataset[0]["pixel_values"]) == 1 and "0.png' is not an existing file" in dataset.skipped[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_in_memory": True}, {"streaming": True, "shuffle_buffer": 0}])
+def test_a_data_set_without_a_usable_picture_is_an_error(tmp_path, monkeypatch, options):
+    monkeypatch.setattr("flextok_hf.training.data.MAX_UNREADABLE_ROWS", 5)
+    path = write_parquet(tmp_path / "a.parquet", damaged=range(10))
+    with pytest.raises(ValueError, match="No usable picture in .* Check `image_column`"):
+        next(iter(load_training_dataset(path, transform=TRANSFORM, **options)))
+
+
+# Order
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_training_resumes_at_any_batch_with_the_same_draws(tmp_path, cached):
+    path = write_parquet(
+        tmp_path / "a.parquet", 10, text=[[f"{row}{letter}" for letter in "abcdef"] for row in range(10)]
+    )
+    transform = ImageTransform(R, random_flip=True)
+
+    def batches(first_batch=0, num_workers=0):
+        dataset = load_training_dataset(path, transform=transform, caption_column="text", cache_in_memory=cached)
+        return training_batches(build_dataloader(dataset, 4, seed=1, num_workers=num_workers), first_batch)
+
+    whole = take(batches(), 7)  # three epochs of two batches and one more
+    for first_batch in (1, 2, 5):
+        assert same_batches(take(batches(first_batch), 7 - first_batch), whole[first_batch:])
+    assert same_batches(take(batches(3, num_workers=2), 4), whole[3:])
+    assert whole[0]["captions"] != whole[2]["captions"] != whole[4]["captions"]
+
+
+def test_a_stream_resumes_at_any_batch():
+    def batches(first_batch=0):
+        dataset = load_training_dataset(
+            "synthetic",
+            transform=ImageTransform(R, random_flip=True),
+            caption_column="text",
+            max_samples=10,
+            streaming=True,
+            shuffle_buffer=5,
+        )
+        return training_batches(build_dataloader(dataset, 4), first_batch)
+
+    whole = take(batches(), 5)
+    assert same_batches(take(batches(3), 2), whole[3:])
+    assert not same_batches(whole[:2], whole[2:4])
+
+
+@pytest.mark.parametrize(("num_rows", "batch_size", "drop_last"), [(10, 3, True), (10, 3, False), (12, 4, True)])
+def test_an_epoch_visits_every_row_once(num_rows, batch_size, drop_last):
+    batches = list(EpochBatchSampler(num_rows, batch_size, shuffle=True, seed=0, drop_last=drop_last))
+    rows = [row for batch in batches for row, _ in batch]
+    assert len(set(rows)) == len(rows) == (num_rows // batch_size * batch_size if drop_last else num_rows)
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_processes_divide_the_batches_of_a_single_one(drop_last):
+    def batches(batch_size, process_index=0, num_processes=1):
+        sampler = EpochBatchSampler(21, batch_size, True, 0, drop_last, process_index, num_processes)
+        return list(sampler)
+
+    single = batches(8)
+    shared = [first + second for first, second in zip(batches(4, 0, 2), batches(4, 1, 2), strict=True)]
+    assert [batch[: len(whole)] for batch, whole in zip(shared, single, strict=True)] == single
+    assert all(len(batch) == 8 for batch in shared)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_few_rows_still_fill_a_batch_on_every_process(num_rows):
+    for process_index in range(4):
+        batches = list(EpochBatchSampler(num_rows, 2, True, 0, False, process_index, 4))
+        assert [len(batch) for batch in batches] == [2]
+
+
+def test_processes_read_different_parts_of_a_stream(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", 10)
+    shades = []
+    for process_index in range(2):
+        dataset = load_training_dataset(path, transform=TRANSFORM, streaming=True, shuffle_buffer=0)
+        loader = build_dataloader(dataset, 5, process_index=process_index, num_processes=2)
+        shades.append(shade_of(next(iter(loader))["pixel_values"]))
+    assert sorted(shades[0] + shades[1]) == list(range(10))
+
+
+def test_workers_of_a_stream_divide_its_shards():
+    dataset = load_training_dataset(
+        "synthetic", transform=TRANSFORM, caption_column="text", max_samples=600, streaming=True, shuffle_buffer=0
+    )
+    loader = build_dataloader(dataset, 50, num_workers=2, drop_last=False)
+    with_workers = [caption for batch in loader for caption in batch["captions"]]
+    assert sorted(with_workers) == sorted(sample["captions"] for sample in dataset)
+
+
+def test_loading_leaves_the_global_generator_alone(tmp_path):
+    dataset = load_training_dataset(
+        write_parquet(tmp_path / "a.parquet"), transform=ImageTransform(R, random_flip=True)
+    )
+    state = torch.get_rng_state()
+    list(build_dataloader(dataset, 4, num_workers=1))
+    list(build_dataloader(dataset, 4))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# Wrong arguments
+
+
+def test_wrong_columns_are_refused_with_those_there_are(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", text=["x"] * 10, score=[0.5] * 10)
+    for arguments, error, message in (
+        ({"image_column": "picture"}, ValueError, "`image_column` is 'picture', but .* columns .*text"),
+        ({"caption_column": "words"}, ValueError, "`caption_column` is 'words'"),
+        ({"class_column": "label"}, ValueError, "`class_column` is 'label'"),
+        ({"image_column": "text"}, TypeError, "not pictures"),
+        ({"caption_column": "score"}, TypeError, "must hold strings"),
+        ({"class_column": "text"}, TypeError, "class_encode_column"),
+    ):
+        for streaming in (False, True):
+            with pytest.raises(error, match=message):
+                load_training_dataset(path, transform=TRANSFORM, streaming=streaming, **arguments)
+
+
+def test_wrong_options_are_refused(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="turn off either"):
+        load_training_dataset(path, transform=TRANSFORM, streaming=True, cache_in_memory=True)
+    with pytest.raises(ValueError, match="turn off `random_crop`"):
+        load_training_dataset(path, transform=ImageTransform(R, random_crop=True), cache_in_memory=True)
+    with pytest.raises(ValueError, match="`max_samples` must be 1 or more"):
+        load_training_dataset(path, transform=TRANSFORM, max_samples=0)
+    with pytest.raises(ValueError, match="`split` of the synthetic data set must be train or validation"):
+        load_training_dataset("synthetic", "test", transform=TRANSFORM)
+
+
+@pytest.mark.parametrize("source", ["./nowhere", "/nowhere/at/all", "nowhere.parquet"])
+def test_paths_that_do_not_exist_are_not_looked_up_on_the_hub(source):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_training_dataset(source, transform=TRANSFORM)
+
+
+def test_files_of_another_kind_are_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("no pictures")
+    with pytest.raises(ValueError, match="not all parquet"):
+        load_training_dataset(tmp_path / "notes.txt", transform=TRANSFORM)
+
+
+def test_a_batch_larger_than_the_data_set_is_refused(tmp_path):
+    dataset = load_training_dataset(write_parquet(tmp_path / "a.parquet"), transform=TRANSFORM)
+    with pytest.raises(ValueError, match="10 rows do not fill one batch of `batch_size` 11"):
+        build_dataloader(dataset, 11)
+    with pytest.raises(ValueError, match="`batch_size` must be 1 or more"):
+        build_dataloader(dataset, 0)
+    stream = load_training_dataset(tmp_path / "a.parquet", transform=TRANSFORM, streaming=True, shuffle_buffer=0)
+    with pytest.raises(ValueError, match="did not fill one batch"):
+        next(training_batches(build_dataloader(stream, 11)))
+
+
+def test_collate_stacks_what_the_samples_have():
+    batch = collate([{"pixel_values": torch.zeros(3, 2, 2), "class_labels": label} for label in (4, 0)])
+    assert batch["pixel_values"].shape == (2, 3, 2, 2) and batch["class_labels"].tolist() == [4, 0]
+    assert "captions" not in batch
