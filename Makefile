@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := $(wildcard src scripts tests benchmarks)
 BENCHMARKS := $(wildcard benchmarks/bench_*.py)
 
-.PHONY: help setup demo style quality test bench clean
+.PHONY: help setup demo style quality types test bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -37,9 +37,11 @@ style: setup  ## put the code into the project's format
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-quality: setup  ## check format, lint and types
+quality: setup  ## check format and lint
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+
+types: setup  ## check types
 	$(BIN)/mypy
 
 test: setup  ## run the whole test suite

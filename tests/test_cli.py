@@ -147,6 +147,7 @@ def test_reading_arguments_does_not_load_torch():
         (("generate", "a cat", "--output", "cat.png", "--top-p", "0"), "--top-p"),
         (("generate", "a cat", "--output", "cat.png", "--seed", str(2**63)), "--seed"),
         (("generate", "a cat", "--output", "cat.png", "--temperature", "nan"), "--temperature"),
+        (("generate", "a cat", "--output", "cat.png", "--temperature", "0"), "--temperature"),
         (("generate", "a cat", "--output", "cat.png", "--dtype", "int4"), "--dtype"),
         (("reconstruct", "--output", "sheet.png"), "PHOTO"),
     ],
@@ -342,6 +343,14 @@ def test_a_model_with_a_missing_or_truncated_weight_file_is_refused(capsys, tmp_
     shutil.copytree(model, copy)
     damage(next((copy / "decoder").glob("*.safetensors")))
     assert_one_line_error(run(capsys, "info", "--model", copy, "--device", "cpu"), "`model`", str(copy))
+
+
+def test_a_run_prints_nothing_but_its_report(tmp_path, model):
+    # In a process of its own: warnings are shown once per process, and the bars must stay out of a log.
+    arguments = ["generate", "a cat", "--dtype", "bfloat16", "--output", str(tmp_path / "cat.png"), *fast(model)]
+    done = subprocess.run([sys.executable, "-m", "flextok_hf.cli", *arguments], capture_output=True, text=True)
+    assert done.stderr == ""
+    assert done.stdout == f"{tmp_path / 'cat.png'}: 16 x 16, 8 tokens, seed 0\n"
 
 
 def test_info_tells_resolution_tokens_and_parameters(capsys, model):

@@ -143,6 +143,11 @@ def non_negative_float(text: str) -> float:
     return _bounded(float, text, "a number of at least 0", lambda value: 0 <= value < float("inf"))
 
 
+def positive_float(text: str) -> float:
+    """Read a finite number above 0."""
+    return _bounded(float, text, "a number above 0", lambda value: 0 < value < float("inf"))
+
+
 def probability(text: str) -> float:
     """Read a number above 0 and up to 1."""
     return _bounded(float, text, "a number above 0 and up to 1", lambda value: 0 < value <= 1)
@@ -209,7 +214,7 @@ def _add_generate(commands) -> None:
         help="guidance of the prior, 1 is off (3)",
     )
     parser.add_argument(
-        "--temperature", type=non_negative_float, default=1.0, metavar="X", help="0 takes the likeliest token (1)"
+        "--temperature", type=positive_float, default=1.0, metavar="X", help="below 1 typical, above 1 varied (1)"
     )
     parser.add_argument(
         "--top-k", type=non_negative_int, default=0, metavar="N", help="draw from the N likeliest, 0 is off (0)"

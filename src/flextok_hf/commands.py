@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -158,12 +159,15 @@ def load_pipeline(options: argparse.Namespace) -> FlexTokPipeline:
     transformers_logging.disable_progress_bar()
     device = choose_device(options.device)
     try:
-        pipe = FlexTokPipeline.from_pretrained(options.model)
+        with warnings.catch_warnings():
+            # Newer Diffusers calls the argument `dtype`, older ones know `torch_dtype` only.
+            warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch_dtype.*")
+            pipe = FlexTokPipeline.from_pretrained(options.model, torch_dtype=getattr(torch, options.dtype))
     except Exception as error:  # a missing or damaged file can surface as almost anything in the libraries below
         if options.traceback:
             raise
         raise ValueError(f"`model` {options.model!r} cannot be loaded; fetch or save it again: {error}") from error
-    return pipe.to(device=device, dtype=getattr(torch, options.dtype))
+    return pipe.to(device)
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -37,6 +37,9 @@ def attend(
     Returns:
         Context, (B, Lq, heads, head_dim).
     """
+    if attention_mask is not None and attention_mask.ndim == 2:
+        # spelled out, because Diffusers takes a mask of (B, Lk) for padding, and a square one can have that shape
+        attention_mask = attention_mask[None, None]
     return dispatch_attention_fn(
         query, key, value, attn_mask=attention_mask, scale=scale, is_causal=is_causal, backend=backend
     )
