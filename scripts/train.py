@@ -8,10 +8,10 @@ import logging
 import sys
 
 from flextok_hf.training.arguments import PriorArguments, TokenizerArguments, parse_arguments
-from flextok_hf.training.stages import train_tokenizer
+from flextok_hf.training.stages import train_prior, train_tokenizer
 
 
-STAGES = {"tokenizer": (TokenizerArguments, train_tokenizer)}
+STAGES = {"tokenizer": (TokenizerArguments, train_tokenizer), "prior": (PriorArguments, train_prior)}
 
 
 def main(argv: list[str]) -> None:

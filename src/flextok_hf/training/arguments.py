@@ -8,6 +8,9 @@ import yaml
 from transformers import HfArgumentParser
 
 
+EXPORT_DTYPES = ("float32", "float16", "bfloat16")
+
+
 @dataclass(kw_only=True)
 class TrainingArguments:
     """Options that all stages share."""
@@ -49,12 +52,15 @@ class TrainingArguments:
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "`latest` or a checkpoint folder."})
     validation_steps: int = field(default=500, metadata={"help": "Draw validation pictures every so many steps; 0: never."})
     num_validation_images: int = field(default=8, metadata={"help": "Rows of the validation picture."})
+    export_dtype: str = field(default="float32", metadata={"help": "Precision of the saved pipeline, or `float16`."})
     report_to: str | None = field(default=None, metadata={"help": "Tracker, for instance `tensorboard` or `wandb`."})
 
     def __post_init__(self):
         for name in ("resolution", "max_train_steps", "train_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be 1 or more, got {getattr(self, name)}.")
+        if self.export_dtype not in EXPORT_DTYPES:
+            raise ValueError(f"`export_dtype` must be one of {', '.join(EXPORT_DTYPES)}, got {self.export_dtype!r}.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must lie in [0, 1), got {self.ema_decay}.")
 
@@ -111,6 +117,9 @@ class PriorArguments(TrainingArguments):
     text_num_layers: int = field(default=3, metadata={"help": "Blocks of the small text encoder."})
     text_vocab_size: int = field(default=2000, metadata={"help": "Pieces of the small text tokenizer, at most."})
     max_text_length: int = field(default=120, metadata={"help": "Longest prompt, in pieces."})
+    validation_prompts: list[str] = field(
+        default_factory=list, metadata={"help": "Prompts of the validation picture; none: no validation."}
+    )
 
 
 def parse_arguments(kind: type[TrainingArguments], argv: list[str]) -> Any:
