@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := $(wildcard src scripts tests benchmarks)
 BENCHMARKS := $(wildcard benchmarks/bench_*.py)
 
-.PHONY: help setup demo style quality types test bench clean
+.PHONY: help setup demo style quality test bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -37,11 +37,9 @@ style: setup  ## put the code into the project's format
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-quality: setup  ## check format and lint
+quality: setup  ## check lint, format and types
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
-
-types: setup  ## check types
 	$(BIN)/mypy
 
 test: setup  ## run the whole test suite

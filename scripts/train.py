@@ -1,7 +1,7 @@
 """Train a stage of FlexTok.
 
-    accelerate launch scripts/train.py tokenizer --config scripts/configs/embedded_tokenizer.yaml
-    accelerate launch scripts/train.py prior --config scripts/configs/embedded_prior.yaml
+accelerate launch scripts/train.py tokenizer --config scripts/configs/embedded_tokenizer.yaml
+accelerate launch scripts/train.py prior --config scripts/configs/embedded_prior.yaml
 """
 
 import logging
@@ -17,7 +17,9 @@ STAGES = {"tokenizer": (TokenizerArguments, train_tokenizer), "prior": (PriorArg
 def main(argv: list[str]) -> None:
     """Run the stage named by the first argument with the options that follow."""
     if not argv or argv[0] not in STAGES:
-        raise SystemExit(f"usage: train.py {{{','.join(STAGES)}}} [--config FILE] [OPTIONS]; --help after the stage lists them")
+        raise SystemExit(
+            f"usage: train.py {{{','.join(STAGES)}}} [--config FILE] [OPTIONS]; --help after the stage lists them"
+        )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     kind, train = STAGES[argv[0]]
     folder = train(parse_arguments(kind, argv[1:]))

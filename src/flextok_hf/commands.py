@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -159,10 +158,7 @@ def load_pipeline(options: argparse.Namespace) -> FlexTokPipeline:
     transformers_logging.disable_progress_bar()
     device = choose_device(options.device)
     try:
-        with warnings.catch_warnings():
-            # Newer Diffusers calls the argument `dtype`, older ones know `torch_dtype` only.
-            warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch_dtype.*")
-            pipe = FlexTokPipeline.from_pretrained(options.model, torch_dtype=getattr(torch, options.dtype))
+        pipe = FlexTokPipeline.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
     except Exception as error:  # a missing or damaged file can surface as almost anything in the libraries below
         if options.traceback:
             raise

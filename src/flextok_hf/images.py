@@ -37,15 +37,18 @@ def load_image(source: str | Path | bytes) -> Image.Image:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is not a picture, is cut off, or is too large to decode safely.
     """
-    is_path = isinstance(source, (str, Path))
-    name = f"'{source}'" if is_path else f"a picture of {len(source)} bytes"
-    if is_path and not Path(source).is_file():
-        kind = "a folder" if Path(source).is_dir() else "not an existing file"
-        raise FileNotFoundError(
-            f"{name} is {kind}. Give the path of a picture file; download pictures on the Web before."
-        )
+    file: str | Path | BytesIO
+    if isinstance(source, (str, Path)):
+        name, file = f"'{source}'", source
+        if not Path(source).is_file():
+            kind = "a folder" if Path(source).is_dir() else "not an existing file"
+            raise FileNotFoundError(
+                f"{name} is {kind}. Give the path of a picture file; download pictures on the Web before."
+            )
+    else:
+        name, file = f"a picture of {len(source)} bytes", BytesIO(source)
     try:
-        with Image.open(source if is_path else BytesIO(source)) as image:
+        with Image.open(file) as image:
             return to_rgb(image)
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"{name} is not a picture that Pillow can read. Convert it to PNG or JPEG.") from error

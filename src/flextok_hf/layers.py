@@ -56,7 +56,9 @@ class AttentionProcessor:
     _attention_backend = None
     _parallel_config = None
 
-    def __call__(self, attention: "Attention", query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def __call__(
+        self, attention: "Attention", query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor:
         return attend(query, key, value, mask, attention.scale, backend=self._attention_backend)
 
 

@@ -131,6 +131,19 @@ class PriorBlock(GradientCheckpointingLayer):
         text_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> Tensor:
+        """Refine the sequence.
+
+        Args:
+            hidden_states: (B, L, D).
+            text_states: projected text, (B, M, D); `None` without text, or where its keys and values are cached.
+            attention_mask: (1, 1, L, S) boolean, true where a token may look.
+            is_causal: use the kernel's own causal mask instead.
+            text_mask: (B, 1, 1, M) boolean, true where there is text.
+            past_key_values: cache that the blocks extend.
+
+        Returns:
+            New hidden states, (B, L, D).
+        """
         normed = self.self_attention_norm(hidden_states)
         update = self.self_attention(normed, attention_mask, is_causal, past_key_values)
         hidden_states = hidden_states + F.dropout(update, self.dropout, self.training)
@@ -298,12 +311,13 @@ def plan_attention(input_ids: Tensor, cache: Cache | None) -> tuple[Tensor, Tens
         positions (L,), attention mask (1, 1, L, S) or `None`, and whether the kernel's own causal mask applies.
     """
     num_inputs, device = input_ids.shape[1], input_ids.device
-    past_length = 0 if cache is None else cache.get_seq_length()
+    if cache is None:
+        return torch.arange(num_inputs, device=device), None, True
+    past_length = cache.get_seq_length()
     positions = torch.arange(num_inputs, device=device) + past_length
-    is_static = cache is not None and cache.is_compileable
-    if not is_static and past_length == 0:
+    if not cache.is_compileable and past_length == 0:
         return positions, None, True
-    if not is_static and num_inputs == 1:
+    if not cache.is_compileable and num_inputs == 1:
         return positions, None, False
     num_keys, _ = cache.get_mask_sizes(num_inputs, 0)
     is_visible = torch.arange(num_keys, device=device) <= positions[:, None]  # (L, S)

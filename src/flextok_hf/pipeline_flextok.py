@@ -32,7 +32,7 @@ GuidanceScale = float | Callable[[float], float]
 # Diffusers looks up how to save and load a component by the package it comes from. Without these entries a model index
 # names our modules by their full path, which loads from a folder but not from the Hub.
 METHODS = ["save_pretrained", "from_pretrained"]
-OWN_CLASSES = {name: METHODS for name in ("FlexTokEncoder", "FlexTokFlowDecoder", "FlexTokPriorForCausalLM")}
+OWN_CLASSES = dict.fromkeys(("FlexTokEncoder", "FlexTokFlowDecoder", "FlexTokPriorForCausalLM"), METHODS)
 pipeline_loading_utils.LOADABLE_CLASSES["flextok_hf"] = OWN_CLASSES
 pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(OWN_CLASSES)
 
@@ -83,13 +83,13 @@ class FlexTokPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Load a pipeline from a folder or the Hub, in float32 unless `torch_dtype` says otherwise.
+        """Load a pipeline from a folder or the Hub, in float32 unless `dtype` says otherwise.
 
         The default is set here because Transformers models would keep the precision they were stored in, and half
         precision, which halves a download, is slow or missing on CPUs.
         """
         if "dtype" not in kwargs and "torch_dtype" not in kwargs:
-            kwargs["torch_dtype"] = torch.float32
+            kwargs["dtype"] = torch.float32
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @property
@@ -278,7 +278,7 @@ class FlexTokPipeline(DiffusionPipeline):
         if max_tokens is None:
             max_tokens = [2**i for i in range(self.num_registers.bit_length()) if 2**i < self.num_registers]
             max_tokens += [self.num_registers]
-        lengths = [max_tokens] if inputs.is_whole_number(max_tokens) else list(max_tokens)
+        lengths = list(max_tokens) if isinstance(max_tokens, Sequence) else [max_tokens]
         lengths = inputs.resolve_max_tokens(lengths, len(lengths), self.num_registers)
         if not lengths:
             raise ValueError("`max_tokens` is an empty list. Name at least one length.")
@@ -311,7 +311,9 @@ class FlexTokPipeline(DiffusionPipeline):
                 " `reconstruct`, or load it with `prior=FlexTokPriorForCausalLM.from_pretrained(...)`."
             )
         if not inputs.is_whole_number(num_images_per_prompt) or num_images_per_prompt < 1:
-            raise ValueError(f"`num_images_per_prompt` must be a whole number of 1 or more, got {num_images_per_prompt!r}.")
+            raise ValueError(
+                f"`num_images_per_prompt` must be a whole number of 1 or more, got {num_images_per_prompt!r}."
+            )
         if (prompt is None) == (class_labels is None):
             raise ValueError("Pass either `prompt` or `class_labels`, and not both.")
         if class_labels is not None:
@@ -379,7 +381,8 @@ class FlexTokPipeline(DiffusionPipeline):
                 velocity = self.predict_velocity(latents, sigma, codes, num_tokens, scale, guide)
                 latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
                 if callback_on_step_end is not None:
-                    latents = (callback_on_step_end(self, step, timestep, {"latents": latents}) or {}).get("latents", latents)
+                    changes = callback_on_step_end(self, step, timestep, {"latents": latents}) or {}
+                    latents = changes.get("latents", latents)
                 progress_bar.update()
         return latents
 
@@ -395,4 +398,7 @@ class FlexTokPipeline(DiffusionPipeline):
         velocity = self.decoder(
             latents.to(dtype), sigma.expand(latents.shape[0]), codes, num_tokens, is_unconditional, return_dict=False
         )[0].float()
-        return guide(*velocity.chunk(2), scale) if is_guided else velocity
+        if not is_guided:
+            return velocity
+        conditional, unconditional = velocity.chunk(2)
+        return guide(conditional, unconditional, scale)

@@ -25,7 +25,7 @@ def resolve_max_tokens(max_tokens: int | Sequence[int] | None, batch_size: int, 
     """
     if isinstance(max_tokens, Tensor):
         max_tokens = max_tokens.tolist()
-    bounds = [num_registers] * batch_size if max_tokens is None else max_tokens
+    bounds: Any = [num_registers] * batch_size if max_tokens is None else max_tokens
     if not isinstance(bounds, list | tuple):
         bounds = [bounds] * batch_size
     if len(bounds) != batch_size:
@@ -116,7 +116,9 @@ def check_class_labels(class_labels: Any, num_classes: int | None) -> Tensor:
         ValueError: if there are none, one is out of range, or the prior knows no classes.
     """
     if num_classes is None:
-        raise ValueError("`class_labels` were given, but this model's prior knows no classes. Pass a `prompt` instead.")
+        raise ValueError(
+            "`class_labels` were given, but this model's prior knows no classes. Pass a `prompt` instead."
+        )
     labels = class_labels.tolist() if isinstance(class_labels, Tensor) else class_labels
     labels = labels if isinstance(labels, list | tuple) else [labels]
     if len(labels) == 0:
@@ -129,7 +131,9 @@ def check_class_labels(class_labels: Any, num_classes: int | None) -> Tensor:
     return torch.tensor(labels)
 
 
-def check_sampling(num_inference_steps: Any, guidance_scale: Any, output_type: str, output_types: Sequence[str]) -> None:
+def check_sampling(
+    num_inference_steps: Any, guidance_scale: Any, output_type: str, output_types: Sequence[str]
+) -> None:
     """Raise a ValueError or TypeError unless the options of the flow decoder's sampler make sense."""
     if not is_whole_number(num_inference_steps) or num_inference_steps < 1:
         raise ValueError(f"`num_inference_steps` must be a whole number of 1 or more, got {num_inference_steps!r}.")

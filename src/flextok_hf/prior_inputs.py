@@ -44,7 +44,11 @@ def check_forward_inputs(
 
 
 def check_generate_inputs(
-    config: FlexTokPriorConfig, inputs: Tensor | None, conditions: dict, guidance_scale: float, negative: tuple
+    config: FlexTokPriorConfig,
+    inputs: Tensor | None,
+    conditions: dict,
+    guidance_scale: float,
+    negative: tuple[Tensor | None, Tensor | None],
 ) -> None:
     """Raise an error if `generate` cannot run on these arguments; values are read, once per call."""
     text, mask = conditions.get("encoder_hidden_states"), conditions.get("encoder_attention_mask")
@@ -79,7 +83,7 @@ def check_condition_values(
             f"`{name}_attention_mask` hides the whole text of a row. The empty prompt still has one token: tokenize ''"
             " and pass its mask."
         )
-    if class_labels is not None:
+    if class_labels is not None and config.num_classes is not None:
         remedy = f"{UNCONDITIONAL_LABEL} means no class."
         check_range("class_labels", class_labels, UNCONDITIONAL_LABEL, config.num_classes, remedy)
 

@@ -69,26 +69,3 @@ class FiniteScalarQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"levels={self.levels}, codebook_size={self.codebook_size}"
-
-
-def check_token_ids(token_ids: Tensor, codebook_size: int, num_registers: int) -> None:
-    """Raise an error unless `token_ids` are (B, k) integers in [0, `codebook_size`) with 1 <= k <= `num_registers`.
-
-    Raises:
-        TypeError: if they are not an integer tensor.
-        ValueError: if the shape or a value is out of range.
-    """
-    if not isinstance(token_ids, Tensor) or token_ids.is_floating_point() or token_ids.dtype == torch.bool:
-        kind = token_ids.dtype if isinstance(token_ids, Tensor) else type(token_ids).__name__
-        raise TypeError(f"`token_ids` must be an integer tensor, got {kind}. Pass ids as `tokenize` returns them.")
-    if token_ids.ndim != 2 or not 1 <= token_ids.shape[1] <= num_registers or token_ids.shape[0] == 0:
-        raise ValueError(
-            f"`token_ids` must have the shape (batch, num_tokens) with 1 to {num_registers} tokens, got"
-            f" {tuple(token_ids.shape)}. Cut longer sequences with `token_ids[:, :n]`; never pad shorter ones."
-        )
-    low, high = token_ids.min().item(), token_ids.max().item()
-    if low < 0 or high >= codebook_size:
-        raise ValueError(
-            f"`token_ids` must lie in [0, {codebook_size}), the codebook, but range from {low} to {high}."
-            " They may come from another model, or still hold a start token."
-        )

@@ -21,7 +21,8 @@ class TrainingArguments:
         metadata={"help": "Hub name, picture folder, parquet files, or `synthetic` for shapes drawn by this package."},
     )
     validation_data: list[str] | None = field(
-        default=None, metadata={"help": "Held-out pictures; default: the validation split of the synthetic set, else none."}
+        default=None,
+        metadata={"help": "Held-out pictures; default: the validation split of the synthetic set, else none."},
     )
     image_column: str = field(default="image", metadata={"help": "Column of the pictures."})
     resolution: int = field(default=256, metadata={"help": "Side of the square training pictures, in pixels."})
@@ -45,12 +46,16 @@ class TrainingArguments:
     mixed_precision: str = field(default="no", metadata={"help": "`no`, `bf16` or `fp16`."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations to save memory."})
     compile: bool = field(default=False, metadata={"help": "Compile the model with torch.compile."})
-    ema_decay: float = field(default=0.999, metadata={"help": "Decay of the weight average that is exported; 0: none."})
+    ema_decay: float = field(
+        default=0.999, metadata={"help": "Decay of the weight average that is exported; 0: none."}
+    )
 
     checkpointing_steps: int = field(default=500, metadata={"help": "Save the state of training every so many steps."})
     checkpoints_total_limit: int = field(default=2, metadata={"help": "Keep only the newest checkpoints."})
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "`latest` or a checkpoint folder."})
-    validation_steps: int = field(default=500, metadata={"help": "Draw validation pictures every so many steps; 0: never."})
+    validation_steps: int = field(
+        default=500, metadata={"help": "Draw validation pictures every so many steps; 0: never."}
+    )
     num_validation_images: int = field(default=8, metadata={"help": "Rows of the validation picture."})
     export_dtype: str = field(default="float32", metadata={"help": "Precision of the saved pipeline, or `float16`."})
     report_to: str | None = field(default=None, metadata={"help": "Tracker, for instance `tensorboard` or `wandb`."})
@@ -69,7 +74,9 @@ class TrainingArguments:
 class TokenizerArguments(TrainingArguments):
     """Options of stage 1: encoder, quantizer and flow decoder."""
 
-    vae: str | None = field(default=None, metadata={"help": "Frozen AutoencoderKL, folder or Hub id; none: pixel space."})
+    vae: str | None = field(
+        default=None, metadata={"help": "Frozen AutoencoderKL, folder or Hub id; none: pixel space."}
+    )
     pretrained_tokenizer: str | None = field(default=None, metadata={"help": "Start from this pipeline's tokenizer."})
     num_registers: int = field(default=256, metadata={"help": "Longest token sequence."})
     fsq_levels: list[int] = field(default_factory=lambda: [8, 8, 8, 5, 5, 5], metadata={"help": "FSQ levels."})
@@ -90,7 +97,8 @@ class TokenizerArguments(TrainingArguments):
     null_condition_probability: float = field(default=0.1, metadata={"help": "Share of samples that ignore tokens."})
     encoder_learning_rate_scale: float = field(default=1.0, metadata={"help": "Encoder's learning rate, relative."})
     unrounded_probability: float = field(
-        default=0.0, metadata={"help": "Share of samples that skip rounding at the start; fades out over 40% of training."}
+        default=0.0,
+        metadata={"help": "Share of samples that skip rounding at the start; fades out over 40% of training."},
     )
     feature_penalty: float = field(
         default=0.0, metadata={"help": "Weight that keeps features spread before rounding; fades to a sixth over 40%."}
@@ -102,14 +110,18 @@ class PriorArguments(TrainingArguments):
     """Options of stage 2: the autoregressive prior, and its text encoder if that is trained along."""
 
     tokenizer: str = field(metadata={"help": "Pipeline with the trained tokenizer, folder or Hub id."})
-    caption_column: str | None = field(default=None, metadata={"help": "Column of the captions (text, or a list of texts)."})
+    caption_column: str | None = field(
+        default=None, metadata={"help": "Column of the captions (text, or a list of texts)."}
+    )
     class_column: str | None = field(default=None, metadata={"help": "Column of the class labels."})
     hidden_size: int = field(default=768, metadata={"help": "Width of the prior."})
     num_layers: int = field(default=12, metadata={"help": "Blocks of the prior."})
     num_heads: int = field(default=12, metadata={"help": "Attention heads of the prior."})
     qk_norm: bool = field(default=False, metadata={"help": "Normalize queries and keys."})
     dropout: float = field(default=0.0, metadata={"help": "Dropout of residual updates."})
-    condition_dropout_probability: float = field(default=0.1, metadata={"help": "Share of samples without a condition."})
+    condition_dropout_probability: float = field(
+        default=0.1, metadata={"help": "Share of samples without a condition."}
+    )
     text_encoder: str | None = field(
         default=None, metadata={"help": "Frozen T5 encoder, folder or Hub id; none: train a small one along."}
     )

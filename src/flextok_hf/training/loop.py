@@ -40,7 +40,9 @@ class Trainer:
         parameter_groups: for the optimizer, as `torch.optim.AdamW` takes them.
     """
 
-    def __init__(self, arguments: TrainingArguments, accelerator: Accelerator, model: nn.Module, parameter_groups: list):
+    def __init__(
+        self, arguments: TrainingArguments, accelerator: Accelerator, model: nn.Module, parameter_groups: list
+    ):
         self.arguments = arguments
         self.accelerator = accelerator
         optimizer = torch.optim.AdamW(
@@ -81,7 +83,9 @@ class Trainer:
             disable=not accelerator.is_local_main_process,
             mininterval=2,
         )
-        images_per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
+        images_per_step = (
+            arguments.train_batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
+        )
         last_time, last_step = time.perf_counter(), self.step
         while self.step < arguments.max_train_steps:
             metrics = self.train_step(micro_batches)
@@ -227,7 +231,10 @@ def build_accelerator(arguments: TrainingArguments) -> Accelerator:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "arguments.json").write_text(json.dumps(asdict(arguments), indent=2) + "\n")
         if arguments.report_to is not None:
-            plain = {name: value if isinstance(value, int | float) else str(value) for name, value in asdict(arguments).items()}
+            plain = {
+                name: value if isinstance(value, int | float) else str(value)
+                for name, value in asdict(arguments).items()
+            }
             accelerator.init_trackers("flextok_hf", config=plain)
     accelerator.wait_for_everyone()
     return accelerator

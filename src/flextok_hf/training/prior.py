@@ -35,7 +35,9 @@ class PriorForTraining(nn.Module):
     def train(self, mode: bool = True) -> "PriorForTraining":
         """Switch between training and evaluation; a frozen text encoder stays in evaluation, without dropout."""
         super().train(mode)
-        if self.text_encoder is not None and not any(weight.requires_grad for weight in self.text_encoder.parameters()):
+        if self.text_encoder is not None and not any(
+            weight.requires_grad for weight in self.text_encoder.parameters()
+        ):
             self.text_encoder.eval()
         return self
 
@@ -66,12 +68,14 @@ class PriorForTraining(nn.Module):
         loss = self.prior(input_ids=input_ids, labels=input_ids, **condition).loss
         return loss, {}
 
-    def encode_condition(self, batch: dict[str, Tensor | list[str]], is_dropped: Tensor) -> dict[str, Tensor]:
+    def encode_condition(self, batch: dict[str, Any], is_dropped: Tensor) -> dict[str, Tensor]:
         """Turn captions or classes into arguments of the prior; dropped ones become "" or class -1."""
         device = self.prior.device
-        if self.text_encoder is None:
+        if self.text_encoder is None or self.text_tokenizer is None:
             return {"class_labels": torch.where(is_dropped, UNCONDITIONAL_LABEL, batch["class_labels"]).to(device)}
-        captions = ["" if drop else caption for caption, drop in zip(batch["captions"], is_dropped.tolist(), strict=True)]
+        captions = [
+            "" if drop else caption for caption, drop in zip(batch["captions"], is_dropped.tolist(), strict=True)
+        ]
         text = self.text_tokenizer(captions, padding=True, truncation=True, return_tensors="pt").to(device)
         states = self.text_encoder(input_ids=text.input_ids, attention_mask=text.attention_mask).last_hidden_state
         return {"encoder_hidden_states": states, "encoder_attention_mask": text.attention_mask}

@@ -19,8 +19,14 @@ from ..outputs import save_picture
 from ..pipeline_flextok import FlexTokPipeline
 from ..sheets import contact_sheet, token_count_title
 from .arguments import PriorArguments, TokenizerArguments, TrainingArguments
-from .data import ImageTransform, build_dataloader, load_training_dataset, training_batches
-from .data import ImageDataset, StreamedImageDataset
+from .data import (
+    ImageDataset,
+    ImageTransform,
+    StreamedImageDataset,
+    build_dataloader,
+    load_training_dataset,
+    training_batches,
+)
 from .loop import AveragedWeights, Trainer, build_accelerator, split_by_decay
 from .prior import PriorForTraining, build_prior
 from .text import build_text_encoder, train_text_tokenizer
@@ -82,7 +88,9 @@ def train_prior(arguments: PriorArguments) -> Path:
     dataset = load_train_data(arguments, arguments.caption_column, arguments.class_column)
     if arguments.caption_column is None:
         if not dataset.class_names:
-            raise ValueError(f"`class_column` {arguments.class_column!r} has no list of class names, so none can be counted.")
+            raise ValueError(
+                f"`class_column` {arguments.class_column!r} has no list of class names, so none can be counted."
+            )
         text_tokenizer, text_encoder = None, None
         prior = build_prior(arguments, pipe, None, len(dataset.class_names))
     else:
@@ -109,7 +117,9 @@ def text_components(
         tokenizer = AutoTokenizer.from_pretrained(arguments.text_encoder, model_max_length=arguments.max_text_length)
         return tokenizer, text_encoder.requires_grad_(False).eval()
     if not isinstance(dataset, ImageDataset):
-        raise ValueError("A text tokenizer cannot be learned from a stream: turn off `streaming` or name a `text_encoder`.")
+        raise ValueError(
+            "A text tokenizer cannot be learned from a stream: turn off `streaming` or name a `text_encoder`."
+        )
     captions = [row[arguments.caption_column] for row in dataset.rows]
     texts = [text for caption in captions for text in ([caption] if isinstance(caption, str) else caption)]
     tokenizer = train_text_tokenizer(texts, arguments.text_vocab_size, arguments.max_text_length)
@@ -170,7 +180,9 @@ def tokenizer_validation(
         image_column=arguments.image_column,
         max_samples=arguments.num_validation_images,
     )
-    originals = torch.stack([dataset[index]["pixel_values"] for index in range(len(dataset))]) / 2 + 0.5  # (B, 3, R, R)
+    originals = (
+        torch.stack([dataset[index]["pixel_values"] for index in range(len(dataset))]) / 2 + 0.5
+    )  # (B, 3, R, R)
     counts = [2**power for power in range(pipe.num_registers.bit_length()) if 2**power <= pipe.num_registers]
 
     def validate(step: int) -> dict[str, float]:
@@ -229,7 +241,7 @@ def export(trainer: Trainer, pipe: FlexTokPipeline) -> Path:
             pipe.save_pretrained(unfinished)
         if trainer.arguments.export_dtype != "float32":
             dtype = getattr(torch, trainer.arguments.export_dtype)
-            FlexTokPipeline.from_pretrained(unfinished, torch_dtype=dtype).save_pretrained(unfinished)
+            FlexTokPipeline.from_pretrained(unfinished, dtype=dtype).save_pretrained(unfinished)
         arguments = (Path(trainer.arguments.output_dir) / "arguments.json").read_text()
         record = {"arguments": json.loads(arguments), "steps": trainer.step}
         (unfinished / "training.json").write_text(json.dumps(record, indent=2) + "\n")

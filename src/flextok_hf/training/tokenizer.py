@@ -51,9 +51,9 @@ class TokenizerForTraining(nn.Module):
         features = self.encoder.compute_features(latents)  # (B, K, Q)
         codes = self.encoder.quantizer(features, is_rounded)  # (B, K, Q)
         noisy_latents = add_noise(latents, noise, sigma)  # (B, C, h, w)
-        velocity = self.decoder(
-            noisy_latents, sigma, codes, num_tokens, is_unconditional, return_dict=False
-        )[0]  # (B, C, h, w)
+        velocity = self.decoder(noisy_latents, sigma, codes, num_tokens, is_unconditional, return_dict=False)[
+            0
+        ]  # (B, C, h, w)
 
         # 3. Loss
         flow_loss = F.mse_loss(velocity.float(), velocity_target(latents, noise).float())
@@ -112,7 +112,9 @@ def count_distinct(token_ids: Tensor) -> Tensor:
     return 1 + (ordered[1:] != ordered[:-1]).sum(dim=0).float().mean()
 
 
-def build_tokenizer(arguments: TokenizerArguments, vae: AutoencoderKL | None) -> tuple[FlexTokEncoder, FlexTokFlowDecoder]:
+def build_tokenizer(
+    arguments: TokenizerArguments, vae: AutoencoderKL | None
+) -> tuple[FlexTokEncoder, FlexTokFlowDecoder]:
     """Make a fresh encoder and decoder of the sizes in the options; latents are pixels without a VAE."""
     channels, factor = 3, 1
     if vae is not None:

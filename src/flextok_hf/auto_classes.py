@@ -1,0 +1,14 @@
+"""Makes the models known to Transformers' Auto classes; importing this module is all it takes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .configuration_encoder import FlexTokEncoderConfig
+from .configuration_prior import FlexTokPriorConfig
+from .modeling_encoder import FlexTokEncoder
+from .modeling_prior import FlexTokPriorForCausalLM
+
+
+AutoConfig.register(FlexTokEncoderConfig.model_type, FlexTokEncoderConfig)
+AutoConfig.register(FlexTokPriorConfig.model_type, FlexTokPriorConfig)
+AutoModel.register(FlexTokEncoderConfig, FlexTokEncoder)
+AutoModelForCausalLM.register(FlexTokPriorConfig, FlexTokPriorForCausalLM)
