@@ -55,7 +55,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# `AutoModel` and its like know our models once this package is imported. Only the command `flextok` goes without, so that
-# its help and its complaints about arguments need not wait for PyTorch; it imports the classes it uses by itself.
+# `AutoModel` and its like know our models once this package is imported. Only the command `flextok` goes without, so
+# that its help and its complaints about arguments need not wait for PyTorch; it imports the classes it uses by itself.
 if Path(next(iter(getattr(sys, "argv", [])), "")).stem != "flextok":
     importlib.import_module(".auto_classes", __name__)

@@ -6,11 +6,11 @@ from transformers import PreTrainedConfig
 
 @strict
 class FlexTokEncoderConfig(PreTrainedConfig):
-    """Configuration of `FlexTokEncoder`; the defaults are the published d12 size (Bachmann et al., 2025, arXiv 2502.13967).
+    """Configuration of `FlexTokEncoder`; the defaults are the published d12 size (Bachmann et al., arXiv 2502.13967).
 
     in_channels (`int`): channels of the latents; 3 for a model that reads pixels.
     patch_size (`int`): side of a square patch, in latent cells.
-    grid_size (`int`): side of the position grid, in patches; the largest picture is `grid_size * patch_size` latent cells.
+    grid_size (`int`): side of the position grid, in patches; latents have `grid_size * patch_size` cells at most.
     hidden_size (`int`): width; a multiple of `head_dim` and of 4.
     num_registers (`int`): longest token sequence of a picture; every prefix of it is valid too.
     fsq_levels (`list[int]`): levels per code dimension; their product is the codebook size.

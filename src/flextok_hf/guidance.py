@@ -11,9 +11,9 @@ class Guidance:
     """One guidance rule for a whole sampling run.
 
     "cfg" is classifier-free guidance (Ho and Salimans, 2022, https://arxiv.org/abs/2207.12598). "apg" is adaptive
-    projected guidance (Sadat et al., 2024, https://arxiv.org/abs/2410.02416, algorithm 1): a running mean of the updates
-    with negative momentum, a cap on their norm, and only the part at right angles to the conditional velocity is used, which
-    avoids oversaturation at high scales. With both a scale of 1 means no guidance.
+    projected guidance (Sadat et al., 2024, https://arxiv.org/abs/2410.02416, algorithm 1): the updates are accumulated
+    with negative momentum, their norm is capped, and only the part at right angles to the conditional velocity counts,
+    which avoids oversaturation at high scales. With both a scale of 1 means no guidance.
     """
 
     momentum = -0.5

@@ -29,7 +29,7 @@ def attend(
         query: (B, Lq, heads, head_dim).
         key: (B, Lk, heads, head_dim).
         value: (B, Lk, heads, head_dim).
-        attention_mask: broadcastable to (B, heads, Lq, Lk); boolean (true where a query may look) or added to the logits.
+        attention_mask: broadcastable to (B, heads, Lq, Lk); boolean (true: a query may look) or added to the logits.
         scale: factor on the logits; `None` means `head_dim ** -0.5`.
         is_causal: mask later keys; only with equal lengths and without `attention_mask`.
         backend: a Diffusers attention backend; `None` is the active one, PyTorch's own kernels unless changed.
@@ -65,8 +65,8 @@ class AttentionProcessor:
 class Attention(nn.Module, AttentionModuleMixin):
     """Multi-head self-attention with normalized queries and keys and no biases.
 
-    The logit scale is `8 / head_dim`: the width-independent choice of maximal update parametrization (Yang et al., 2022,
-    https://arxiv.org/abs/2203.03466), equal to the usual `head_dim ** -0.5` at the published head size of 64.
+    The logit scale is `8 / head_dim`: the width-independent choice of maximal update parametrization (Yang et al.,
+    2022, https://arxiv.org/abs/2203.03466), equal to the usual `head_dim ** -0.5` at the published head size of 64.
     """
 
     _default_processor_cls = AttentionProcessor
@@ -93,7 +93,7 @@ class Attention(nn.Module, AttentionModuleMixin):
 
 
 class GatedMLP(nn.Module):
-    """SwiGLU feed-forward layer (Shazeer, 2020, https://arxiv.org/abs/2002.05202) of about 8/3 times the width, no biases."""
+    """SwiGLU feed-forward layer (Shazeer, 2020, https://arxiv.org/abs/2002.05202), 8/3 times the width, no biases."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -135,7 +135,7 @@ class TimestepEmbedder(nn.Module):
 
 
 def sincos_position_table(hidden_size: int, grid_size: int) -> Tensor:
-    """Fixed sine-cosine positions of a square grid, (G, G, D): a quarter each of sin(row), cos(row), sin(col), cos(col)."""
+    """Sine-cosine positions of a square grid, (G, G, D): a quarter each of sin(row), cos(row), sin(col), cos(col)."""
     quarter = hidden_size // 4
     # float64 and one rounding at the end: the table is a constant of the model, kept in its checkpoint
     frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
@@ -147,7 +147,7 @@ def sincos_position_table(hidden_size: int, grid_size: int) -> Tensor:
 
 
 class PatchEmbedding(nn.Module):
-    """Latents (B, C, h, w) -> patch tokens (B, N, D): linear projection plus fixed 2-D positions, cropped to the grid."""
+    """Latents (B, C, h, w) -> patch tokens (B, N, D): linear projection plus fixed 2-D positions, cropped."""
 
     def __init__(self, in_channels: int, patch_size: int, grid_size: int, hidden_size: int):
         super().__init__()
@@ -164,8 +164,8 @@ class PatchEmbedding(nn.Module):
         limit = self.positions.shape[0]
         if latents.shape[-2] % self.patch_size or latents.shape[-1] % self.patch_size or max(rows, columns) > limit:
             raise ValueError(
-                f"`latents` of {latents.shape[-2]} x {latents.shape[-1]} do not fit: each side must be a multiple of the"
-                f" patch size {self.patch_size} and at most {limit * self.patch_size} (`grid_size` {limit} patches)."
+                f"`latents` of {latents.shape[-2]} x {latents.shape[-1]} do not fit: each side must be a multiple of"
+                f" the patch size {self.patch_size} and at most {limit * self.patch_size} (`grid_size` {limit})."
                 " Resize or crop the picture first."
             )
         positions = self.positions[:rows, :columns].flatten(0, 1)  # (N, D)
@@ -173,7 +173,7 @@ class PatchEmbedding(nn.Module):
 
 
 def patchify(latents: Tensor, patch_size: int) -> Tensor:
-    """Cut latents (B, C, h, w) into row-major patches (B, N, p * p * C); inside a patch rows, columns, then channels."""
+    """Cut latents (B, C, h, w) into row-major patches (B, N, p * p * C); in a patch rows, columns, then channels."""
     batch_size, channels, height, width = latents.shape
     patches = latents.reshape(
         batch_size, channels, height // patch_size, patch_size, width // patch_size, patch_size

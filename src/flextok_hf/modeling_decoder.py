@@ -113,7 +113,7 @@ class FlexTokFlowDecoder(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin, Pe
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """Xavier everywhere; zero modulations and head, so that a new model starts as the identity and predicts zero."""
+        """Xavier everywhere; zero modulations and head: a new model starts as the identity and predicts zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

@@ -19,7 +19,7 @@ def sample_num_tokens(
     Args:
         batch_size: number of samples B.
         num_registers: longest sequence K.
-        mode: "uniform" in 1..K, "powers_of_two" among 1, 2, 4, ... and K, or "uniform_rounded_up" to the next of these.
+        mode: "uniform" in 1..K, "powers_of_two" among 1, 2, 4, ... and K, or "uniform_rounded_up" to one of these.
         generator: source of randomness, on the CPU.
 
     Returns:

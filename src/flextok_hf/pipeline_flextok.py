@@ -169,6 +169,8 @@ class FlexTokPipeline(DiffusionPipeline):
         counts = inputs.resolve_max_tokens(max_tokens, num_conditions, self.num_registers)
         counts = [count for count in counts for _ in range(num_images_per_prompt)]
         generator = inputs.spread_generators(generator, batch_size)
+        # The noise is drawn first: a sample's generator gives the same noise however many tokens its batch needs.
+        latents = self.prepare_latents(batch_size, generator, latents)  # (B, C, h, w)
         # 2. Condition -> token ids
         token_ids = self.prior.generate(
             **conditions,
@@ -187,7 +189,6 @@ class FlexTokPipeline(DiffusionPipeline):
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             guidance=guidance,
-            generator=generator,
             latents=latents,
             output_type=output_type,
             callback_on_step_end=callback_on_step_end,
@@ -307,8 +308,8 @@ class FlexTokPipeline(DiffusionPipeline):
         """
         if self.prior is None:
             raise ValueError(
-                "This pipeline has no prior, so it cannot draw from a prompt or class. Use `tokenize`, `detokenize` and"
-                " `reconstruct`, or load it with `prior=FlexTokPriorForCausalLM.from_pretrained(...)`."
+                "This pipeline has no prior, so it cannot draw from a prompt or class. Use `tokenize`, `detokenize`"
+                " and `reconstruct`, or load it with `prior=FlexTokPriorForCausalLM.from_pretrained(...)`."
             )
         if not inputs.is_whole_number(num_images_per_prompt) or num_images_per_prompt < 1:
             raise ValueError(

@@ -63,11 +63,13 @@ def pad_token_ids(
         sequences = list(token_ids) if token_ids.ndim == 2 else [token_ids]
         if token_ids.ndim != 2 or token_ids.shape[0] == 0:
             raise ValueError(
-                f"`token_ids` must have the shape (batch, num_tokens), got {tuple(token_ids.shape)}. For one picture, add"
-                " the batch with `token_ids[None]`."
+                f"`token_ids` must have the shape (batch, num_tokens), got {tuple(token_ids.shape)}. For one picture,"
+                " add the batch with `token_ids[None]`."
             )
-    else:
+    elif isinstance(token_ids, list | tuple):
         sequences = list(token_ids)
+    else:
+        raise TypeError(f"`token_ids` must be a tensor or a list of tensors, got {type(token_ids).__name__}.")
     if not sequences:
         raise ValueError("`token_ids` is empty. Give at least one sequence.")
     for index, sequence in enumerate(sequences):
@@ -82,8 +84,8 @@ def check_sequence(sequence: Any, name: str, codebook_size: int, num_registers: 
         raise TypeError(f"{name} must be a tensor of integers, got {kind}. Pass ids as `tokenize` returns them.")
     if sequence.ndim != 1 or not 1 <= len(sequence) <= num_registers:
         raise ValueError(
-            f"{name} must hold 1 to {num_registers} ids in one dimension, got the shape {tuple(sequence.shape)}. Cut longer"
-            " sequences with `token_ids[:, :n]`; never pad shorter ones."
+            f"{name} must hold 1 to {num_registers} ids in one dimension, got the shape {tuple(sequence.shape)}. Cut"
+            " longer sequences with `token_ids[:, :n]`; never pad shorter ones."
         )
     low, high = int(sequence.min()), int(sequence.max())
     if low < 0 or high >= codebook_size:

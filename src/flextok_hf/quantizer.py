@@ -29,7 +29,7 @@ class FiniteScalarQuantizer(nn.Module):
         self.codebook_size = math.prod(levels)
 
     def bound(self, features: Tensor) -> Tensor:
-        """Squash features (B, K, Q) into the range of the levels, in float32: dimension q spans about its L_q integers."""
+        """Squash features (B, K, Q) into the range of the levels, in float32: dimension q spans its L_q integers."""
         features = features.float()
         levels = features.new_tensor(self.levels)  # (Q,)
         half_range = (levels - 1) * (1 + BOUND_MARGIN) / 2

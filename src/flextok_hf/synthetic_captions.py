@@ -31,7 +31,7 @@ PLACE_WORDINGS = {
     },
 }
 # {first} is the shape on the left or on top, whatever the sentence says first.
-TWO_WORDINGS = {
+TWO_WORDINGS: dict[str, tuple[str, ...]] = {
     "left of": (
         "{first} to the left of {second}",
         "{first} left of {second}",
@@ -40,7 +40,7 @@ TWO_WORDINGS = {
     ),
     "above": ("{first} above {second}", "{first} over {second}", "{second} below {first}", "{second} under {first}"),
 }
-THREE_WORDINGS = {
+THREE_WORDINGS: dict[str, tuple[str, ...]] = {
     "left to right": (
         "{first}, {second} and {third} in a row",
         "{first}, {second} and {third} from left to right",

@@ -1,6 +1,6 @@
 """The loop around a training step: schedule, weight average, checkpoints, resume, progress.
 
-A checkpoint becomes visible under its name only when it is complete, so a kill at any moment leaves the last one usable.
+A checkpoint gets its name only when it is complete, so a kill at any moment leaves the last one usable.
 """
 
 import json
@@ -110,7 +110,7 @@ class Trainer:
         accelerator.end_training()
 
     def train_step(self, micro_batches: Iterator[dict[str, Any]]) -> dict[str, Tensor]:
-        """Run one optimizer step over its micro-batches; all randomness is a function of (seed, step, part, process)."""
+        """Run one optimizer step over its micro-batches; chance depends on (seed, step, part, process) only."""
         arguments, accelerator = self.arguments, self.accelerator
         self.model.train()
         for part in range(arguments.gradient_accumulation_steps):
@@ -195,7 +195,7 @@ class Trainer:
 
 
 class AveragedWeights:
-    """Context in which the model carries its averaged weights, in evaluation mode; plain weights come back at the end."""
+    """Context in which the model has its averaged weights, in evaluation mode; its own come back at the end."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
@@ -241,7 +241,7 @@ def build_accelerator(arguments: TrainingArguments) -> Accelerator:
 
 
 def split_by_decay(modules: list[nn.Module], learning_rate: float) -> list[dict[str, Any]]:
-    """Optimizer groups of one learning rate: weight decay for matrices only, not for vectors and tables of positions."""
+    """Make optimizer groups of one learning rate: weight decay for matrices and tables, not for vectors."""
     parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
     vectors = [parameter for parameter in parameters if parameter.ndim < 2]

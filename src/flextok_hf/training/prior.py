@@ -1,5 +1,7 @@
 """Stage 2: train the prior, and its small text encoder if it has one, on the token ids of a frozen tokenizer."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,7 +44,7 @@ class PriorForTraining(nn.Module):
         return self
 
     def forward(
-        self, batch: dict[str, Tensor | list[str]], step: int, generator: torch.Generator
+        self, batch: dict[str, Any], step: int, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of a batch.
 
@@ -84,7 +86,7 @@ class PriorForTraining(nn.Module):
 def build_prior(
     arguments: PriorArguments, tokenizer: FlexTokPipeline, text_hidden_size: int | None, num_classes: int | None
 ) -> FlexTokPriorForCausalLM:
-    """Make a fresh prior for the ids of `tokenizer`; feed-forward layers are 8/3 as wide as the model, as published."""
+    """Make a fresh prior for the ids of `tokenizer`; feed-forward layers are 8/3 as wide, as published."""
     return FlexTokPriorForCausalLM(
         FlexTokPriorConfig(
             codebook_size=tokenizer.codebook_size,

@@ -167,7 +167,7 @@ def source_of(names: list[str]) -> str | list[str]:
 def tokenizer_validation(
     arguments: TokenizerArguments, pipe: FlexTokPipeline
 ) -> Callable[[int], dict[str, float]] | None:
-    """Make the function that draws held-out pictures from growing numbers of tokens; None without held-out pictures."""
+    """Make the function that draws held-out pictures with growing numbers of tokens; None without pictures."""
     source = arguments.validation_data
     if source is None and arguments.train_data == ["synthetic"]:
         source = ["synthetic"]

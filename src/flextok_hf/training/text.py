@@ -45,7 +45,7 @@ def train_text_tokenizer(captions: Iterable[str], vocab_size: int, max_length: i
 def build_text_encoder(
     tokenizer: PreTrainedTokenizerFast, hidden_size: int, num_layers: int, dropout: float
 ) -> T5EncoderModel:
-    """Make a fresh T5 encoder (Raffel et al., 2020, https://arxiv.org/abs/1910.10683) for the pieces of `tokenizer`."""
+    """Make a fresh T5 encoder (Raffel et al., 2020, https://arxiv.org/abs/1910.10683) for a tokenizer's pieces."""
     head_dim = 32
     return T5EncoderModel(
         T5Config(

@@ -51,9 +51,7 @@ class TokenizerForTraining(nn.Module):
         features = self.encoder.compute_features(latents)  # (B, K, Q)
         codes = self.encoder.quantizer(features, is_rounded)  # (B, K, Q)
         noisy_latents = add_noise(latents, noise, sigma)  # (B, C, h, w)
-        velocity = self.decoder(noisy_latents, sigma, codes, num_tokens, is_unconditional, return_dict=False)[
-            0
-        ]  # (B, C, h, w)
+        velocity = self.decoder(noisy_latents, sigma, codes, num_tokens, is_unconditional).velocity  # (B, C, h, w)
 
         # 3. Loss
         flow_loss = F.mse_loss(velocity.float(), velocity_target(latents, noise).float())
@@ -123,8 +121,8 @@ def build_tokenizer(
     for name in ("encoder_patch_size", "decoder_patch_size"):
         if arguments.resolution % (factor * getattr(arguments, name)):
             raise ValueError(
-                f"`resolution` {arguments.resolution} must be a multiple of {factor * getattr(arguments, name)}, `{name}`"
-                f" times {factor}, the reduction of the VAE."
+                f"`resolution` {arguments.resolution} must be a multiple of {factor * getattr(arguments, name)},"
+                f" `{name}` times {factor}, the reduction of the VAE."
             )
     encoder = FlexTokEncoder(
         FlexTokEncoderConfig(
