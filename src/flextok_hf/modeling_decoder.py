@@ -112,6 +112,25 @@ class FlexTokFlowDecoder(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin, Pe
         self.gradient_checkpointing = False
         self.initialize_weights()
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Load a decoder from a folder or the Hub, as any Diffusers model, but never one with weights missing.
+
+        Diffusers only warns of those and leaves them without values.
+
+        Raises:
+            ValueError: if the file lacks weights of this model.
+        """
+        with_report = kwargs.pop("output_loading_info", False)
+        model, report = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        if report["missing_keys"]:
+            raise ValueError(
+                f"The decoder in {str(pretrained_model_name_or_path)!r} lacks weights:"
+                f" {', '.join(sorted(report['missing_keys']))}. Fetch or save it again, and check that its config.json"
+                " belongs to these weights."
+            )
+        return (model, report) if with_report else model
+
     def initialize_weights(self) -> None:
         """Xavier everywhere; zero modulations and head: a new model starts as the identity and predicts zero."""
         for module in self.modules():

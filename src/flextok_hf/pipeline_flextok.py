@@ -69,8 +69,14 @@ class FlexTokPipeline(DiffusionPipeline):
         prior: FlexTokPriorForCausalLM | None = None,
         text_encoder: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        default_guidance_scale: float = 7.5,
+        default_prior_guidance_scale: float = 3.0,
     ):
         super().__init__()
+        # saved with the model, since the best strength of guidance depends on how well it was trained
+        self.register_to_config(
+            default_guidance_scale=default_guidance_scale, default_prior_guidance_scale=default_prior_guidance_scale
+        )
         self.register_modules(
             encoder=encoder,
             decoder=decoder,
@@ -121,8 +127,8 @@ class FlexTokPipeline(DiffusionPipeline):
         class_labels: int | Sequence[int] | Tensor | None = None,
         num_images_per_prompt: int = 1,
         num_inference_steps: int = 25,
-        guidance_scale: GuidanceScale = 7.5,
-        prior_guidance_scale: float = 3.0,
+        guidance_scale: GuidanceScale | None = None,
+        prior_guidance_scale: float | None = None,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -142,8 +148,10 @@ class FlexTokPipeline(DiffusionPipeline):
             class_labels: classes instead of a prompt, for priors trained on classes.
             num_images_per_prompt: pictures of each prompt, next to each other in the result.
             num_inference_steps: evaluations of the flow decoder.
-            guidance_scale: how strongly the decoder follows the tokens, 1 is no guidance; or a function of sigma.
-            prior_guidance_scale: how strongly the prior follows the prompt, 1 is no guidance.
+            guidance_scale: how strongly the decoder follows the tokens, 1 is no guidance; or a function of sigma. `None`
+                is the model's own default, 7.5 for the published ones.
+            prior_guidance_scale: how strongly the prior follows the prompt, 1 is no guidance. `None` is the model's own
+                default, 3 for the published ones with text.
             temperature: of the prior; below 1 is more typical, above 1 more varied.
             top_k: let the prior choose among this many best tokens; 0 is all.
             top_p: let the prior choose among the best tokens of this total probability; 1 is all.
@@ -163,6 +171,8 @@ class FlexTokPipeline(DiffusionPipeline):
             TypeError: if an argument is of the wrong kind.
         """
         # 1. Check inputs
+        if guidance_scale is None:
+            guidance_scale = self.config.default_guidance_scale
         inputs.check_sampling(num_inference_steps, guidance_scale, output_type, (*OUTPUT_TYPES, "latent"))
         num_conditions, conditions = self.encode_condition(prompt, class_labels, num_images_per_prompt)
         batch_size = num_conditions * num_images_per_prompt
@@ -171,6 +181,8 @@ class FlexTokPipeline(DiffusionPipeline):
         generator = inputs.spread_generators(generator, batch_size)
         # The noise is drawn first: a sample's generator gives the same noise however many tokens its batch needs.
         latents = self.prepare_latents(batch_size, generator, latents)  # (B, C, h, w)
+        if prior_guidance_scale is None:
+            prior_guidance_scale = self.config.default_prior_guidance_scale
         # 2. Condition -> token ids
         token_ids = self.prior.generate(
             **conditions,
@@ -218,7 +230,7 @@ class FlexTokPipeline(DiffusionPipeline):
         self,
         token_ids: Tensor | Sequence[Tensor],
         num_inference_steps: int = 20,
-        guidance_scale: GuidanceScale = 7.5,
+        guidance_scale: GuidanceScale | None = None,
         guidance: str = "apg",
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -237,6 +249,8 @@ class FlexTokPipeline(DiffusionPipeline):
             Pictures and the token ids.
         """
         # 1. Check inputs
+        if guidance_scale is None:
+            guidance_scale = self.config.default_guidance_scale
         inputs.check_sampling(num_inference_steps, guidance_scale, output_type, (*OUTPUT_TYPES, "latent"))
         padded_ids, counts = inputs.pad_token_ids(token_ids, self.codebook_size, self.num_registers)
         generator = inputs.spread_generators(generator, len(counts))
@@ -261,7 +275,7 @@ class FlexTokPipeline(DiffusionPipeline):
         images: Any,
         max_tokens: int | Sequence[int] | None = None,
         num_inference_steps: int = 20,
-        guidance_scale: GuidanceScale = 7.5,
+        guidance_scale: GuidanceScale | None = None,
         guidance: str = "apg",
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",

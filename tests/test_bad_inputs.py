@@ -1,0 +1,87 @@
+"""What does not fit is refused, with the name of the argument and what to do about it."""
+
+import pytest
+import torch
+from conftest import NUM_REGISTERS
+
+
+IDS = torch.zeros(1, 4, dtype=torch.int64)
+PICTURE = torch.zeros(3, 16, 16)
+
+CALLS = {
+    "no prompts": (lambda pipe: pipe([]), ValueError, "`prompt`", "at least one"),
+    "a prompt that is no text": (lambda pipe: pipe(3), TypeError, "`prompt`", "a string or a list"),
+    "neither prompt nor classes": (lambda pipe: pipe(), ValueError, "`prompt`", "Pass either"),
+    "classes for a text prior": (lambda pipe: pipe(class_labels=1), ValueError, "`class_labels`", "Pass a `prompt`"),
+    "no tokens": (lambda pipe: pipe("a", max_tokens=0), ValueError, "`max_tokens`", "1 or more"),
+    "half a token": (lambda pipe: pipe("a", max_tokens=1.5), ValueError, "`max_tokens`", "whole number"),
+    "too few lengths": (lambda pipe: pipe(["a", "b"], max_tokens=[1]), ValueError, "`max_tokens`", "one each"),
+    "no pictures of a prompt": (
+        lambda pipe: pipe("a", num_images_per_prompt=0), ValueError, "`num_images_per_prompt`", "1 or more"
+    ),
+    "no steps": (lambda pipe: pipe("a", num_inference_steps=0), ValueError, "`num_inference_steps`", "1 or more"),
+    "a misspelled guidance": (lambda pipe: pipe("a", guidance="agp"), ValueError, "`guidance`", "apg, cfg"),
+    "a guidance scale in words": (
+        lambda pipe: pipe("a", guidance_scale="high"), TypeError, "`guidance_scale`", "a number"
+    ),
+    "a misspelled output": (lambda pipe: pipe("a", output_type="pill"), ValueError, "`output_type`", "one of pil"),
+    "too few generators": (
+        lambda pipe: pipe(["a", "b"], generator=[torch.Generator()]), ValueError, "`generator`", "one per"
+    ),
+    "ids beyond the codebook": (lambda pipe: pipe.detokenize(IDS + 15), ValueError, "`token_ids", r"\[0, 15\)"),
+    "negative ids": (lambda pipe: pipe.detokenize(IDS - 1), ValueError, "`token_ids", r"\[0, 15\)"),
+    "ids that are floats": (lambda pipe: pipe.detokenize(IDS.float()), TypeError, "`token_ids", "`tokenize`"),
+    "ids without a batch": (lambda pipe: pipe.detokenize(IDS[0]), ValueError, "`token_ids`", r"token_ids\[None\]"),
+    "no ids": (lambda pipe: pipe.detokenize(IDS[:, :0]), ValueError, "`token_ids", f"1 to {NUM_REGISTERS}"),
+    "no sequences": (lambda pipe: pipe.detokenize([]), ValueError, "`token_ids`", "at least one"),
+    "too many ids": (lambda pipe: pipe.detokenize(IDS.repeat(1, 3)), ValueError, "`token_ids", "Cut"),
+    "noise of another shape": (
+        lambda pipe: pipe.detokenize(IDS, latents=torch.zeros(2, 3, 16, 16)), ValueError, "`latents`", r"\(1, 3,"
+    ),
+    "noise of whole numbers": (
+        lambda pipe: pipe.detokenize(IDS, latents=torch.zeros(1, 3, 16, 16).long()), ValueError, "`latents`", "noise"
+    ),
+    "noise that does not fit the patches": (
+        lambda pipe: pipe.detokenize(IDS, latents=torch.zeros(1, 3, 15, 16)), ValueError, "`latents`", "multiple"
+    ),
+    "pixels that are not numbers": (
+        lambda pipe: pipe.tokenize(PICTURE.log() * 0), ValueError, "`images", "nan_to_num"
+    ),
+    "pixels beyond one": (lambda pipe: pipe.tokenize(PICTURE + 9), ValueError, "`images", "255"),
+    "no pictures": (lambda pipe: pipe.tokenize([]), ValueError, "`images`", ""),
+    "no lengths": (lambda pipe: pipe.reconstruct(PICTURE, []), ValueError, "`max_tokens`", "at least one"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_bad_argument_is_named_with_its_remedy(tiny_pipeline, name):
+    call, error, argument, remedy = CALLS[name]
+    with pytest.raises(error, match=f"(?s)^{argument}.*{remedy}|{remedy}.*{argument}"):
+        call(tiny_pipeline)
+
+
+def test_bad_sampling_options_are_found_before_the_prior_runs(tiny_pipeline, monkeypatch):
+    monkeypatch.setattr(
+        tiny_pipeline.prior, "generate", lambda **options: pytest.fail("the prior was already at work")
+    )
+    with pytest.raises(ValueError, match="`guidance`"):
+        tiny_pipeline("a", guidance="agp")
+    with pytest.raises(ValueError, match="`latents`"):
+        tiny_pipeline("a", latents=torch.zeros(2, 3, 16, 16))
+
+
+def test_a_text_file_is_no_picture(tiny_pipeline, tmp_path):
+    path = tmp_path / "picture.png"
+    path.write_text("not a picture")
+    with pytest.raises(ValueError, match="picture.png"):
+        tiny_pipeline.tokenize(path)
+
+
+def test_a_missing_file_is_named(tiny_pipeline, tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent.png"):
+        tiny_pipeline.tokenize(tmp_path / "absent.png")
+
+
+def test_a_prompt_needs_a_prior(tiny_tokenizer_pipeline):
+    with pytest.raises(ValueError, match="no prior.*`tokenize`.*prior="):
+        tiny_tokenizer_pipeline("a cat")

@@ -1,0 +1,125 @@
+"""The encoder: registers that never look ahead."""
+
+import pytest
+import torch
+from conftest import FSQ_LEVELS, NUM_REGISTERS, SHAPES, make_encoder
+from transformers import AutoModel
+
+from flextok_hf import FlexTokEncoder, FlexTokEncoderConfig
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def latents():
+    return torch.randn(3, 3, 16, 16, generator=seeded(7))
+
+
+NUM_PATCHES = SHAPES["grid_size"] ** 2
+
+
+@pytest.mark.parametrize("length", range(1, NUM_REGISTERS + 1))
+@torch.no_grad()
+def test_stopping_early_gives_the_same_ids(tiny_encoder, latents, length):
+    full, prefix = tiny_encoder(latents), tiny_encoder(latents, num_tokens=length)
+    assert prefix.token_ids.equal(full.token_ids[:, :length])
+    assert prefix.codes.equal(full.codes[:, :length])
+    torch.testing.assert_close(prefix.features, full.features[:, :length], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("first_changed", range(1, NUM_REGISTERS))
+@torch.no_grad()
+def test_a_register_does_not_depend_on_later_ones(tiny_encoder, latents, first_changed):
+    before = tiny_encoder.compute_features(latents)
+    tiny_encoder.register_tokens[first_changed:].neg_()
+    after = tiny_encoder.compute_features(latents)
+
+    assert after[:, :first_changed].equal(before[:, :first_changed])
+    assert not torch.isclose(after[:, first_changed:], before[:, first_changed:]).all(dim=-1).any()
+
+
+@torch.no_grad()
+def test_every_register_depends_on_every_patch(tiny_encoder, latents):
+    before = tiny_encoder.compute_features(latents[:1])
+    changed = latents[:1].repeat(NUM_PATCHES, 1, 1, 1)
+    for patch in range(NUM_PATCHES):
+        row, column = 4 * (patch // 4), 4 * (patch % 4)
+        changed[patch, :, row : row + 4, column : column + 4] += 1.0
+    after = tiny_encoder.compute_features(changed)
+    assert (after - before).abs().amax(dim=-1).gt(1e-6).all()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4, NUM_REGISTERS])
+@torch.no_grad()
+def test_a_batch_as_long_as_its_sequence_is_encoded_like_single_pictures(tiny_encoder, num_tokens):
+    """The mask of such a batch has the shape (batch, length) and must not pass for a padding mask."""
+    batch_size = NUM_PATCHES + num_tokens
+    latents = torch.randn(batch_size, 3, 16, 16, generator=seeded())
+
+    together = tiny_encoder(latents, num_tokens)
+    alone = [tiny_encoder(latents[i : i + 1], num_tokens) for i in range(batch_size)]
+
+    assert together.token_ids.equal(torch.cat([output.token_ids for output in alone]))
+    torch.testing.assert_close(together.features, torch.cat([output.features for output in alone]), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_outputs_belong_together(tiny_encoder, latents):
+    output = tiny_encoder(latents)
+    assert output.features.shape == output.codes.shape == (3, NUM_REGISTERS, len(FSQ_LEVELS))
+    assert output.token_ids.dtype == torch.int64
+    assert tiny_encoder.quantizer.ids_to_codes(output.token_ids).equal(output.codes)
+    assert len(output.token_ids.unique()) > NUM_REGISTERS  # not collapsed, so that equal ids mean something
+
+
+@torch.no_grad()
+def test_a_tuple_comes_back_on_request(tiny_encoder, latents):
+    assert tiny_encoder(latents, return_dict=False)[2].equal(tiny_encoder(latents).token_ids)
+
+
+@pytest.mark.parametrize("num_tokens", [0, -1, 1.5, True])
+def test_a_number_of_tokens_below_one_is_refused(tiny_encoder, latents, num_tokens):
+    with pytest.raises(ValueError, match="`num_tokens` must be a whole number of 1 or more"):
+        tiny_encoder(latents, num_tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@torch.no_grad()
+def test_saving_and_loading_changes_no_bit(tiny_encoder, latents, tmp_path, dtype):
+    tiny_encoder.to(dtype).save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+
+    assert isinstance(loaded, FlexTokEncoder) and loaded.dtype == dtype and not loaded.training
+    assert loaded.config.to_dict() | {"_name_or_path": ""} == tiny_encoder.config.to_dict()
+    for name, tensor in tiny_encoder.state_dict().items():
+        assert loaded.state_dict()[name].equal(tensor), name
+    if dtype == torch.float32:
+        assert loaded(latents).features.equal(tiny_encoder(latents).features)
+
+
+def test_gradient_checkpointing_changes_nothing(latents):
+    gradients = []
+    for is_checkpointed in (False, True):
+        encoder = make_encoder().train()
+        if is_checkpointed:
+            encoder.gradient_checkpointing_enable()
+        encoder(latents).codes.square().sum().backward()
+        gradients.append([parameter.grad for parameter in encoder.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"hidden_size": 30}, "`hidden_size`.*multiple"),
+        ({"num_registers": 0}, "`num_registers` must be 1 or more"),
+        ({"fsq_levels": [8, 1]}, "`fsq_levels`"),
+        ({"patch_size": "two"}, "patch_size"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_refused(values, message):
+    with pytest.raises(Exception, match=message):
+        FlexTokEncoderConfig(**{"num_hidden_layers": 1, **SHAPES, **values})

@@ -1,0 +1,60 @@
+import pytest
+import torch
+
+from flextok_hf.guidance import Guidance, clip_norm, remove_projection
+
+
+@pytest.mark.parametrize("method", ["cfg", "apg"])
+def test_a_scale_of_one_is_the_conditional_velocity(method):
+    conditional, unconditional = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+
+    torch.testing.assert_close(Guidance(method)(conditional, unconditional, 1.0), conditional)
+
+
+def test_classifier_free_guidance_extrapolates():
+    conditional, unconditional = torch.full((1, 1, 2, 2), 3.0), torch.full((1, 1, 2, 2), 1.0)
+
+    assert (Guidance("cfg")(conditional, unconditional, 2.5) == 1 + 2.5 * 2).all()
+
+
+def test_the_projected_update_is_at_right_angles_to_the_conditional_velocity():
+    update, direction = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
+
+    product = (remove_projection(update, direction) * direction).sum(dim=(1, 2, 3))
+
+    torch.testing.assert_close(product, torch.zeros(3), atol=1e-4, rtol=0)
+
+
+def test_long_updates_are_shortened_and_short_ones_left_alone():
+    long, short = torch.full((1, 1, 10, 10), 1.0), torch.full((1, 1, 10, 10), 0.01)
+
+    clipped = clip_norm(torch.cat([long, short]), 2.5)
+
+    assert clipped[0].norm().item() == pytest.approx(2.5, rel=1e-5)
+    assert torch.equal(clipped[1:], short)
+
+
+def test_equal_velocities_give_no_update_and_no_nan():
+    velocity = torch.randn(1, 2, 4, 4)
+
+    torch.testing.assert_close(Guidance("apg")(velocity, velocity.clone(), 7.5), velocity)
+
+
+def test_momentum_makes_the_second_step_differ_from_the_first():
+    guide, pair = Guidance("apg"), (torch.randn(1, 2, 4, 4), torch.randn(1, 2, 4, 4))
+
+    assert not torch.allclose(guide(*pair, 3.0), guide(*pair, 3.0))
+
+
+def test_samples_of_a_batch_do_not_mix():
+    conditional, unconditional = torch.randn(4, 2, 4, 4), torch.randn(4, 2, 4, 4)
+
+    together = Guidance("apg")(conditional, unconditional, 7.5)
+    alone = Guidance("apg")(conditional[2:3], unconditional[2:3], 7.5)
+
+    torch.testing.assert_close(together[2:3], alone)
+
+
+def test_an_unknown_method_is_refused_by_name():
+    with pytest.raises(ValueError, match="`guidance`.*'cgf'"):
+        Guidance("cgf")

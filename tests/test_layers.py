@@ -1,0 +1,93 @@
+"""Attention, patches, positions and time embedding."""
+
+import pytest
+import torch
+
+from flextok_hf.layers import (
+    Attention,
+    PatchEmbedding,
+    TimestepEmbedder,
+    attend,
+    layer_norm,
+    patchify,
+    sincos_position_table,
+    unpatchify,
+)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=seeded(seed))
+
+
+def test_attention_is_softmax_of_scaled_products():
+    query, key, value = random(2, 5, 3, 4), random(2, 6, 3, 4, seed=1), random(2, 6, 3, 4, seed=2)
+    logits = torch.einsum("bqhd,bkhd->bhqk", query, key) * 0.7
+    expected = torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1), value)
+    torch.testing.assert_close(attend(query, key, value, scale=0.7), expected)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 5])
+def test_a_square_mask_says_which_query_sees_which_key_for_any_batch(batch_size):
+    """With as many samples as positions, the mask once passed for a padding mask of (batch, length)."""
+    query, key, value = (random(batch_size, 5, 2, 4, seed=seed) for seed in range(3))
+    causal = torch.ones(5, 5, dtype=torch.bool).tril()
+
+    context = attend(query, key, value, causal)
+
+    torch.testing.assert_close(context, attend(query, key, value, is_causal=True))
+    torch.testing.assert_close(context[:, 0], value[:, 0])
+
+
+def test_logits_are_scaled_by_eight_over_the_head_size():
+    assert Attention(64, 64).scale == 64**-0.5
+    assert Attention(64, 32).scale == 0.25
+
+
+def test_layer_norm_computes_in_float32():
+    hidden_states = (random(2, 3, 64) * 100).bfloat16()
+    normalized = layer_norm(hidden_states)
+    assert normalized.dtype == torch.bfloat16
+    assert normalized.equal(layer_norm(hidden_states.float()).bfloat16())
+
+
+def test_patches_are_row_major_with_channels_last():
+    latents = torch.arange(2 * 4 * 4).view(1, 2, 4, 4)
+    patches = patchify(latents, 2)
+    assert patches[0, 1].tolist() == [2, 18, 3, 19, 6, 22, 7, 23]  # first row, second column
+
+
+@pytest.mark.parametrize("height, width", [(4, 4), (4, 8), (12, 4)])
+def test_patches_put_together_are_the_latents(height, width):
+    latents = random(2, 3, height, width)
+    assert unpatchify(patchify(latents, 2), 2, height, width).equal(latents)
+
+
+def test_positions_hold_rows_before_columns():
+    table = sincos_position_table(16, 5)
+    assert table[3, :, :8].eq(table[3, 0, :8]).all()
+    assert table[:, 3, 8:].eq(table[0, 3, 8:]).all()
+    torch.testing.assert_close(table[2, 0, 0], torch.tensor(2.0).sin())
+
+
+def test_smaller_pictures_use_the_start_of_the_position_table():
+    embedding = PatchEmbedding(3, 2, 4, 16)
+    torch.nn.init.zeros_(embedding.proj.weight)
+    torch.nn.init.zeros_(embedding.proj.bias)
+    assert embedding(torch.zeros(1, 3, 4, 6))[0].equal(embedding.positions[:2, :3].flatten(0, 1))
+
+
+@pytest.mark.parametrize("height, width", [(3, 4), (4, 3), (10, 4), (4, 10)])
+def test_latents_that_do_not_fit_the_grid_are_refused(height, width):
+    with pytest.raises(ValueError, match=f"`latents` of {height} x {width} .* patch size 2 and at most 8"):
+        PatchEmbedding(3, 2, 4, 16)(torch.zeros(1, 3, height, width))
+
+
+def test_the_largest_timestep_only_stretches_the_noise_levels():
+    one, thousand = TimestepEmbedder(16, 32, 1.0), TimestepEmbedder(16, 32, 1000.0)
+    thousand.load_state_dict(one.state_dict())
+    sigma = torch.tensor([0.0, 0.25, 0.9])
+    torch.testing.assert_close(thousand(sigma * 1000), one(sigma), atol=1e-4, rtol=0)
