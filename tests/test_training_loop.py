@@ -6,8 +6,10 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from flextok_hf.pipeline_flextok import FlexTokPipeline
@@ -174,16 +176,46 @@ def test_a_prior_is_trained_resumed_and_draws_from_a_prompt(tiny_tokenizer_pipel
     assert output.images[0].size == (16, 16) and output.token_ids.shape == (1, 6)
 
 
-def test_a_prior_can_be_validated_and_exported_in_half_precision(tiny_tokenizer_pipeline, tmp_path):
+def test_a_prior_exported_in_half_precision_has_the_rounded_weights(tiny_tokenizer_pipeline, tmp_path):
     tiny_tokenizer_pipeline.save_pretrained(tmp_path / "tokenizer")
-    options = {"max_train_steps": 1, "validation_steps": 1, "validation_prompts": ["a red circle", "a star"]}
-    folder = train_prior(prior_arguments(tmp_path / "run", tmp_path / "tokenizer", export_dtype="float16", **options))
-    assert (tmp_path / "run" / "validation-1.png").is_file()
-    stored = {tensor.dtype for name, tensor in all_weights(folder / "prior").items()}
-    assert stored == {torch.float16}
-    pipe = FlexTokPipeline.from_pretrained(folder)
+    arguments = prior_arguments(tmp_path / "full", tmp_path / "tokenizer", max_train_steps=1)
+    half = replace(arguments, output_dir=str(tmp_path / "half"), export_dtype="float16")
+    full_folder, half_folder = train_prior(arguments), train_prior(half)
+    assert {tensor.dtype for tensor in all_weights(half_folder / "prior").values()} == {torch.float16}
+    for part in ("encoder", "decoder", "prior", "text_encoder"):
+        full_weights, half_weights = all_weights(full_folder / part), all_weights(half_folder / part)
+        assert full_weights.keys() == half_weights.keys()
+        for name, tensor in half_weights.items():
+            assert torch.equal(tensor, full_weights[name].to(tensor.dtype)), name
+
+    pipe = FlexTokPipeline.from_pretrained(half_folder)
     pipe.set_progress_bar_config(disable=True)
     assert pipe("a red circle", num_inference_steps=1).images[0].size == (16, 16)
+
+
+def test_validating_a_prior_draws_its_prompts(tiny_tokenizer_pipeline, tmp_path):
+    tiny_tokenizer_pipeline.save_pretrained(tmp_path / "tokenizer")
+    options = {"max_train_steps": 1, "validation_steps": 1, "validation_prompts": ["a red circle", "a star"]}
+    train_prior(prior_arguments(tmp_path / "run", tmp_path / "tokenizer", **options))
+    assert (tmp_path / "run" / "validation-1.png").is_file()
+    figures = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert figures["distinct_first_ids"] in (1.0, 2.0)
+
+
+def test_a_prior_is_trained_on_classes(tiny_tokenizer_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    tiny_tokenizer_pipeline.save_pretrained(tmp_path / "tokenizer")
+    for index, name in enumerate(["dark", "bright"]):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (20, 16), (200 * index + number,) * 3).save(tmp_path / "data" / name / f"{number}.png")
+    options = {"train_data": [str(tmp_path / "data")], "caption_column": None, "class_column": "label"}
+    folder = train_prior(prior_arguments(tmp_path / "run", tmp_path / "tokenizer", max_train_steps=1, **options))
+
+    pipe = FlexTokPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.prior.config.num_classes == 2 and pipe.text_encoder is None
+    assert len(pipe(class_labels=[0, 1], num_inference_steps=1).images) == 2
 
 
 def test_a_prior_needs_exactly_one_condition(tmp_path):

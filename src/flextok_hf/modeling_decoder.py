@@ -16,6 +16,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from .layers import Attention, GatedMLP, PatchEmbedding, TimestepEmbedder, layer_norm, unpatchify
+from .loading import WholeWeightsMixin
 from .nested_dropout import mask_tail
 
 
@@ -62,7 +63,7 @@ class DecoderBlock(nn.Module):
         return hidden_states + gate_mlp * self.mlp(mlp_input)
 
 
-class FlexTokFlowDecoder(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
+class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
     """Rectified-flow decoder of any prefix of a token sequence (Bachmann et al., 2025, arXiv 2502.13967).
 
     Args:
@@ -111,25 +112,6 @@ class FlexTokFlowDecoder(ModelMixin, AttentionMixin, ConfigMixin, CacheMixin, Pe
         self.velocity_proj = nn.Linear(hidden_size, in_channels * patch_size**2)
         self.gradient_checkpointing = False
         self.initialize_weights()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Load a decoder from a folder or the Hub, as any Diffusers model, but never one with weights missing.
-
-        Diffusers only warns of those and leaves them without values.
-
-        Raises:
-            ValueError: if the file lacks weights of this model.
-        """
-        with_report = kwargs.pop("output_loading_info", False)
-        model, report = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
-        if report["missing_keys"]:
-            raise ValueError(
-                f"The decoder in {str(pretrained_model_name_or_path)!r} lacks weights:"
-                f" {', '.join(sorted(report['missing_keys']))}. Fetch or save it again, and check that its config.json"
-                " belongs to these weights."
-            )
-        return (model, report) if with_report else model
 
     def initialize_weights(self) -> None:
         """Xavier everywhere; zero modulations and head: a new model starts as the identity and predicts zero."""

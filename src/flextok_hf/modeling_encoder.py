@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_encoder import FlexTokEncoderConfig
 from .layers import Attention, GatedMLP, PatchEmbedding, layer_norm, sincos_position_table
+from .loading import WholeWeightsMixin
 from .quantizer import FiniteScalarQuantizer
 
 
@@ -44,7 +45,7 @@ class EncoderBlock(GradientCheckpointingLayer):
         return hidden_states + self.mlp(layer_norm(hidden_states))
 
 
-class FlexTokEncoder(PreTrainedModel):
+class FlexTokEncoder(WholeWeightsMixin, PreTrainedModel):
     """Resamples a picture into an ordered sequence of discrete tokens (Bachmann et al., 2025, arXiv 2502.13967)."""
 
     config_class = FlexTokEncoderConfig

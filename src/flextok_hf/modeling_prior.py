@@ -20,6 +20,7 @@ from transformers.utils import can_return_tuple
 from .configuration_prior import FlexTokPriorConfig
 from .generation_prior import PriorGenerationMixin, with_text_cache
 from .layers import attend
+from .loading import WholeWeightsMixin
 from .prior_inputs import UNCONDITIONAL_LABEL, check_forward_inputs
 
 
@@ -155,7 +156,7 @@ class PriorBlock(GradientCheckpointingLayer):
         return hidden_states + F.dropout(update, self.dropout, self.training)
 
 
-class FlexTokPriorForCausalLM(PreTrainedModel, PriorGenerationMixin):
+class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGenerationMixin):
     """Writes the token ids of a picture from a text or a class, coarsest first.
 
     The start vector is row V of the embedding, so `[BOS, t0, ...]` is an ordinary `input_ids` and `generate()` starts

@@ -148,10 +148,10 @@ class FlexTokPipeline(DiffusionPipeline):
             class_labels: classes instead of a prompt, for priors trained on classes.
             num_images_per_prompt: pictures of each prompt, next to each other in the result.
             num_inference_steps: evaluations of the flow decoder.
-            guidance_scale: how strongly the decoder follows the tokens, 1 is no guidance; or a function of sigma. `None`
-                is the model's own default, 7.5 for the published ones.
-            prior_guidance_scale: how strongly the prior follows the prompt, 1 is no guidance. `None` is the model's own
-                default, 3 for the published ones with text.
+            guidance_scale: how strongly the decoder follows the tokens, 1 is no guidance; or a function of sigma.
+                `None` is the model's own default, 7.5 for the published ones.
+            prior_guidance_scale: how strongly the prior follows the prompt, 1 is no guidance. `None` is the model's
+                own default, 3 for the published ones with text.
             temperature: of the prior; below 1 is more typical, above 1 more varied.
             top_k: let the prior choose among this many best tokens; 0 is all.
             top_p: let the prior choose among the best tokens of this total probability; 1 is all.
@@ -173,7 +173,7 @@ class FlexTokPipeline(DiffusionPipeline):
         # 1. Check inputs
         if guidance_scale is None:
             guidance_scale = self.config.default_guidance_scale
-        inputs.check_sampling(num_inference_steps, guidance_scale, output_type, (*OUTPUT_TYPES, "latent"))
+        inputs.check_sampling(num_inference_steps, guidance_scale, guidance, output_type, (*OUTPUT_TYPES, "latent"))
         num_conditions, conditions = self.encode_condition(prompt, class_labels, num_images_per_prompt)
         batch_size = num_conditions * num_images_per_prompt
         counts = inputs.resolve_max_tokens(max_tokens, num_conditions, self.num_registers)
@@ -251,7 +251,7 @@ class FlexTokPipeline(DiffusionPipeline):
         # 1. Check inputs
         if guidance_scale is None:
             guidance_scale = self.config.default_guidance_scale
-        inputs.check_sampling(num_inference_steps, guidance_scale, output_type, (*OUTPUT_TYPES, "latent"))
+        inputs.check_sampling(num_inference_steps, guidance_scale, guidance, output_type, (*OUTPUT_TYPES, "latent"))
         padded_ids, counts = inputs.pad_token_ids(token_ids, self.codebook_size, self.num_registers)
         generator = inputs.spread_generators(generator, len(counts))
         # 2. Token ids -> codes

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .guidance import GUIDANCE_METHODS
+
 
 def is_whole_number(value: Any) -> bool:
     """Tell Python integers from booleans and floats."""
@@ -134,13 +136,15 @@ def check_class_labels(class_labels: Any, num_classes: int | None) -> Tensor:
 
 
 def check_sampling(
-    num_inference_steps: Any, guidance_scale: Any, output_type: str, output_types: Sequence[str]
+    num_inference_steps: Any, guidance_scale: Any, guidance: str, output_type: str, output_types: Sequence[str]
 ) -> None:
     """Raise a ValueError or TypeError unless the options of the flow decoder's sampler make sense."""
     if not is_whole_number(num_inference_steps) or num_inference_steps < 1:
         raise ValueError(f"`num_inference_steps` must be a whole number of 1 or more, got {num_inference_steps!r}.")
     if not callable(guidance_scale) and not isinstance(guidance_scale, int | float):
         raise TypeError(f"`guidance_scale` must be a number, or a function of sigma, got {guidance_scale!r}.")
+    if guidance not in GUIDANCE_METHODS:
+        raise ValueError(f"`guidance` must be one of {', '.join(GUIDANCE_METHODS)}, got {guidance!r}.")
     if output_type not in output_types:
         raise ValueError(f"`output_type` must be one of {', '.join(output_types)}, got {output_type!r}.")
 

@@ -1,0 +1,35 @@
+"""Loading of saved weights: a model comes whole or not at all."""
+
+from safetensors import SafetensorError
+
+
+class WholeWeightsMixin:
+    """Makes `from_pretrained` refuse weights that are damaged or incomplete; goes before the library's own class."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Load a model from a folder or the Hub as any of its library, but never one with weights missing.
+
+        The libraries only warn of those: Transformers fills them with noise, Diffusers leaves them without values.
+
+        Raises:
+            ValueError: if the file lacks weights of this model.
+            OSError: if there is no weight file, or it cannot be read.
+        """
+        with_report = kwargs.pop("output_loading_info", False)
+        source = f"{cls.__name__} in {str(pretrained_model_name_or_path)!r}"
+        try:
+            model, report = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise OSError(
+                f"The checkpoint file of {source} cannot be read ({error}). It is damaged or was cut off: fetch or"
+                " save it again."
+            ) from error
+        if report["missing_keys"]:
+            raise ValueError(
+                f"The checkpoint file of {source} lacks weights: {', '.join(sorted(report['missing_keys']))}. Fetch or"
+                " save it again, and check that its config.json belongs to these weights."
+            )
+        return (model, report) if with_report else model
