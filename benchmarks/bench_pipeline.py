@@ -1,6 +1,6 @@
 """Time the pipeline's public calls; the last line of the output is JSON with everything that was printed.
 
-    python benchmarks/bench_pipeline.py [--model FOLDER_OR_ID] [--repeats 5]
+python benchmarks/bench_pipeline.py [--model FOLDER_OR_ID] [--repeats 5]
 """
 
 import argparse

@@ -21,9 +21,12 @@ TEMPLATE = """---
 
 # A small FlexTok model of emoji
 
-Draws {resolution} x {resolution} pictures from prompts such as "a cat" or "a 3d apple", with 1 to {num_registers} tokens, and turns
-pictures into tokens and back. It ships inside `flextok_hf`, so that everything can be tried without a download. The method is
-FlexTok (Bachmann et al., 2025, [arXiv 2502.13967](https://arxiv.org/abs/2502.13967)); none of the official weights were used.
+Draws {resolution} x {resolution} pictures from prompts such as "a cat" or "a 3d apple", with 1 to {num_registers}
+tokens, and turns
+pictures into tokens and back. It ships inside `flextok_hf`, so that everything can be tried without a download. The
+method is
+FlexTok (Bachmann et al., 2025, [arXiv 2502.13967](https://arxiv.org/abs/2502.13967)); none of the official weights
+were used.
 
 ```python
 from flextok_hf import FlexTokPipeline, embedded_model
@@ -34,13 +37,16 @@ image = pipe("a cat", max_tokens=8).images[0]
 
 ## Model
 
-Pixel space, no VAE; codebook of {codebook_size} (FSQ levels {levels}). Parameters: {parameters}. Stored in half precision,
+Pixel space, no VAE; codebook of {codebook_size} (FSQ levels {levels}). Parameters: {parameters}. Stored in half
+precision,
 loaded in float32.
 
 ## Data
 
-{num_pictures} pictures of {num_names} names (animals, food, things) in three styles, 3d, flat and noto, reduced to {resolution} pixels on
-white; {num_held_out} combinations of a name and a style were held out. Captions are made from the names, such as "cat", "a picture of a
+{num_pictures} pictures of {num_names} names (animals, food, things) in three styles, 3d, flat and noto, reduced to
+{resolution} pixels on
+white; {num_held_out} combinations of a name and a style were held out. Captions are made from the names, such as
+"cat", "a picture of a
 cat", "a flat drawing of a cat"; nobody wrote them looking at the picture.
 
 - Noto Emoji, Google, Apache-2.0: <https://github.com/googlefonts/noto-emoji>
@@ -54,13 +60,17 @@ Two stages on {hardware}, float32, seed {seed}: tokenizer {tokenizer}; prior wit
 
 ## Measured quality
 
-Adherence: the share of pictures whose nearest neighbor among all {num_real} real pictures carries the name in the prompt, with 95%
-Wilson intervals; chance is {chance}. Held out are combinations of name and style that were never trained. The bound is the
-same measure on reconstructions of training pictures. Guidance is {guidance} for the decoder, {prior_guidance} for the prior.
+Adherence: the share of pictures whose nearest neighbor among all {num_real} real pictures carries the name in the
+prompt, with 95%
+Wilson intervals; chance is {chance}. Held out are combinations of name and style that were never trained. The bound
+is the
+same measure on reconstructions of training pictures. Guidance is {guidance} for the decoder, {prior_guidance} for
+the prior.
 
 {adherence}
 
-Reconstruction of the {num_held_out} held-out pictures (means; perceptual distance: 0 the same picture, 1 two unrelated ones):
+Reconstruction of the {num_held_out} held-out pictures (means; perceptual distance: 0 the same picture, 1 two
+unrelated ones):
 
 {reconstruction}
 
@@ -69,8 +79,10 @@ pictures beside the figures. Protocol, intervals and pictures: `docs/results/emb
 
 ## Limits and bias
 
-It knows {num_names} names and little else: other prompts give some picture of what it knows. Pictures are small and blurred, a
-photo comes back as colors and layout at best. Emoji are drawings by two companies and carry their view of what a thing looks
+It knows {num_names} names and little else: other prompts give some picture of what it knows. Pictures are small and
+blurred, a
+photo comes back as colors and layout at best. Emoji are drawings by two companies and carry their view of what a
+thing looks
 like. For trying out and for teaching; not for anything that matters.
 """
 
@@ -125,8 +137,12 @@ def describe_run(folder: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True, help="folder of the pipeline; README.md is written into it")
-    parser.add_argument("--results", type=Path, required=True, help="folder with adherence.json and reconstruction.json")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="folder of the pipeline; README.md is written into it"
+    )
+    parser.add_argument(
+        "--results", type=Path, required=True, help="folder with adherence.json and reconstruction.json"
+    )
     parser.add_argument("--tokenizer_run", type=Path, required=True, help="output folder of the tokenizer's training")
     parser.add_argument("--prior_run", type=Path, required=True, help="output folder of the prior's training")
     parser.add_argument("--hardware", required=True, help="what it was trained on, in words")
