@@ -19,7 +19,7 @@ class WholeWeightsMixin:
         with_report = kwargs.pop("output_loading_info", False)
         source = f"{cls.__name__} in {str(pretrained_model_name_or_path)!r}"
         try:
-            model, report = super().from_pretrained(
+            model, report = super().from_pretrained(  # type: ignore[misc]
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
         except SafetensorError as error:
