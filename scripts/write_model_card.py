@@ -21,12 +21,10 @@ TEMPLATE = """---
 
 # A small FlexTok model of emoji
 
-Draws {resolution} x {resolution} pictures from prompts such as "a cat" or "a 3d apple", with 1 to {num_registers}
-tokens, and turns
-pictures into tokens and back. It ships inside `flextok_hf`, so that everything can be tried without a download. The
-method is
-FlexTok (Bachmann et al., 2025, [arXiv 2502.13967](https://arxiv.org/abs/2502.13967)); none of the official weights
-were used.
+Draws {resolution} x {resolution} pictures from prompts such as "a cat" or "a 3d apple", with 1 to
+{num_registers} tokens, and turns pictures into tokens and back. It ships inside `flextok_hf`, so that
+everything can be tried without a download. The method is FlexTok (Bachmann et al., 2025, [arXiv
+2502.13967](https://arxiv.org/abs/2502.13967)); none of the official weights were used.
 
 ```python
 from flextok_hf import FlexTokPipeline, embedded_model
@@ -37,17 +35,15 @@ image = pipe("a cat", max_tokens=8).images[0]
 
 ## Model
 
-Pixel space, no VAE; codebook of {codebook_size} (FSQ levels {levels}). Parameters: {parameters}. Stored in half
-precision,
-loaded in float32.
+Pixel space, no VAE; codebook of {codebook_size} (FSQ levels {levels}). Parameters: {parameters}. Stored in
+half precision, loaded in float32.
 
 ## Data
 
-{num_pictures} pictures of {num_names} names (animals, food, things) in three styles, 3d, flat and noto, reduced to
-{resolution} pixels on
-white; {num_held_out} combinations of a name and a style were held out. Captions are made from the names, such as
-"cat", "a picture of a
-cat", "a flat drawing of a cat"; nobody wrote them looking at the picture.
+{num_pictures} pictures of {num_names} names (animals, food, things) in three styles, 3d, flat and noto,
+reduced to {resolution} pixels on white; {num_held_out} combinations of a name and a style were held out.
+Captions are made from the names, such as "cat", "a picture of a cat", "a flat drawing of a cat"; nobody wrote
+them looking at the picture.
 
 - Noto Emoji, Google, Apache-2.0: <https://github.com/googlefonts/noto-emoji>
 - Fluent Emoji, Microsoft Corporation, MIT: <https://github.com/microsoft/fluentui-emoji>
@@ -55,17 +51,16 @@ cat", "a flat drawing of a cat"; nobody wrote them looking at the picture.
 
 ## Training
 
-Two stages on {hardware}, float32, seed {seed}: tokenizer {tokenizer}; prior with its text encoder {prior}. Recipes:
-`scripts/configs/embedded_tokenizer.yaml` and `scripts/configs/embedded_prior.yaml`.
+Two stages on {hardware}, float32, seed {seed}: tokenizer {tokenizer}; prior with its text encoder {prior}.
+Recipes: `scripts/configs/embedded_tokenizer.yaml` and `scripts/configs/embedded_prior.yaml`.
+The tokenizer's run was stopped after 250 steps and resumed with a schedule of 4,500 instead of 5,500 steps.
 
 ## Measured quality
 
-Adherence: the share of pictures whose nearest neighbor among all {num_real} real pictures carries the name in the
-prompt, with 95%
-Wilson intervals; chance is {chance}. Held out are combinations of name and style that were never trained. The bound
-is the
-same measure on reconstructions of training pictures. Guidance is {guidance} for the decoder, {prior_guidance} for
-the prior.
+Adherence: the share of pictures whose nearest neighbor among all {num_real} real pictures carries the name in
+the prompt, with 95% Wilson intervals; chance is {chance}. Held out are combinations of name and style that
+were never trained. The bound is the same measure on reconstructions of training pictures. Guidance is
+{guidance} for the decoder, {prior_guidance} for the prior.
 
 {adherence}
 
@@ -74,16 +69,15 @@ unrelated ones):
 
 {reconstruction}
 
-The feature space forgives blur: thumbnails of 6 x 6 pixels still find their name nine times out of ten. Look at the
-pictures beside the figures. Protocol, intervals and pictures: `docs/results/embedded/` in the repository.
+The feature space forgives blur: thumbnails of 6 x 6 pixels still find their name nine times out of ten. Look
+at the pictures beside the figures. Protocol, intervals and pictures: `docs/results/embedded/` in the
+repository.
 
 ## Limits and bias
 
-It knows {num_names} names and little else: other prompts give some picture of what it knows. Pictures are small and
-blurred, a
-photo comes back as colors and layout at best. Emoji are drawings by two companies and carry their view of what a
-thing looks
-like. For trying out and for teaching; not for anything that matters.
+It knows {num_names} names and little else: other prompts give some picture of what it knows. Pictures are
+small and blurred, and a photo comes back as the nearest thing it knows. Emoji are drawings by two companies and
+carry their view of what a thing looks like. For trying out and for teaching; not for anything that matters.
 """
 
 
