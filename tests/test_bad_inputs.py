@@ -22,7 +22,7 @@ CALLS = {
     "no steps": (lambda pipe: pipe("a", num_inference_steps=0), ValueError, "`num_inference_steps`", "1 or more"),
     "a misspelled guidance": (lambda pipe: pipe("a", guidance="agp"), ValueError, "`guidance`", "apg, cfg"),
     "a guidance scale in words": (
-        lambda pipe: pipe("a", guidance_scale="high"), TypeError, "`guidance_scale`", "a number"
+        lambda pipe: pipe("a", guidance_scale="high"), TypeError, "`guidance_scale`", "a finite number"
     ),
     "a misspelled output": (lambda pipe: pipe("a", output_type="pill"), ValueError, "`output_type`", "one of pil"),
     "too few generators": (

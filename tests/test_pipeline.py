@@ -317,6 +317,8 @@ def test_neither_prompt_nor_class_is_refused(tiny_pipeline):
         ({"num_inference_steps": 0}, ValueError, "`num_inference_steps`"),
         ({"guidance": "agp"}, ValueError, "`guidance` .*'agp'"),
         ({"guidance_scale": "7"}, TypeError, "`guidance_scale`"),
+        ({"guidance_scale": True}, TypeError, "`guidance_scale`"),
+        ({"guidance_scale": float("nan")}, TypeError, "`guidance_scale`"),
         ({"output_type": "jpg"}, ValueError, "`output_type`"),
         ({"generator": [seeded(0), seeded(1)]}, ValueError, "`generator`"),
         ({"latents": torch.zeros(2, 3, R, R)}, ValueError, "`latents`"),

@@ -1,5 +1,6 @@
 """Checks at the pipeline's public door: what a caller may pass, and what to do if it was something else."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -141,8 +142,9 @@ def check_sampling(
     """Raise a ValueError or TypeError unless the options of the flow decoder's sampler make sense."""
     if not is_whole_number(num_inference_steps) or num_inference_steps < 1:
         raise ValueError(f"`num_inference_steps` must be a whole number of 1 or more, got {num_inference_steps!r}.")
-    if not callable(guidance_scale) and not isinstance(guidance_scale, int | float):
-        raise TypeError(f"`guidance_scale` must be a number, or a function of sigma, got {guidance_scale!r}.")
+    is_number = isinstance(guidance_scale, int | float) and not isinstance(guidance_scale, bool)
+    if not callable(guidance_scale) and not (is_number and math.isfinite(guidance_scale)):
+        raise TypeError(f"`guidance_scale` must be a finite number, or a function of sigma, got {guidance_scale!r}.")
     if guidance not in GUIDANCE_METHODS:
         raise ValueError(f"`guidance` must be one of {', '.join(GUIDANCE_METHODS)}, got {guidance!r}.")
     if output_type not in output_types:
