@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from .images import load_image, resize_and_crop
+from .nested_dropout import token_ladder
 from .outputs import numbered_paths, save_picture
 from .pipeline_flextok import FlexTokPipeline
 from .sheets import contact_sheet, token_count_title
@@ -208,7 +209,7 @@ def seeded(seed: int) -> torch.Generator:
 def token_counts(asked: Sequence[int] | None, num_registers: int) -> list[int]:
     """Return the columns of a contact sheet: counts asked for, or powers of two; each once, at most all registers."""
     if asked is None:
-        asked = [2**power for power in range(num_registers.bit_length())] + [num_registers]
+        asked = token_ladder(num_registers)
     return list(dict.fromkeys(min(count, num_registers) for count in asked))
 
 

@@ -11,6 +11,11 @@ from torch import Tensor
 KEEP_MODES = ("uniform", "powers_of_two", "uniform_rounded_up")
 
 
+def token_ladder(num_registers: int) -> list[int]:
+    """Return the token counts 1, 2, 4, ... and `num_registers` itself, in growing order and each once."""
+    return [2**power for power in range(num_registers.bit_length()) if 2**power < num_registers] + [num_registers]
+
+
 def sample_num_tokens(
     batch_size: int, num_registers: int, mode: str = "powers_of_two", generator: torch.Generator | None = None
 ) -> Tensor:
@@ -27,7 +32,7 @@ def sample_num_tokens(
     """
     if mode not in KEEP_MODES:
         raise ValueError(f"`mode` must be one of {', '.join(KEEP_MODES)}, got {mode!r}.")
-    powers = torch.tensor([2**i for i in range(num_registers.bit_length()) if 2**i < num_registers] + [num_registers])
+    powers = torch.tensor(token_ladder(num_registers))
     if mode == "powers_of_two":
         return powers[torch.randint(len(powers), (batch_size,), generator=generator)]
     num_tokens = torch.randint(1, num_registers + 1, (batch_size,), generator=generator)

@@ -25,6 +25,7 @@ from .latents import decode_latents, encode_latents
 from .modeling_decoder import FlexTokFlowDecoder
 from .modeling_encoder import FlexTokEncoder
 from .modeling_prior import FlexTokPriorForCausalLM
+from .nested_dropout import token_ladder
 
 
 GuidanceScale = float | Callable[[float], float]
@@ -291,8 +292,7 @@ class FlexTokPipeline(DiffusionPipeline):
             For each length a batch of pictures.
         """
         if max_tokens is None:
-            max_tokens = [2**i for i in range(self.num_registers.bit_length()) if 2**i < self.num_registers]
-            max_tokens += [self.num_registers]
+            max_tokens = token_ladder(self.num_registers)
         lengths = list(max_tokens) if isinstance(max_tokens, Sequence) else [max_tokens]
         lengths = inputs.resolve_max_tokens(lengths, len(lengths), self.num_registers)
         if not lengths:
