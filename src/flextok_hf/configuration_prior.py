@@ -26,7 +26,7 @@ class FlexTokPriorConfig(PreTrainedConfig):
 
     model_type = "flextok_prior"
     attribute_map = {"vocab_size": "codebook_size"}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     codebook_size: int = 64000
     hidden_size: int = 768

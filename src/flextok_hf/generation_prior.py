@@ -4,7 +4,7 @@ Letters: B batch, M text length, k new tokens, V codebook size.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
@@ -14,9 +14,14 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.generation import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_prior import FlexTokPriorConfig
 from .prior_inputs import UNCONDITIONAL_LABEL, check_generate_inputs
+
+
+# Transformers calls the cache `past_key_values` up to 5.23 and `cache` from 5.24 on, in arguments and outputs alike.
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
 @dataclass
@@ -144,7 +149,7 @@ class PriorGenerationMixin(GenerationMixin):
         next_forward = self.get_compiled_call(generation_config.compile_config) if compiled else self
         other_criteria = [rule for rule in stopping_criteria if not isinstance(rule, MaxLengthCriteria)]
 
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         forward, new_ids = self, input_ids if cache is None else input_ids[:, int(cache.get_seq_length()) :]
         scores, raw_logits, log_probs = [], [], []
         while input_ids.shape[1] < generation_config.max_length:
@@ -172,7 +177,7 @@ class PriorGenerationMixin(GenerationMixin):
             sequences=input_ids,
             scores=tuple(scores) or None,
             logits=tuple(raw_logits) or None,
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
             log_probs=torch.cat(log_probs, dim=1) if log_probs else None,
         )
 
@@ -187,12 +192,12 @@ class PriorGenerationMixin(GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache, text = model_kwargs.get("past_key_values"), model_kwargs.get("encoder_hidden_states")
+        cache, text = model_kwargs.get(CACHE_NAME), model_kwargs.get("encoder_hidden_states")
         if isinstance(cache, StaticCache) and text is not None:
             text_cache = StaticCache(config=self.config, max_cache_len=text.shape[1])
             cache = EncoderDecoderCache(cache, text_cache)
         if cache is not None:
-            model_kwargs["past_key_values"] = with_text_cache(self.config, cache)
+            model_kwargs[CACHE_NAME] = with_text_cache(self.config, cache)
 
     def _validate_generated_length(self, generation_config, input_ids_length: int, *args, **kwargs) -> None:
         super()._validate_generated_length(generation_config, input_ids_length, *args, **kwargs)
@@ -208,7 +213,7 @@ FORWARD_INPUTS = (
     "encoder_hidden_states",
     "encoder_attention_mask",
     "class_labels",
-    "past_key_values",
+    CACHE_NAME,
     "use_cache",
     "logits_to_keep",
 )

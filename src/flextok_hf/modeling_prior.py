@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from .configuration_prior import FlexTokPriorConfig
-from .generation_prior import PriorGenerationMixin, with_text_cache
+from .generation_prior import CACHE_NAME, PriorGenerationMixin, with_text_cache
 from .layers import attend
 from .loading import WholeWeightsMixin
 from .prior_inputs import UNCONDITIONAL_LABEL, check_forward_inputs
@@ -130,7 +130,7 @@ class PriorBlock(GradientCheckpointingLayer):
         attention_mask: Tensor | None = None,
         is_causal: bool = False,
         text_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Refine the sequence.
 
@@ -140,17 +140,17 @@ class PriorBlock(GradientCheckpointingLayer):
             attention_mask: (1, 1, L, S) boolean, true where a token may look.
             is_causal: use the kernel's own causal mask instead.
             text_mask: (B, 1, 1, M) boolean, true where there is text.
-            past_key_values: cache that the blocks extend.
+            cache: keys and values so far, which the blocks extend.
 
         Returns:
             New hidden states, (B, L, D).
         """
         normed = self.self_attention_norm(hidden_states)
-        update = self.self_attention(normed, attention_mask, is_causal, past_key_values)
+        update = self.self_attention(normed, attention_mask, is_causal, cache)
         hidden_states = hidden_states + F.dropout(update, self.dropout, self.training)
         if self.reads_text:
             normed = self.cross_attention_norm(hidden_states)
-            update = self.cross_attention(normed, text_states, text_mask, past_key_values)
+            update = self.cross_attention(normed, text_states, text_mask, cache)
             hidden_states = hidden_states + F.dropout(update, self.dropout, self.training)
         update = self.mlp(self.mlp_norm(hidden_states))
         return hidden_states + F.dropout(update, self.dropout, self.training)
@@ -169,7 +169,7 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # `Trainer` may pass `num_items_in_batch`
     _no_split_modules = ["PriorBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _can_compile_fullgraph = True
 
@@ -233,48 +233,51 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         class_labels: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        past_key_values: Cache | None = None,
     ) -> CausalLMOutputWithPast:
         """Predict the next token at every position.
 
         Args:
-            input_ids: (B, L), `[BOS, t0, t1, ...]`, or what follows the positions in `past_key_values`.
+            input_ids: (B, L), `[BOS, t0, t1, ...]`, or what follows the positions in `cache`.
             encoder_hidden_states: states of the text encoder, (B, M, text_hidden_size); needed by models with text.
             encoder_attention_mask: (B, M), 1 for text and 0 for padding; `None` means no padding.
             class_labels: (B,) in [0, num_classes), or -1 for unconditional; needed by models with classes.
-            past_key_values: cache of the positions so far; a `DynamicCache` or `StaticCache`, wrapped in an
+            cache: keys and values of the positions so far; a `DynamicCache` or `StaticCache`, wrapped in an
                 `EncoderDecoderCache` with the text's keys and values for models with text.
             labels: (B, L), usually `input_ids` itself; shifted inside, -100 is ignored. The last input has nothing to
                 predict and is then not run: logits are (B, L - 1, V), and `[BOS, all tokens]` fits the positions.
             use_cache: return a cache; `None` means only if one was given.
             logits_to_keep: compute the logits of the last positions only; 0 means all; or positions as a 1-D tensor.
             num_items_in_batch: divide the summed loss by this rather than by the number of labels.
+            past_key_values: the name of `cache` in Transformers before 5.24.
 
         Returns:
-            `loss` if `labels` were given, `logits` (B, L, V) over the codes, `past_key_values` if asked for.
+            `loss` if `labels` were given, `logits` (B, L, V) over the codes, the cache if asked for.
         """
+        cache = past_key_values if cache is None else cache
         text = (encoder_hidden_states, encoder_attention_mask)
-        check_forward_inputs(self.config, input_ids, *text, class_labels, past_key_values, labels)
+        check_forward_inputs(self.config, input_ids, *text, class_labels, cache, labels)
         if labels is not None:
             input_ids = input_ids[:, :-1]
-        if past_key_values is None and use_cache:
-            past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None:
-            past_key_values = with_text_cache(self.config, past_key_values)
+        if cache is None and use_cache:
+            cache = DynamicCache(config=self.config)
+        if cache is not None:
+            cache = with_text_cache(self.config, cache)
 
-        positions, attention_mask, is_causal = plan_attention(input_ids, past_key_values)
+        positions, attention_mask, is_causal = plan_attention(input_ids, cache)
         hidden_states = self.embed(input_ids, positions, class_labels)  # (B, L, D)
         text_states = None
-        if self.config.text_hidden_size is not None and not has_cached_text(past_key_values):
+        if self.config.text_hidden_size is not None and not has_cached_text(cache):
             text_states = self.project_text(encoder_hidden_states)  # (B, M, D)
         text_mask = None if encoder_attention_mask is None else encoder_attention_mask[:, None, None].bool()
         masks = {"attention_mask": attention_mask, "is_causal": is_causal, "text_mask": text_mask}
         for block in self.blocks:
-            hidden_states = block(hidden_states, text_states, **masks, past_key_values=past_key_values)
+            hidden_states = block(hidden_states, text_states, **masks, cache=cache)
 
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.head(self.norm(hidden_states[:, kept]))  # (B, L, V)
@@ -283,9 +286,8 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
             loss = self.loss_function(
                 logits, None, self.config.codebook_size, num_items_in_batch, shift_labels=labels[:, 1:].contiguous()
             )
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=past_key_values if use_cache is not False else None
-        )
+        returned_cache = {CACHE_NAME: cache if use_cache is not False else None}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **returned_cache)
 
 
 def update_cache(cache: Cache, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:

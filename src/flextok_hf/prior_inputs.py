@@ -17,7 +17,7 @@ def check_forward_inputs(
     encoder_hidden_states: Tensor | None,
     encoder_attention_mask: Tensor | None,
     class_labels: Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     labels: Tensor | None = None,
 ) -> None:
     """Raise an error if a model of this configuration cannot run on these inputs (see its `forward`)."""
@@ -27,9 +27,9 @@ def check_forward_inputs(
             f" shape {tuple(input_ids.shape)}. A sequence starts with `bos_token_id`: `model.prepend_bos(token_ids)`."
         )
     if labels is not None:
-        check_labels(config, input_ids, labels, past_key_values)
+        check_labels(config, input_ids, labels, cache)
     num_inputs = input_ids.shape[1] - (labels is not None)  # with labels, the last input is not run
-    past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+    past_length = 0 if cache is None else cache.get_seq_length()
     if isinstance(past_length, int) and past_length + num_inputs > config.max_position_embeddings:
         raise ValueError(
             f"`input_ids` needs {past_length + num_inputs} positions, but the model has"
@@ -88,13 +88,13 @@ def check_condition_values(
         check_range("class_labels", class_labels, UNCONDITIONAL_LABEL, config.num_classes, remedy)
 
 
-def check_labels(config: FlexTokPriorConfig, input_ids: Tensor, labels: Tensor, past_key_values: Cache | None) -> None:
+def check_labels(config: FlexTokPriorConfig, input_ids: Tensor, labels: Tensor, cache: Cache | None) -> None:
     """Raise an error unless `labels` are targets for `input_ids`."""
-    if labels.shape != input_ids.shape or labels.shape[1] < 2 or past_key_values is not None:
+    if labels.shape != input_ids.shape or labels.shape[1] < 2 or cache is not None:
         raise ValueError(
             f"`labels` of shape {tuple(labels.shape)} do not fit `input_ids` of shape {tuple(input_ids.shape)}: both"
             " are (batch, length) with the start id and 1 token or more, usually the same tensor, and go without"
-            " `past_key_values`."
+            " `cache`."
         )
     if not torch.compiler.is_compiling() and labels.device.type == "cpu":
         targets = labels[:, 1:]  # the first is the start id, which nothing predicts
