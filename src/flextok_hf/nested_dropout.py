@@ -25,17 +25,18 @@ def sample_num_tokens(
         batch_size: number of samples B.
         num_registers: longest sequence K.
         mode: "uniform" in 1..K, "powers_of_two" among 1, 2, 4, ... and K, or "uniform_rounded_up" to one of these.
-        generator: source of randomness, on the CPU.
+        generator: source of randomness; the result is on its device.
 
     Returns:
         Counts, (B,) int64 in [1, K].
     """
+    device = generator.device if generator is not None else None
     if mode not in KEEP_MODES:
         raise ValueError(f"`mode` must be one of {', '.join(KEEP_MODES)}, got {mode!r}.")
-    powers = torch.tensor(token_ladder(num_registers))
+    powers = torch.tensor(token_ladder(num_registers), device=device)
     if mode == "powers_of_two":
-        return powers[torch.randint(len(powers), (batch_size,), generator=generator)]
-    num_tokens = torch.randint(1, num_registers + 1, (batch_size,), generator=generator)
+        return powers[torch.randint(len(powers), (batch_size,), generator=generator, device=device)]
+    num_tokens = torch.randint(1, num_registers + 1, (batch_size,), generator=generator, device=device)
     return num_tokens if mode == "uniform" else powers[torch.searchsorted(powers, num_tokens)]
 
 
