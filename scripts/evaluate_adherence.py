@@ -222,8 +222,8 @@ def make_markdown(record: dict) -> str:
         lines += [
             "",
             'Trained and held out: prompts with a style ("a 3d cat"). Everyday and plain: without ("a cat"), of'
-            " everyday names and of all names. Reconstructions of training pictures bound what a perfect prior could reach;"
-            " shuffled prompts show the floor.",
+            " everyday names and of all names. Reconstructions of training pictures bound what a perfect prior could"
+            " reach; shuffled prompts show the floor.",
             "",
         ]
     space = record["feature_space"]
