@@ -111,6 +111,16 @@ def test_velocity(pipe, sigma, kind):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("kind", "longest"), [("keep_mixed", 16), ("keep_2", 2), ("keep_2", 5), ("uncond", 1)])
+def test_velocity_with_merged_registers(pipe, kind, longest):
+    """Codes that nobody keeps are left out, and all dropped registers become one."""
+    inputs = (GOLDENS["vel.t0.3.x"], torch.full((3,), 0.3), GOLDENS["codes"][:, :longest])
+    num_tokens = torch.tensor(META[kind]) if kind in META else None
+    velocity = pipe.decoder(*inputs, num_tokens, torch.full((3,), kind == "uncond")).velocity
+    assert_golden(velocity, f"vel.t0.3.{kind}")
+
+
+@torch.no_grad()
 def test_decoder_stages_with_a_noise_level_and_length_per_sample(pipe):
     decoder = pipe.decoder
     modules = {"first": decoder.transformer_blocks[0], "last": decoder.transformer_blocks[-1]}

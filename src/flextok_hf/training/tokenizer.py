@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..configuration_encoder import FlexTokEncoderConfig
 from ..flow import add_noise, sample_sigma, velocity_target
 from ..latents import encode_latents
+from ..length_groups import LengthGroups
 from ..modeling_decoder import FlexTokFlowDecoder
 from ..modeling_encoder import FlexTokEncoder
 from ..nested_dropout import sample_num_tokens
@@ -44,14 +45,15 @@ class TokenizerForTraining(nn.Module):
         # 1. Data, noise, and what each sample keeps of its tokens
         latents = encode_latents(self.frozen["vae"], batch["pixel_values"].to(device))  # (B, C, h, w)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
-        draws = self.draw(latents.shape[0], step, generator)
-        sigma, num_tokens, is_unconditional, is_rounded = (tensor.to(device) for tensor in draws)
+        sigma, num_tokens, is_unconditional, is_rounded = self.draw(latents.shape[0], step, generator)
+        sigma = sigma.to(device)
 
         # 2. Latents -> features -> codes -> velocity
         features = self.encoder.compute_features(latents)  # (B, K, Q)
-        codes = self.encoder.quantizer(features, is_rounded)  # (B, K, Q)
+        codes = self.encoder.quantizer(features, is_rounded.to(device))  # (B, K, Q)
         noisy_latents = add_noise(latents, noise, sigma)  # (B, C, h, w)
-        velocity = self.decoder(noisy_latents, sigma, codes, num_tokens, is_unconditional).velocity  # (B, C, h, w)
+        groups = LengthGroups(self.decoder, codes, num_tokens, is_unconditional)
+        velocity = groups.predict_velocity(noisy_latents, sigma)  # (B, C, h, w)
 
         # 3. Loss
         flow_loss = F.mse_loss(velocity.float(), velocity_target(latents, noise).float())
