@@ -65,7 +65,7 @@ def test_encoder_stages(pipe):
         handle.remove()
     assert_golden(outputs["patches"].unflatten(1, (4, 4)), "enc_patches_in")
     assert_golden(outputs["first"], "enc_block0_out")
-    assert_golden(outputs["last"], "enc_trunk_out")
+    assert_golden(outputs["last"], "enc_trunk_out", (slice(None), slice(16, None)))  # the registers
     assert_golden(features, "enc_registers")
 
 

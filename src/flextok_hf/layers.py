@@ -94,8 +94,8 @@ class AttentionProcessor:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        mask: Tensor | None,
-        key_bias: Tensor | None,
+        mask: Tensor | None = None,
+        key_bias: Tensor | None = None,
     ) -> Tensor:
         return attend(query, key, value, mask, attention.scale, key_bias=key_bias, backend=self._attention_backend)
 
@@ -121,14 +121,15 @@ class Attention(nn.Module, AttentionModuleMixin):
         self.to_out = nn.Linear(hidden_size, hidden_size, bias=False)
         self.processor = AttentionProcessor()
 
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, key_bias: Tensor | None = None
-    ) -> Tensor:
-        """Mix (B, L, D) along L. `attention_mask` (L, L): who may look where; or `key_bias` (B, L) on the logits."""
-        query = layer_norm(self.to_q(hidden_states).unflatten(-1, (-1, self.head_dim)))  # (B, L, heads, head_dim)
+    def project(self, hidden_states: Tensor, first_query: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Turn (B, L, D) into query, key and value, (B, L, heads, head_dim); queries only from `first_query` on."""
+        query = layer_norm(self.to_q(hidden_states[:, first_query:]).unflatten(-1, (-1, self.head_dim)))
         key = layer_norm(self.to_k(hidden_states).unflatten(-1, (-1, self.head_dim)))
-        value = self.to_v(hidden_states).unflatten(-1, (-1, self.head_dim))
-        context = self.processor(self, query, key, value, attention_mask, key_bias)  # (B, L, heads, head_dim)
+        return query, key, self.to_v(hidden_states).unflatten(-1, (-1, self.head_dim))
+
+    def forward(self, hidden_states: Tensor, key_bias: Tensor | None = None) -> Tensor:
+        """Mix (B, L, D) along L, with `key_bias` (B, L) on the logits of each key."""
+        context = self.processor(self, *self.project(hidden_states), key_bias=key_bias)  # (B, L, heads, head_dim)
         return self.to_out(context.flatten(-2))  # (B, L, D)
 
 
