@@ -1,6 +1,5 @@
 """Training from options to a saved pipeline: checkpoints, exact resuming, and that something is learned."""
 
-import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -11,10 +10,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils.data import Dataset
 
 from flextok_hf.pipeline_flextok import FlexTokPipeline
-from flextok_hf.training.arguments import PriorArguments, TokenizerArguments, parse_arguments
-from flextok_hf.training.loop import Trainer, build_accelerator, list_checkpoints, split_by_decay
+from flextok_hf.training.arguments import PriorArguments, TokenizerArguments
+from flextok_hf.training.batches import TrainingBatches, build_dataloader
+from flextok_hf.training.chance import Chance
+from flextok_hf.training.checkpoints import list_checkpoints
+from flextok_hf.training.loop import Trainer
+from flextok_hf.training.optimization import split_by_decay
+from flextok_hf.training.parsing import parse_arguments
+from flextok_hf.training.setup import build_accelerator
 from flextok_hf.training.stages import train_prior, train_tokenizer
 from flextok_hf.training.tokenizer import TokenizerForTraining, build_tokenizer
 
@@ -141,9 +147,22 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-11"]
 
 
+class Repeated(Dataset):
+    """The same pictures in each epoch, without chance."""
+
+    def __init__(self, pixel_values):
+        self.pixel_values, self.skipped = pixel_values, {}
+
+    def __len__(self):
+        return len(self.pixel_values)
+
+    def __getitem__(self, key):
+        return {"pixel_values": self.pixel_values[key[0]]}
+
+
 def test_a_repeated_batch_is_learned(tmp_path):
     arguments = tokenizer_arguments(
-        tmp_path, max_train_steps=60, learning_rate=5e-3, checkpointing_steps=1000, ema_decay=0.0
+        tmp_path, max_train_steps=60, learning_rate=5e-3, checkpointing_steps=1000, ema_decay=0.0, train_batch_size=8
     )
     accelerator = build_accelerator(arguments)
     torch.manual_seed(0)
@@ -153,12 +172,12 @@ def test_a_repeated_batch_is_learned(tmp_path):
 
     @torch.no_grad()
     def loss():
-        draws = [model(batch, 0, torch.Generator().manual_seed(seed))[0] for seed in range(8)]
+        draws = [model(batch, 0, Chance(seed))[0] for seed in range(8)]
         return torch.stack(draws).mean().item()
 
     before = loss()
     trainer = Trainer(arguments, accelerator, model, split_by_decay([model], arguments.learning_rate))
-    trainer.train(lambda first_batch: itertools.repeat(batch))
+    trainer.train(TrainingBatches(build_dataloader(Repeated(batch["pixel_values"]), 8)))
     assert loss() < 0.6 * before
 
 

@@ -110,6 +110,7 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
         code_dim: dimensions Q of a code.
         frequency_embedding_size: sinusoidal features of the noise level.
         max_timestep: scale of these features; read it from a checkpoint, never assume it.
+        remove_dropped: dropped registers leave the sequence, instead of a mask token for each as published.
     """
 
     _supports_gradient_checkpointing = True
@@ -130,6 +131,7 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
         code_dim: int = 6,
         frequency_embedding_size: int = 256,
         max_timestep: float = 1.0,
+        remove_dropped: bool = False,
     ):
         super().__init__()
         if hidden_size % head_dim or hidden_size % 4:
@@ -233,10 +235,12 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
         num_patches, num_slots = patches.shape[1], registers.shape[1]
         hidden_states = torch.cat([patches, registers.to(patches.dtype)], dim=1)  # (B, N + S, D)
         key_bias = None
-        if num_slots < self.register_positions.shape[0]:
-            kept = count_kept(codes, num_tokens, is_unconditional)
-            tail_bias = merged_tail_bias(kept, num_slots, self.register_positions.shape[0])
-            key_bias = F.pad(tail_bias, (num_patches, 0))  # (B, N + S)
+        if num_slots < self.register_positions.shape[0] or self.config.remove_dropped:
+            kept = count_kept(codes, num_tokens, is_unconditional)  # (B,)
+            length = torch.full_like(kept, self.register_positions.shape[0])
+            if self.config.remove_dropped:  # without any code, one mask or null token remains
+                length = kept.clamp(min=1)
+            key_bias = F.pad(merged_tail_bias(kept, num_slots, length), (num_patches, 0))  # (B, N + S)
 
         temb = self.time_embedder(sigma) if modulation is None else None  # (B, D)
         *for_blocks, for_head = self.split_modulation(modulation)
