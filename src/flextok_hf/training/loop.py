@@ -164,14 +164,8 @@ class Trainer:
     def add_metrics(self, metrics: dict[str, Tensor], weight: float) -> None:
         """Add figures of a micro-batch to those since the last entry of the log, without waiting for them."""
         for name, value in metrics.items():
-            self.sums.setdefault(
-                name,
-                torch.zeros(
-                    2,
-                    device=value.device,
-                ),
-            )
-            self.sums[name] += torch.stack([value.double() * weight, torch.full_like(value.double(), weight)])
+            entry = torch.stack([value.float() * weight, torch.full_like(value, weight, dtype=torch.float32)])
+            self.sums[name] = self.sums.get(name, 0) + entry
 
     def mean_metrics(self) -> dict[str, float]:
         """Means since the last call, over all processes."""
