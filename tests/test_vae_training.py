@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from test_training_data import TRANSFORM, write_parquet
-from test_training_loop import SMALL_TOKENIZER
+from training_processes import SMALL_TOKENIZER
 from transformers import ResNetConfig, ResNetModel
 
 from flextok_hf.latents import encode_latents

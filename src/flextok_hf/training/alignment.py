@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .setup import loading
 from .vision import FrozenVision
 
 
@@ -43,7 +44,8 @@ class FeatureAlignment(nn.Module):
     def __init__(self, network: str, hidden_size: int, grid_size: int):
         super().__init__()
         self.grid_size = grid_size
-        vision = FrozenVision(network)
+        with loading("repa_network", network):
+            vision = FrozenVision(network)
         self.frozen = {"vision": vision}  # in a dictionary, so that it is neither trained nor saved
         width = vision.network.config.hidden_size
         self.projector = nn.Sequential(

@@ -59,7 +59,7 @@ class TrainingArguments:
     adam_beta2: float = option(0.95, "AdamW: decay of the mean squared gradient.")
     weight_decay: float = option(0.01, "AdamW: weight decay of matrices.")
     max_grad_norm: float = option(1.0, "Clip gradients to this norm.")
-    mixed_precision: str = option("no", "Precision of the products.")
+    mixed_precision: str | None = option(None, "Precision of the products; default: that of `accelerate config`.")
     gradient_checkpointing: bool = option(False, "Recompute activations to save memory.")
     compile: bool = option(False, "Compile the model with torch.compile.")
     ema_decay: float = option(0.999, "Decay of the weight average that is exported; 0: none.")
@@ -112,7 +112,7 @@ class TrainingArguments:
                 bounds = f"{low:g} or more" if high == inf else f"from {low:g} to {high:g}"
                 raise ValueError(f"`{name}` must be {bounds}, got {value}.")
         for name, choices in self.CHOICES.items():
-            if getattr(self, name) not in choices:
+            if getattr(self, name) not in (*choices, None):
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
         if self.min_crop_scale < 1 and not self.random_crop:
             raise ValueError(f"`min_crop_scale` is {self.min_crop_scale}, but crops are fixed: set `random_crop` too.")
@@ -225,6 +225,13 @@ class TokenizerArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        for name in ("encoder_hidden_size", "decoder_hidden_size"):
+            if getattr(self, name) % self.head_dim or getattr(self, name) % 4:
+                raise ValueError(
+                    f"`{name}` must be a multiple of `head_dim` ({self.head_dim}) and of 4, got {getattr(self, name)}."
+                )
+        if not self.fsq_levels or min(self.fsq_levels) < 2:
+            raise ValueError(f"`fsq_levels` must hold one or more numbers of 2 or more, got {self.fsq_levels}.")
         if self.joint_lengths and self.full_length_probability > 0:
             raise ValueError(
                 "`joint_lengths` decodes every sample at full length: set `full_length_probability` to 0."
@@ -286,6 +293,10 @@ class PriorArguments(TrainingArguments):
             raise ValueError(
                 f"Name either `caption_column` or `class_column`, the condition that the prior learns; got"
                 f" {self.caption_column!r} and {self.class_column!r}."
+            )
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"`hidden_size` must be a multiple of `num_heads` ({self.num_heads}), got {self.hidden_size}."
             )
         if self.token_column is not None:
             for name in ("cache_latents", "cache_in_memory", "random_flip", "random_crop"):

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 LOG_FILE = "log.jsonl"
 HELD_OUT_BATCHES = 8  # of the validation data, from which the loss is measured
-COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
 # Draws what has been learned so far: figures, and a sheet of pictures
 Draw = Callable[[], tuple[dict[str, float], Image.Image | None]]

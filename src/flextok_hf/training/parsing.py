@@ -26,18 +26,22 @@ def parse_arguments(kind: type[TrainingArguments], argv: list[str]) -> Any:
     finder.add_argument("--config")
     config, flags = finder.parse_known_args(argv)
     if config.config is not None:
-        known = {action.dest: action.default for action in parser._actions if action.dest not in ("help", "config")}
+        known = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
         flags = [*read_flags(Path(config.config), known), *flags]
     arguments, *_ = parser.parse_args_into_dataclasses(flags)
     return arguments
 
 
-def read_flags(path: Path, known: dict[str, Any]) -> list[str]:
+def read_flags(path: Path, known: dict[str, argparse.Action]) -> list[str]:
     """Turn a YAML file into flags, so that its values are checked like those on the command line.
 
     Args:
         path: the file.
-        known: options that exist, with their defaults.
+        known: options that exist.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no YAML, names an option that does not exist, or gives one no value or too many.
     """
     if not path.is_file():
         raise FileNotFoundError(f"`config` {str(path)!r} is no file. Recipes lie in scripts/configs.")
@@ -56,10 +60,13 @@ def read_flags(path: Path, known: dict[str, Any]) -> list[str]:
         )
     flags = []
     for name, value in values.items():
+        default = known[name].default
         if value is None or value == []:
-            if value != known[name]:
-                raise ValueError(f"`{name}` in {path} is empty. Leave it out to get the default, {known[name]!r}.")
+            if value != default:
+                raise ValueError(f"`{name}` in {path} is empty. Leave it out to get the default, {default!r}.")
         elif isinstance(value, list):
+            if known[name].nargs != "+":
+                raise ValueError(f"`{name}` in {path} takes one value, got {value}.")
             flags += [f"--{name}", *map(str, value)]
         else:
             flags.append(f"--{name}={value}")

@@ -2,6 +2,8 @@
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -50,6 +52,15 @@ def build_accelerator(arguments: TrainingArguments) -> Accelerator:
         accelerator.init_trackers("flextok_hf", config=plain)
     accelerator.wait_for_everyone()
     return accelerator
+
+
+@contextmanager
+def loading(option: str, source: str) -> Iterator[None]:
+    """Let errors from loading say which option named what could not be loaded."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`{option}` {source!r} cannot be loaded: {error}") from error
 
 
 def log_picture(accelerator: Accelerator, picture: Image.Image, step: int) -> None:

@@ -23,7 +23,7 @@ from .optimization import split_by_decay
 from .prior import PriorForTraining, build_prior
 from .publishing import export, publish
 from .rows import Columns
-from .setup import build_accelerator
+from .setup import build_accelerator, loading
 from .text import build_text_encoder, train_text_tokenizer
 from .tokenizer import TokenizerForTraining, build_tokenizer, load_tokenizer
 from .vae import VaeForTraining, build_vae, measure_scaling_factor
@@ -87,7 +87,10 @@ def train_tokenizer(arguments: TokenizerArguments) -> Path:
         The folder of the pipeline, `output_dir/pipeline`.
     """
     accelerator = start(arguments)
-    vae = None if arguments.vae is None else AutoencoderKL.from_pretrained(arguments.vae)
+    vae = None
+    if arguments.vae is not None:
+        with loading("vae", arguments.vae):
+            vae = AutoencoderKL.from_pretrained(arguments.vae)
     if arguments.pretrained_tokenizer is None:
         encoder, decoder = build_tokenizer(arguments, vae)
     else:
@@ -142,7 +145,8 @@ def train_prior(arguments: PriorArguments) -> Path:
         ValueError: if the conditions that the options name cannot be had.
     """
     accelerator = start(arguments)
-    config = FlexTokEncoderConfig.from_pretrained(arguments.tokenizer, subfolder="encoder")
+    with loading("tokenizer", arguments.tokenizer):
+        config = FlexTokEncoderConfig.from_pretrained(arguments.tokenizer, subfolder="encoder")
     columns = Columns(
         arguments.image_column,
         arguments.caption_column,
@@ -193,8 +197,11 @@ def text_components(
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Load the frozen text encoder that the options name, or make a small one to be trained along."""
     if arguments.text_encoder is not None:
-        text_encoder = T5EncoderModel.from_pretrained(arguments.text_encoder, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(arguments.text_encoder, model_max_length=arguments.max_text_length)
+        with loading("text_encoder", arguments.text_encoder):
+            text_encoder = T5EncoderModel.from_pretrained(arguments.text_encoder, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(
+                arguments.text_encoder, model_max_length=arguments.max_text_length
+            )
         return tokenizer, text_encoder.requires_grad_(False).eval()
     if not isinstance(dataset, ImageDataset):
         raise ValueError(

@@ -20,6 +20,7 @@ from .alignment import FeatureAlignment, LayerTap
 from .arguments import TokenizerArguments
 from .caching import latents_of
 from .chance import Chance
+from .setup import loading
 
 
 FADE_SHARE = 0.4  # part of the training over which the aids against collapsed codes fade out
@@ -223,7 +224,9 @@ def load_tokenizer(
         ValueError: if `resolution` is another one than the tokenizer's.
     """
     unused = {"prior": None, "text_encoder": None, "tokenizer": None}
-    source = FlexTokPipeline.from_pretrained(arguments.pretrained_tokenizer, **unused)
+    assert arguments.pretrained_tokenizer is not None
+    with loading("pretrained_tokenizer", arguments.pretrained_tokenizer):
+        source = FlexTokPipeline.from_pretrained(arguments.pretrained_tokenizer, **unused)
     if vae is not None:
         source.register_modules(vae=vae)
     if arguments.resolution != source.resolution:

@@ -15,6 +15,7 @@ from .adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss
 from .arguments import VaeArguments
 from .chance import Chance
 from .perceptual import PerceptualDistance
+from .setup import loading
 
 
 class VaeForTraining(nn.Module):
@@ -25,7 +26,10 @@ class VaeForTraining(nn.Module):
         self.vae = vae
         self.arguments = arguments
         self.discriminator = PatchDiscriminator() if arguments.adversarial_weight > 0 else None
-        perceptual = None if arguments.perceptual_network is None else PerceptualDistance(arguments.perceptual_network)
+        perceptual = None
+        if arguments.perceptual_network is not None:
+            with loading("perceptual_network", arguments.perceptual_network):
+                perceptual = PerceptualDistance(arguments.perceptual_network)
         self.frozen = {"perceptual": perceptual}  # in a dictionary, so that it is neither trained nor saved
 
     def forward(self, batch: dict[str, Tensor], step: int, chance: Chance) -> tuple[Tensor, dict[str, Tensor]]:
@@ -73,7 +77,8 @@ def build_vae(arguments: VaeArguments) -> AutoencoderKL:
     """Make a fresh VAE of the sizes in the options, or load the one that they name."""
     vae = None
     if arguments.pretrained_vae is not None:
-        vae = AutoencoderKL.from_pretrained(arguments.pretrained_vae)
+        with loading("pretrained_vae", arguments.pretrained_vae):
+            vae = AutoencoderKL.from_pretrained(arguments.pretrained_vae)
     num_blocks = len(arguments.block_out_channels if vae is None else vae.config.block_out_channels)
     if arguments.resolution % 2 ** (num_blocks - 1):
         raise ValueError(
