@@ -67,4 +67,5 @@ def log_picture(accelerator: Accelerator, picture: Image.Image, step: int) -> No
     """Send a picture to the trackers that show pictures."""
     for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):
-            tracker.log_images({"validation": np.asarray(picture)[None]}, step=step)
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"validation": np.asarray(picture)[None]}, step=step, **layout)

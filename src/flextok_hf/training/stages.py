@@ -21,7 +21,7 @@ from .data import ImageDataset, ImageTransform, StreamedImageDataset, load_train
 from .loop import Trainer
 from .optimization import split_by_decay
 from .prior import PriorForTraining, build_prior
-from .publishing import export, publish
+from .publishing import check_upload, export, publish
 from .rows import Columns
 from .setup import build_accelerator, loading
 from .text import build_text_encoder, train_text_tokenizer
@@ -45,6 +45,7 @@ TrainingData = ImageDataset | StreamedImageDataset | LatentDataset
 def start(arguments: TrainingArguments) -> Accelerator:
     """Check what can be checked at once, set up the devices and the seed."""
     find_checkpoint(arguments)
+    check_upload(arguments)
     accelerator = build_accelerator(arguments)
     set_seed(arguments.seed)
     return accelerator
