@@ -16,6 +16,7 @@ from .arguments import TrainingArguments
 from .checkpoints import finish_folder, unfinished_name
 from .loop import LOG_FILE, Trainer
 from .training_card import write_card
+from .weights import unsharded
 
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,10 @@ def export(trainer: Trainer, pipe: FlexTokPipeline, stage: str) -> Path:
     """Save the pipeline with the averaged weights, made by `stage`."""
 
     def save(folder: Path) -> None:
+        names, modules = zip(*pipe.components.items(), strict=True)
+        pipe.register_modules(**dict(zip(names, unsharded(trainer.raw_model, *modules), strict=True)))
+        if not trainer.accelerator.is_main_process:
+            return
         pipe.save_pretrained(folder)
         if trainer.arguments.export_dtype != "float32":
             dtype = getattr(torch, trainer.arguments.export_dtype)
@@ -34,13 +39,20 @@ def export(trainer: Trainer, pipe: FlexTokPipeline, stage: str) -> Path:
 
 
 def publish(trainer: Trainer, stage: str, name: str, save: Callable[[Path], None]) -> Path:
-    """Let `save` fill a folder of the output with the averaged weights; it gets its name only when complete."""
+    """Let `save` fill a folder of the output with the averaged weights; it gets its name only when complete.
+
+    Args:
+        trainer: at the end of its training.
+        stage: vae, tokenizer or prior.
+        name: of the folder.
+        save: is called by all processes; the main one writes.
+    """
     output_dir = Path(trainer.arguments.output_dir)
     folder = output_dir / name
+    unfinished = unfinished_name(folder)
+    with trainer.average.applied():
+        save(unfinished)
     if trainer.accelerator.is_main_process:
-        unfinished = unfinished_name(folder)
-        with trainer.average.applied():
-            save(unfinished)
         name_on_hub = hub_name(trainer.arguments)
         record = {"stage": stage, "steps": trainer.step, "images_per_step": trainer.images_per_step}
         record |= {"resolution": trainer.arguments.resolution, "arguments": asdict(trainer.arguments)}

@@ -4,7 +4,6 @@ Letters: B batch, C latent channels, h w latent grid, N patches, K registers, D 
 """
 
 import torch
-import torch.distributed.nn.functional
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
@@ -157,11 +156,25 @@ def spread_penalty(features: Tensor) -> Tensor:
     return (mean.square() + F.relu(1 - std).square()).mean()
 
 
+class SumOverProcesses(torch.autograd.Function):
+    """Adds up the tensors of all processes; the gradient of each is the sum of all gradients."""
+
+    @staticmethod
+    def forward(context, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> Tensor:
+        return SumOverProcesses.forward(context, gradient)
+
+
 def mean_over_processes(tensor: Tensor) -> Tensor:
     """Average a tensor over the processes of a distributed training, with a gradient."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return tensor
-    return torch.distributed.nn.functional.all_reduce(tensor) / torch.distributed.get_world_size()
+    return SumOverProcesses.apply(tensor) / torch.distributed.get_world_size()
 
 
 def count_distinct(token_ids: Tensor) -> Tensor:
