@@ -133,6 +133,7 @@ class FlexTokPipeline(DiffusionPipeline):
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        class_zero_guidance: bool = False,
         guidance: str = "apg",
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -156,6 +157,8 @@ class FlexTokPipeline(DiffusionPipeline):
             temperature: of the prior; below 1 is more typical, above 1 more varied.
             top_k: let the prior choose among this many best tokens; 0 is all.
             top_p: let the prior choose among the best tokens of this total probability; 1 is all.
+            class_zero_guidance: guide classes as the official code does by mistake, away from class 0 after the first
+                token; to reproduce its pictures.
             guidance: rule of the decoder's guidance, "apg" or "cfg".
             generator: source of randomness; a list with one per picture makes each independent of its batch.
             latents: noise to start from, (B, C, h, w), instead of drawing it.
@@ -193,6 +196,7 @@ class FlexTokPipeline(DiffusionPipeline):
             top_k=top_k,
             top_p=top_p,
             guidance_scale=prior_guidance_scale,
+            class_zero_guidance=class_zero_guidance,
             generator=generator,
         )[:, 1:]  # (B, longest), without the start token
         # 3. Token ids -> pictures
