@@ -20,16 +20,17 @@ SHAPES = {"in_channels": 3, "patch_size": 4, "grid_size": 4, "hidden_size": 32, 
 CAPTIONS = ["a red circle", "a blue square on white", "a small green star", "two crosses, one above the other"]
 
 
-def make_encoder() -> FlexTokEncoder:
+def make_encoder(**changes) -> FlexTokEncoder:
     torch.manual_seed(0)
-    config = FlexTokEncoderConfig(**SHAPES, num_hidden_layers=2, num_registers=NUM_REGISTERS, fsq_levels=FSQ_LEVELS)
-    return FlexTokEncoder(config).eval()
+    config = {**SHAPES, "num_hidden_layers": 2, "num_registers": NUM_REGISTERS, "fsq_levels": FSQ_LEVELS, **changes}
+    return FlexTokEncoder(FlexTokEncoderConfig(**config)).eval()
 
 
-def make_decoder() -> FlexTokFlowDecoder:
+def make_decoder(**changes) -> FlexTokFlowDecoder:
     """A decoder whose output depends on everything; a fresh one predicts zero whatever it reads."""
     torch.manual_seed(1)
-    decoder = FlexTokFlowDecoder(**SHAPES, num_layers=2, num_registers=NUM_REGISTERS, code_dim=len(FSQ_LEVELS)).eval()
+    config = {**SHAPES, "num_layers": 2, "num_registers": NUM_REGISTERS, "code_dim": len(FSQ_LEVELS), **changes}
+    decoder = FlexTokFlowDecoder(**config).eval()
     with torch.no_grad():
         for parameter in decoder.parameters():
             if not parameter.any():

@@ -15,6 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
+from .configuration_encoder import check_token_layout
 from .layers import Attention, GatedMLP, PatchEmbedding, TimestepEmbedder, layer_norm, unpatchify
 from .loading import WholeWeightsMixin
 from .nested_dropout import mask_tail
@@ -33,9 +34,10 @@ class DecoderBlock(nn.Module):
     Patches and registers share all weights except the modulation, which has one half for each.
     """
 
-    def __init__(self, hidden_size: int, head_dim: int):
+    def __init__(self, hidden_size: int, head_dim: int, has_registers: bool = True):
         super().__init__()
-        self.modulation = nn.Linear(hidden_size, 12 * hidden_size)
+        self.has_registers = has_registers
+        self.modulation = nn.Linear(hidden_size, (12 if has_registers else 6) * hidden_size)
         self.attention = Attention(hidden_size, head_dim)
         self.mlp = GatedMLP(hidden_size)
 
@@ -43,19 +45,20 @@ class DecoderBlock(nn.Module):
         """Refine the sequence.
 
         Args:
-            hidden_states: patches, then registers, (B, N + K, D).
+            hidden_states: patches, then registers if there are any, (B, N + K, D).
             temb: embedding of the noise level, (B, D).
             num_patches: N, where the registers begin.
 
         Returns:
             New hidden states, (B, N + K, D).
         """
-        modulation = self.modulation(F.silu(temb)).unflatten(-1, (2, 1, -1))  # (B, 2, 1, 6 D)
-        for_patches = modulation[:, 0].expand(-1, num_patches, -1)  # (B, N, 6 D)
-        for_registers = modulation[:, 1].expand(-1, hidden_states.shape[1] - num_patches, -1)  # (B, K, 6 D)
-        gate_attn, gate_mlp, shift_attn, scale_attn, shift_mlp, scale_mlp = torch.cat(
-            [for_patches, for_registers], dim=1
-        ).chunk(6, dim=-1)
+        modulation = self.modulation(F.silu(temb)).unflatten(-1, (-1, 1, 6 * hidden_states.shape[-1]))
+        per_token = modulation[:, 0]  # (B, 1, 6 D)
+        if self.has_registers:
+            for_patches = modulation[:, 0].expand(-1, num_patches, -1)  # (B, N, 6 D)
+            for_registers = modulation[:, 1].expand(-1, hidden_states.shape[1] - num_patches, -1)  # (B, K, 6 D)
+            per_token = torch.cat([for_patches, for_registers], dim=1)  # (B, N + K, 6 D)
+        gate_attn, gate_mlp, shift_attn, scale_attn, shift_mlp, scale_mlp = per_token.chunk(6, dim=-1)
 
         attention_input = layer_norm(hidden_states) * (1 + scale_attn) + shift_attn
         hidden_states = hidden_states + gate_attn * self.attention(attention_input)
@@ -73,7 +76,9 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
         hidden_size: width D; a multiple of `head_dim` and of 4.
         num_layers: number of blocks.
         head_dim: width of an attention head.
-        num_registers: longest token sequence K.
+        token_layout: "registers", tokens beside the patches; or "grid", one per patch in raster order, added to it.
+        num_registers: longest token sequence K; `grid_size ** 2` for a grid.
+        nested_dropout: a learned mask token stands in for missing tokens; a grid may go without and takes id 0.
         code_dim: dimensions Q of a code.
         frequency_embedding_size: sinusoidal features of the noise level.
         max_timestep: scale of these features; read it from a checkpoint, never assume it.
@@ -93,7 +98,9 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
         hidden_size: int = 768,
         num_layers: int = 12,
         head_dim: int = 64,
+        token_layout: str = "registers",
         num_registers: int = 256,
+        nested_dropout: bool = True,
         code_dim: int = 6,
         frequency_embedding_size: int = 256,
         max_timestep: float = 1.0,
@@ -101,13 +108,21 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
         super().__init__()
         if hidden_size % head_dim or hidden_size % 4:
             raise ValueError(f"`hidden_size` ({hidden_size}) must be a multiple of `head_dim` ({head_dim}) and of 4.")
+        check_token_layout(token_layout, num_registers, grid_size)
+        has_registers = token_layout == "registers"
+        if has_registers and not nested_dropout:
+            raise ValueError("`nested_dropout` must be True for registers; only a grid can go without.")
         self.code_proj = nn.Linear(code_dim, hidden_size)
-        self.register_positions = nn.Parameter(torch.empty(num_registers, hidden_size))  # (K, D)
-        self.mask_token = nn.Parameter(torch.empty(hidden_size))  # (D,)
+        if has_registers:
+            self.register_positions = nn.Parameter(torch.empty(num_registers, hidden_size))  # (K, D)
+        if nested_dropout:
+            self.mask_token = nn.Parameter(torch.empty(hidden_size))  # (D,)
         self.null_token = nn.Parameter(torch.empty(hidden_size))  # (D,)
         self.patch_embedding = PatchEmbedding(in_channels, patch_size, grid_size, hidden_size)
         self.time_embedder = TimestepEmbedder(hidden_size, frequency_embedding_size, max_timestep)
-        self.transformer_blocks = nn.ModuleList(DecoderBlock(hidden_size, head_dim) for _ in range(num_layers))
+        self.transformer_blocks = nn.ModuleList(
+            DecoderBlock(hidden_size, head_dim, has_registers) for _ in range(num_layers)
+        )
         self.final_modulation = nn.Linear(hidden_size, 2 * hidden_size)
         self.velocity_proj = nn.Linear(hidden_size, in_channels * patch_size**2)
         self.gradient_checkpointing = False
@@ -120,7 +135,7 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for vector in (self.register_positions, self.mask_token, self.null_token):
+        for vector in self.parameters(recurse=False):  # positions of registers, mask token, null token
             nn.init.trunc_normal_(vector, std=0.02)
         for layer in (*(block.modulation for block in self.transformer_blocks), self.final_modulation):
             nn.init.zeros_(layer.weight)
@@ -153,6 +168,38 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
             registers = torch.where(is_unconditional.view(-1, 1, 1), self.null_token, registers)
         return registers
 
+    def embed_grid(
+        self, codes: Tensor, num_patches: int, num_tokens: Tensor | None, is_unconditional: Tensor | None
+    ) -> Tensor:
+        """Turn codes of a grid into what is added to its patches.
+
+        Args:
+            codes: (B, k, Q) in raster order, with k <= N.
+            num_patches: N.
+            num_tokens: tokens to keep per sample, (B,) in [0, k]; `None` keeps all k.
+            is_unconditional: (B,) boolean; samples where it is true forget their codes altogether.
+
+        Returns:
+            Tokens, (B, N, D).
+        """
+        num_codes = codes.shape[1]
+        if num_codes > num_patches:
+            raise ValueError(
+                f"`codes` has {num_codes} tokens per picture, but these latents have {num_patches} patches, a token"
+                " each. Cut them with `codes[:, :n]`, or give larger latents."
+            )
+        if num_tokens is None:
+            num_tokens = torch.full((codes.shape[0],), num_codes, device=codes.device)
+        num_tokens = num_tokens.clamp(max=num_codes)
+        codes = F.pad(codes.to(self.code_proj.weight.dtype), (0, 0, 0, num_patches - num_codes))
+        if self.config.nested_dropout:
+            tokens = mask_tail(self.code_proj(codes), num_tokens, self.mask_token)  # (B, N, D)
+        else:  # the code of id 0 is -1 in every dimension
+            tokens = self.code_proj(mask_tail(codes, num_tokens, codes.new_tensor(-1.0)))
+        if is_unconditional is not None:
+            tokens = torch.where(is_unconditional.view(-1, 1, 1), self.null_token, tokens)
+        return tokens
+
     def forward(
         self,
         noisy_latents: Tensor,
@@ -176,11 +223,14 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
             The velocity, (B, C, h, w).
         """
         patches = self.patch_embedding(noisy_latents)  # (B, N, D)
-        registers = self.embed_codes(codes, num_tokens, is_unconditional)  # (B, K, D)
-        temb = self.time_embedder(sigma)  # (B, D)
-        hidden_states = torch.cat([patches, registers.to(patches.dtype)], dim=1)  # (B, N + K, D)
-
         num_patches = patches.shape[1]
+        temb = self.time_embedder(sigma)  # (B, D)
+        if self.config.token_layout == "grid":
+            hidden_states = patches + self.embed_grid(codes, num_patches, num_tokens, is_unconditional)  # (B, N, D)
+        else:
+            registers = self.embed_codes(codes, num_tokens, is_unconditional)  # (B, K, D)
+            hidden_states = torch.cat([patches, registers.to(patches.dtype)], dim=1)  # (B, N + K, D)
+
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, temb, num_patches)
