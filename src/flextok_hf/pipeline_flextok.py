@@ -99,6 +99,39 @@ class FlexTokPipeline(DiffusionPipeline):
             kwargs["dtype"] = torch.float32
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
+    @classmethod
+    def from_original(
+        cls,
+        tokenizer: str,
+        prior: str | None = None,
+        text_encoder: str | None = None,
+        revision: str | None = None,
+        prior_revision: str | None = None,
+        dtype: torch.dtype | None = torch.float32,
+        ignore: Sequence[str] = (),
+        **hub_options: Any,
+    ) -> "FlexTokPipeline":
+        """Load checkpoints in the official format; `flextok convert` makes a folder for `from_pretrained` of them.
+
+        Args:
+            tokenizer: Hub id, folder or safetensors file, such as "EPFL-VILAB/flextok_d18_d28_dfn".
+            prior: the same, such as "EPFL-VILAB/FlexAR-3B-T2I", trained with this tokenizer.
+            text_encoder: Hub id or folder of the prior's text encoder; `None` for the one that the prior names.
+            revision: branch, tag or commit of the tokenizer on the Hub.
+            prior_revision: the same of the prior.
+            dtype: of the weights; `None` keeps what is stored.
+            ignore: names of settings to read over, if you are sure that they do not change what the model computes.
+            hub_options: `cache_dir`, `token` and `local_files_only`.
+
+        Raises:
+            ValueError: if a checkpoint is damaged, incomplete, unknown or not supported; the message says where.
+            OSError: if files are missing, or the Hub cannot be reached.
+        """
+        from .conversion.convert import load_original  # which builds on this module
+
+        options = {"revision": revision, "prior_revision": prior_revision, "ignore": ignore, **hub_options}
+        return cls(**load_original(tokenizer, prior, text_encoder, dtype, **options))
+
     @property
     def num_registers(self) -> int:
         """Longest token sequence K of a picture."""
