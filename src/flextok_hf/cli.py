@@ -21,7 +21,7 @@ EPILOGS = {
     "tokenize": "example:\n  flextok tokenize photo.jpg --max-tokens 8 --output ids.json",
     "detokenize": "example:\n  flextok detokenize ids.json --output out.png",
     "reconstruct": "example:\n  flextok reconstruct photo.jpg --max-tokens 1 4 16 --output sheet.png",
-    "convert": "example:\n  flextok convert EPFL-VILAB/flextok_d18_d28_dfn --dtype bfloat16 --output flextok",
+    "convert": "example:\n  flextok convert EPFL-VILAB/flextok_d18_d28_dfn --output flextok_d18_d28",
     "info": "example:\n  flextok info --json",
 }
 
@@ -100,10 +100,13 @@ def check_files(options: argparse.Namespace) -> None:
         FileNotFoundError: there is no such photo or file of ids.
     """
     from .embedded import resolve_model
-    from .outputs import PICTURE_EXTENSIONS, check_output_path
+    from .outputs import PICTURE_EXTENSIONS, check_output_folder, check_output_path
 
     if options.command == "convert":
-        return  # has checks of its own, which also read the checkpoints
+        check_output_folder(options.output)
+        if options.tokenizer is None and options.prior is None:
+            raise ValueError("name a TOKENIZER, a --prior, or both")
+        return
     if "output" in options:
         check_output_path(options.output, (".json",) if options.command == "tokenize" else PICTURE_EXTENSIONS)
     for path in getattr(options, "photos", ()):

@@ -12,7 +12,6 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
-from .conversion.convert import convert_checkpoint
 from .images import load_image, resize_and_crop
 from .nested_dropout import token_ladder
 from .outputs import numbered_paths, save_picture
@@ -104,6 +103,8 @@ def reconstruct(options: argparse.Namespace) -> None:
 
 def convert(options: argparse.Namespace) -> None:
     """Turn official checkpoints into a folder of ours."""
+    from .conversion.convert import convert_checkpoint  # here, because the other commands need not wait for it
+
     set_verbosity(options)
     notes = convert_checkpoint(
         options.output,

@@ -10,6 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging
 
+from ..outputs import check_output_folder
 from ..pipeline_flextok import FlexTokPipeline
 from .components import Component
 from .prior import Prior, read_prior
@@ -17,7 +18,7 @@ from .prior_settings import TextSettings
 from .source import Checkpoint, open_checkpoint
 from .text_encoder import load_text_encoder
 from .tokenizer import Tokenizer, read_tokenizer
-from .writing import check_new_folder, check_space, new_folder, num_bytes, write_component
+from .writing import check_space, new_folder, num_bytes, write_component
 
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -97,8 +98,7 @@ def convert_checkpoint(
         ValueError: if a checkpoint is damaged, incomplete, unknown or not supported.
         OSError: if files are missing, the Hub cannot be reached, or there is no space.
     """
-    output = Path(output).expanduser()
-    check_new_folder(output)
+    output = check_output_folder(Path(output).expanduser())
     original = read_original(tokenizer, prior, text_encoder, dtype=dtype, **options)
     text_encoder_model = original.others.get("text_encoder")
     needed = 0 if text_encoder_model is None else sum(one.nbytes for one in text_encoder_model.parameters())

@@ -119,12 +119,12 @@ def open_checkpoint(name: str, kind: str, ignore: tuple[str, ...] = (), **hub_op
     if is_local and hub_options.get("revision") is not None:
         raise ValueError(f"{name!r} is on this machine and has no revisions. Leave the revision out.")
     folder = path if is_local else download(name, kind, hub_options)
-    if folder.is_dir():
-        weights_path = folder / WEIGHTS_NAME
-        check_folder(folder, name)
-    else:
+    if is_local and not folder.is_dir():
         weights_path, folder = folder, folder.parent
         check_file(weights_path, name)
+    else:
+        weights_path = folder / WEIGHTS_NAME
+        check_folder(folder, name)
     weights = Weights(weights_path)
     values = read_settings(name, kind, folder, weights, is_file=weights_path == path)
     return Checkpoint(name, folder, is_local, Section(values, name, ignored=frozenset(ignore)), weights)
@@ -147,7 +147,7 @@ def check_folder(folder: Path, name: str) -> None:
         )
     if (folder / WEIGHTS_NAME).is_file():
         return
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_ENDINGS)
+    pickles = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLE_ENDINGS)
     hint = f" Its {', '.join(pickles)} stays closed: pickled files can run code." if pickles else ""
     raise FileNotFoundError(f"{name!r} has no `{WEIGHTS_NAME}`, the only kind of weights that is read.{hint}")
 

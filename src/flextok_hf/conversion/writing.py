@@ -14,6 +14,7 @@ from diffusers import ModelMixin
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..outputs import check_output_folder
 from .components import Component
 
 
@@ -28,8 +29,7 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     Args:
         path: must not exist, or be an empty folder; the folder it is in must exist.
     """
-    path = Path(path)
-    check_new_folder(path)
+    path = check_output_folder(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         yield temporary
@@ -40,18 +40,6 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def check_new_folder(path: Path) -> None:
-    """Raise a ValueError unless a folder can be made at `path`; meant to be called early."""
-    if path.is_dir() and any(path.iterdir()):
-        raise ValueError(f"`output` {str(path)!r} exists and is not empty. Choose another name, or remove it first.")
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"`output` {str(path)!r} is a file. Choose the name of a new folder.")
-    if not path.parent.is_dir():
-        raise ValueError(f"`output` {str(path)!r} lies in a folder that does not exist. Create it first.")
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"the folder of `output` {str(path)!r} cannot be written to. Choose another one.")
 
 
 def check_space(folder: Path, num_bytes: int) -> None:
