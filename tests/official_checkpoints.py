@@ -68,6 +68,9 @@ PRIOR = {
 
 
 def randn(generator, *shape, scale=1.0):
+    """Random values, or without a generator a tensor that has none."""
+    if generator is None:
+        return torch.empty(*shape, device="meta")
     return torch.randn(*shape, generator=generator) * scale
 
 
@@ -139,8 +142,8 @@ def transformer(tensors, prefix, width, depth, generator, adaln=0):
 
 
 def tokenizer_tensors(shape, vae_config=TINY_VAE, seed=0):
-    """Return random tensors of a tokenizer under their official names."""
-    generator = torch.Generator().manual_seed(seed)
+    """Return random tensors of a tokenizer under their official names; without a seed, only their shapes."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
     tensors, cells = {}, shape["channels"] * shape["patch"] ** 2
     width, q = shape["encoder_width"], len(shape["levels"])
     encoder, decoder = "encoder.module_dict.", "decoder.module_dict."
@@ -167,8 +170,8 @@ def tokenizer_tensors(shape, vae_config=TINY_VAE, seed=0):
     linear(tensors, f"{decoder}dec_to_patches.adaLN_modulation.1", 2 * width, width, generator, has_bias=True)
     linear(tensors, f"{decoder}dec_to_patches.proj", cells, width, generator, has_bias=True)
 
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(), torch.device("meta" if seed is None else "cpu"):
+        torch.manual_seed(seed or 0)
         vae = AutoencoderKL(**{**vae_config, "latent_channels": shape["channels"]})
     tensors.update({f"vae.vae.{name}": tensor for name, tensor in vae.state_dict().items()})
     return tensors
@@ -250,8 +253,8 @@ def norm(tensors, name, width, generator, kind):
 
 
 def prior_tensors(shape, seed=0):
-    """Return random tensors of a prior under their official names."""
-    generator = torch.Generator().manual_seed(seed)
+    """Return random tensors of a prior under their official names; without a seed, only their shapes."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
     tensors, width = {}, shape["width"]
     image_model = "models.ar_image_model."
     tensors[f"{image_model}preprocessor.embedding.weight"] = randn(generator, shape["codes"], width)

@@ -305,6 +305,18 @@ def test_a_prior_of_another_tokenizer_is_reported(tmp_path):
     assert len(notes) == 1 and "trained with the tokenizer 'owner/other'" in notes[0]
 
 
+def test_other_defaults_of_sampling_are_reported(tmp_path):
+    path, _, _ = write_tokenizer(tmp_path / "official")
+    prior, _, _ = write_prior(tmp_path / "prior", **CLASSES)
+    config = yaml.safe_load((prior / "config.yaml").read_text())
+    config["generation"].update(temperature=0.8, cfg_factor=2.5, tokenizer_cfg_factor=5.0)
+    (prior / "config.yaml").write_text(yaml.safe_dump(config))
+    notes = convert_checkpoint(tmp_path / "ours", str(path), str(prior))
+    assert len(notes) == 1 and "samples with {'temperature': 0.8} by default" in notes[0]
+    pipe = FlexTokPipeline.from_pretrained(tmp_path / "ours")
+    assert (pipe.config.default_guidance_scale, pipe.config.default_prior_guidance_scale) == (5.0, 2.5)
+
+
 def edit_json(path, change):
     config = json.loads(path.read_text())
     change(config)

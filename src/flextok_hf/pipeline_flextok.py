@@ -3,6 +3,7 @@
 Letters: B batch, C latent channels, h w latent grid, K registers, Q code dimensions.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,7 +110,9 @@ class FlexTokPipeline(DiffusionPipeline):
         prior_revision: str | None = None,
         dtype: torch.dtype | None = torch.float32,
         ignore: Sequence[str] = (),
-        **hub_options: Any,
+        cache_dir: str | os.PathLike | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
     ) -> "FlexTokPipeline":
         """Load checkpoints in the official format; `flextok convert` makes a folder for `from_pretrained` of them.
 
@@ -121,7 +124,7 @@ class FlexTokPipeline(DiffusionPipeline):
             prior_revision: the same of the prior.
             dtype: of the weights; `None` keeps what is stored.
             ignore: names of settings to read over, if you are sure that they do not change what the model computes.
-            hub_options: `cache_dir`, `token` and `local_files_only`.
+            cache_dir, token, local_files_only: as in `from_pretrained`, for all that comes from the Hub.
 
         Raises:
             ValueError: if a checkpoint is damaged, incomplete, unknown or not supported; the message says where.
@@ -129,8 +132,20 @@ class FlexTokPipeline(DiffusionPipeline):
         """
         from .conversion.convert import load_original  # which builds on this module
 
-        options = {"revision": revision, "prior_revision": prior_revision, "ignore": ignore, **hub_options}
-        return cls(**load_original(tokenizer, prior, text_encoder, dtype, **options))
+        return cls(
+            **load_original(
+                tokenizer,
+                prior,
+                text_encoder,
+                dtype,
+                revision=revision,
+                prior_revision=prior_revision,
+                ignore=ignore,
+                cache_dir=cache_dir,
+                token=token,
+                local_files_only=local_files_only,
+            )
+        )
 
     @property
     def num_registers(self) -> int:

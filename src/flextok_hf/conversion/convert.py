@@ -23,6 +23,16 @@ from .writing import check_space, new_folder, num_bytes, write_component
 
 MAX_SHARD_BYTES = 5 * 10**9
 RECORD_NAME = "original.json"
+# Of the official settings on sampling, those that are defaults of our pipeline too; strengths of guidance are saved
+SAMPLING_DEFAULTS = {
+    "sample": True,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 0.0,
+    "num_samples": 1,
+    "timesteps": 25,
+    "tokenizer_perform_norm_guidance": True,
+}
 
 logger = logging.get_logger(__name__)
 
@@ -132,10 +142,13 @@ def read_original(
     revision: str | None = None,
     prior_revision: str | None = None,
     ignore: Sequence[str] = (),
-    **hub_options: Any,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
 ) -> Original:
     """Open and check official checkpoints; apart from a text encoder, no values are read yet."""
     original = Original()
+    hub_options = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
     if tokenizer is None and prior is None:
         raise ValueError("Name a tokenizer, a prior, or both.")
     if tokenizer is not None:
@@ -192,9 +205,14 @@ def add_prior(original: Original, checkpoint: Checkpoint, prior: Prior) -> None:
             )
     names = {"default_prior_guidance_scale": "cfg_factor", "default_guidance_scale": "tokenizer_cfg_factor"}
     for name, key in names.items():
-        value = settings.generation.get(key)
+        value = settings.generation.get(key, "missing")
+        value = 1.0 if value is None else value  # none is no guidance
         if isinstance(value, int | float) and not isinstance(value, bool):
             original.defaults[name] = float(value)
+    unlike = {key: settings.generation.get(key, value) for key, value in SAMPLING_DEFAULTS.items()}
+    unlike = {key: value for key, value in unlike.items() if value != SAMPLING_DEFAULTS[key]}
+    if unlike:
+        original.notes.append(f"The official code samples with {unlike} by default; here, pass them with each call.")
 
 
 def origin(checkpoint: Checkpoint) -> dict[str, str]:

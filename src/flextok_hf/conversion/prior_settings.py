@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from .components import check_shape
 from .settings import Section, shorten
 from .source import Weights
 
@@ -135,7 +136,7 @@ def read_trunk(trunk: Section, weights: Weights, has_text: bool) -> dict[str, An
     config = {
         "hidden_size": width,
         "num_hidden_layers": depth,
-        "intermediate_size": weights.shapes.get(f"{BLOCKS_PREFIX}0.mlp.fc1.weight", (0,))[0],
+        "intermediate_size": read_feed_forward_width(weights, width),
         "norm_type": norm_type,
         "norm_eps": norm_eps,
         "use_final_norm": trunk.flag("post_trunk_norm", False),
@@ -147,6 +148,14 @@ def read_trunk(trunk: Section, weights: Weights, has_text: bool) -> dict[str, An
     of_trunk = {name for name in layers_with_bias(weights) if re.fullmatch(r"mlp\..*|\w*attn\.o?_?proj", name)}
     check_biases(trunk, "use_bias", True, of_trunk)
     return config
+
+
+def read_feed_forward_width(weights: Weights, width: int) -> int:
+    """Read how wide the feed-forward layers are inside, which several settings tell in ways of their own."""
+    name = f"{BLOCKS_PREFIX}0.mlp.fc1.weight"
+    shape = weights.shapes.get(name, (0, 0))
+    check_shape(weights, name, (shape[0] if shape else 0, width))
+    return shape[0]
 
 
 def read_self_attention(attention: Section, weights: Weights, width: int) -> dict[str, Any]:
@@ -194,7 +203,8 @@ def read_norm(part: Section) -> tuple[str, float]:
     """Read kind and epsilon of a normalization."""
     kind, default_eps = NORMS[part.target(*NORMS)]
     part.expect("elementwise_affine", True, default=True)
-    part.expect("bias", True, default=True)
+    if kind == "layer_norm":
+        part.expect("bias", True, default=True)
     return kind, part.number("eps") if default_eps is None else part.number("eps", default_eps)
 
 

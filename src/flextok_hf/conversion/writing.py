@@ -36,19 +36,19 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)  # mkdtemp makes it for the owner only
+        if path.is_dir():
+            path.rmdir()  # it is empty; not every system renames over it
         os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def check_space(folder: Path, num_bytes: int) -> None:
-    """Raise an OSError if `num_bytes` do not fit beside what is there."""
+def check_space(folder: Path, needed: int) -> None:
+    """Raise an OSError if `needed` bytes do not fit beside what is there."""
     free = shutil.disk_usage(folder).free
-    if free < num_bytes:
-        raise OSError(
-            f"{str(folder)!r} has {free / 1e9:.1f} GB of free space, and {num_bytes / 1e9:.1f} GB are needed."
-        )
+    if free < needed:
+        raise OSError(f"{str(folder)!r} has {free / 1e9:.1f} GB of free space, and {needed / 1e9:.1f} GB are needed.")
 
 
 def num_bytes(layout: Layout) -> int:
