@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -366,12 +367,13 @@ def test_an_official_checkpoint_becomes_a_model(capsys, tmp_path):
     assert FlexTokPriorForCausalLM.from_pretrained(tmp_path / "by_itself").dtype == torch.bfloat16
 
 
-def test_the_conversion_script_is_the_command(tmp_path):
+def test_the_conversion_script_is_the_command(capsys, tmp_path, monkeypatch):
     tokenizer, _, _ = write_tokenizer(tmp_path / "official")
     script = Path(__file__).parents[1] / "scripts" / "convert_checkpoint.py"
-    command = [sys.executable, script, tokenizer, "--output", tmp_path / "ours"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'ours'}: a pipeline\n"), done.stderr
+    monkeypatch.setattr(sys, "argv", [str(script), str(tokenizer), "--output", str(tmp_path / "ours")])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(script), run_name="__main__")
+    assert capsys.readouterr().out == f"{tmp_path / 'ours'}: a pipeline\n"
     assert (tmp_path / "ours" / "model_index.json").is_file()
 
 

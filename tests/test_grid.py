@@ -6,6 +6,7 @@ from conftest import CODEBOOK_SIZE, FSQ_LEVELS, SHAPES, make_decoder, make_encod
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from flextok_hf import FlexTokEncoder, FlexTokFlowDecoder, FlexTokPipeline
+from flextok_hf.length_groups import LengthGroups
 from flextok_hf.training.arguments import TokenizerArguments
 from flextok_hf.training.tokenizer import TokenizerForTraining
 
@@ -179,6 +180,11 @@ def test_a_pipeline_draws_from_any_start_of_the_raster(encoder, decoder):
     assert token_ids.shape == (1, NUM_TOKENS)
     torch.testing.assert_close(torch.cat(rows[1:]), ragged, atol=1e-5, rtol=0)
     assert not torch.allclose(rows[0], rows[1])
+
+
+def test_rows_of_all_lengths_share_a_call(decoder):
+    everything = LengthGroups(decoder, CODES, LENGTHS, torch.tensor([False, False, True]))
+    assert [group.rows.tolist() for group in everything.groups] == [[0, 2, 1]]
 
 
 @pytest.mark.parametrize("make", [make_encoder, make_decoder])

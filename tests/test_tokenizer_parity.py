@@ -104,7 +104,7 @@ def test_encoder_stages(golden):
         handle.remove()
     golden.check(outputs["patches"].unflatten(1, (4, 4)), "enc_patches_in")
     golden.check(outputs["first"], "enc_block0_out")
-    golden.check(outputs["last"], "enc_trunk_out")
+    golden.check(outputs["last"], "enc_trunk_out", (slice(None), slice(16, None)))  # the registers
     golden.check(features, "enc_registers")
 
 
@@ -153,6 +153,17 @@ def test_velocity(golden, sigma, kind):
         torch.full((golden.batch_size,), kind == "uncond"),
     ).velocity
     golden.check(velocity, f"vel.t{sigma}.{kind}")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "longest"), [("keep_mixed", None), ("keep_2", 2), ("keep_2", 5), ("uncond", 1)])
+def test_velocity_with_merged_registers(golden, kind, longest):
+    """Codes that nobody keeps are left out, and all dropped registers become one."""
+    batch = golden.batch_size
+    inputs = (golden["vel.t0.3.x"], torch.full((batch,), 0.3), golden["codes"][:, :longest])
+    num_tokens = torch.tensor(golden.meta[kind]) if kind in golden.meta else None
+    velocity = golden.pipe.decoder(*inputs, num_tokens, torch.full((batch,), kind == "uncond")).velocity
+    golden.check(velocity, f"vel.t0.3.{kind}")
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from transformers import HfArgumentParser
 
 
 EXPORT_DTYPES = ("float32", "float16", "bfloat16")
+RECONSTRUCTION_LOSSES = ("l1", "l2")
 
 
 @dataclass(kw_only=True)
@@ -29,6 +30,7 @@ class TrainingArguments:
     random_flip: bool = field(default=False, metadata={"help": "Mirror half of the pictures."})
     streaming: bool = field(default=False, metadata={"help": "Read the data while training, without a local copy."})
     cache_in_memory: bool = field(default=False, metadata={"help": "Decode a small data set once and keep it."})
+    cache_latents: bool = field(default=False, metadata={"help": "Encode all pictures with the VAE only once."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first samples."})
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode pictures."})
 
@@ -68,6 +70,38 @@ class TrainingArguments:
             raise ValueError(f"`export_dtype` must be one of {', '.join(EXPORT_DTYPES)}, got {self.export_dtype!r}.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must lie in [0, 1), got {self.ema_decay}.")
+
+
+@dataclass(kw_only=True)
+class VaeArguments(TrainingArguments):
+    """Options of stage 0: the VAE between pixels and latents."""
+
+    pretrained_vae: str | None = field(default=None, metadata={"help": "Start from this VAE, folder or Hub id."})
+    block_out_channels: list[int] = field(
+        default_factory=lambda: [128, 256, 512, 512],
+        metadata={"help": "Width per resolution; each but the last halves the side."},
+    )
+    layers_per_block: int = field(default=2, metadata={"help": "Residual blocks per resolution."})
+    latent_channels: int = field(default=16, metadata={"help": "Channels of the latents."})
+    norm_num_groups: int = field(default=32, metadata={"help": "Groups of the normalization."})
+    reconstruction_loss: str = field(default="l1", metadata={"help": "`l1` or `l2`."})
+    kl_weight: float = field(default=1e-4, metadata={"help": "Weight of the KL divergence per latent value."})
+    perceptual_network: str | None = field(
+        default=None, metadata={"help": "Vision model for a perceptual term, folder or Hub id; none: no such term."}
+    )
+    perceptual_weight: float = field(default=0.1, metadata={"help": "Weight of the perceptual term."})
+    adversarial_weight: float = field(
+        default=0.0, metadata={"help": "Weight of a patch critic, on top of its adaptive weight; 0: none."}
+    )
+    adversarial_start: int = field(default=0, metadata={"help": "Step from which the critic takes part."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.reconstruction_loss not in RECONSTRUCTION_LOSSES:
+            raise ValueError(
+                f"`reconstruction_loss` must be one of {', '.join(RECONSTRUCTION_LOSSES)},"
+                f" got {self.reconstruction_loss!r}."
+            )
 
 
 @dataclass(kw_only=True)

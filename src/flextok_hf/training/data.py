@@ -21,7 +21,8 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from flextok_hf.synthetic import SyntheticShapes
 from flextok_hf.training.batches import EpochBatchSampler, build_dataloader, draw_seed, training_batches
-from flextok_hf.training.rows import Columns, ImageTransform, UnreadableRow, collate, make_sample, read_picture
+from flextok_hf.training.caching import read_rows
+from flextok_hf.training.rows import Columns, ImageTransform, UnreadableRow, collate, draw_conditions, read_picture
 
 
 __all__ = [
@@ -52,6 +53,7 @@ class ImageDataset(Dataset):
 
     Args:
         cache_in_memory: decode everything now and keep 3 * R * R bytes per picture; unreadable rows are left out.
+        num_workers: processes that decode for the cache.
 
     Attributes:
         skipped: reasons by row of `dataset`, for the rows this process found unreadable.
@@ -59,7 +61,12 @@ class ImageDataset(Dataset):
     """
 
     def __init__(
-        self, dataset: datasets.Dataset, transform: ImageTransform, columns: Columns, cache_in_memory: bool = False
+        self,
+        dataset: datasets.Dataset,
+        transform: ImageTransform,
+        columns: Columns,
+        cache_in_memory: bool = False,
+        num_workers: int = 0,
     ):
         columns.check(dataset.features)
         self.transform = transform
@@ -69,7 +76,7 @@ class ImageDataset(Dataset):
         self.pixels: Tensor | None = None  # (rows, 3, R, R) uint8 once cached
         self.rows: Any = _undecoded(dataset, columns)
         if cache_in_memory:
-            self._fill_cache()
+            self._fill_cache(num_workers)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -79,6 +86,12 @@ class ImageDataset(Dataset):
         """Rows found unreadable so far; with workers, each counts those that it met."""
         return len(self.skipped)
 
+    def all_captions(self) -> list[str]:
+        """Every wording of every row."""
+        name = self.columns.caption
+        captions = self.rows[name] if self.pixels is None else [row[name] for row in self.rows]
+        return [text for caption in captions for text in ([caption] if isinstance(caption, str) else caption or [])]
+
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         row, draw = key if isinstance(key, tuple) else (key, None)
         if not 0 <= row < len(self):
@@ -86,38 +99,35 @@ class ImageDataset(Dataset):
         generator = None if draw is None else torch.Generator().manual_seed(draw)
         if self.pixels is not None:  # unreadable rows are gone already
             pixel_values = self.transform.to_values(self.pixels[row], generator)
-            return make_sample(self.rows[row], pixel_values, self.columns, generator)
+            return {"pixel_values": pixel_values, **draw_conditions(self.rows[row], self.columns, generator)}
         num_tries = min(len(self), MAX_UNREADABLE_ROWS)
         for candidate in (index % len(self) for index in range(row, row + num_tries)):
             try:
                 if candidate not in self.skipped:
                     return self._read(candidate, generator)
             except UnreadableRow as error:
-                _skip(self.skipped, candidate, error)
-        raise _no_picture_error(f"{num_tries} rows from row {row} on", self.columns)
+                self.skip(candidate, error)
+        raise self.no_picture_error(f"{num_tries} rows from row {row} on")
 
     def _read(self, row: int, generator: torch.Generator | None) -> dict[str, Any]:
         values = self.rows[row]
         pixel_values = self.transform(read_picture(values[self.columns.image]), generator)
-        return make_sample(values, pixel_values, self.columns, generator)
+        return {"pixel_values": pixel_values, **draw_conditions(values, self.columns, generator)}
 
-    def _fill_cache(self) -> None:
-        if self.transform.random_crop:
-            raise ValueError("`cache_in_memory` keeps one crop of each picture: turn off `random_crop` or the cache.")
-        kept, pixels = [], []
-        for row, values in enumerate(self.rows):
-            try:
-                picture = self.transform.to_pixels(read_picture(values.pop(self.columns.image)))
-                make_sample(values, picture, self.columns, torch.Generator())  # is its caption there?
-            except UnreadableRow as error:
-                _skip(self.skipped, row, error)
-            else:
-                kept.append(values)  # a plain dictionary, since reading one row of an Arrow table is slow
-                pixels.append(picture)
-        if not kept:
-            raise _no_picture_error(f"all {len(self.rows)} rows", self.columns)
-        self.rows = kept
-        self.pixels = torch.stack(pixels).share_memory_()  # one copy for all workers
+    def skip(self, row: int, reason: Exception) -> None:
+        """Count a row that cannot be used and warn of it, once."""
+        _skip(self.skipped, row, reason)
+
+    def no_picture_error(self, where: str) -> ValueError:
+        """Say that nothing usable was found in `where`."""
+        return _no_picture_error(where, self.columns)
+
+    def _fill_cache(self, num_workers: int) -> None:
+        found = [(values, pixels) for _, pixels, values in read_rows(self, num_workers)]
+        if not found:
+            raise self.no_picture_error(f"all {len(self.rows)} rows")
+        self.rows = [values for values, _ in found]  # plain dictionaries: reading one row of an Arrow table is slow
+        self.pixels = torch.stack([pixels for _, pixels in found]).share_memory_()  # one copy for all workers
 
 
 class StreamedImageDataset(IterableDataset):
@@ -180,7 +190,7 @@ class StreamedImageDataset(IterableDataset):
             generator = torch.Generator().manual_seed(draw_seed(*place, index))
             try:
                 pixel_values = self.transform(read_picture(values[self.columns.image]), generator)
-                sample = make_sample(values, pixel_values, self.columns, generator)
+                sample = {"pixel_values": pixel_values, **draw_conditions(values, self.columns, generator)}
             except UnreadableRow as error:
                 _skip(self.skipped, index, error)
                 num_failed += 1
@@ -202,6 +212,7 @@ def load_training_dataset(
     streaming: bool = False,
     shuffle_buffer: int = 1000,
     cache_in_memory: bool = False,
+    num_workers: int = 0,
     max_samples: int | None = None,
     seed: int = 0,
     config_name: str | None = None,
@@ -221,6 +232,7 @@ def load_training_dataset(
         streaming: read while training, without a local copy.
         shuffle_buffer: rows to draw from in a streamed training; ignored otherwise. 0 keeps the order.
         cache_in_memory: decode all pictures once, for small data sets that are not streamed.
+        num_workers: processes that decode for the cache.
         max_samples: use only the first rows.
         seed: decides the synthetic pictures and the order and draws of a streamed data set.
         config_name: of a data set on the Hub that has several.
@@ -231,6 +243,8 @@ def load_training_dataset(
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"`max_samples` must be 1 or more, or None for all rows, got {max_samples}.")
     columns = Columns(image_column, caption_column, class_column)
+    if isinstance(source, (list, tuple)) and len(source) == 1:
+        source = source[0]  # a list of one is that one: a name or folder need not be a file
     if source == SYNTHETIC:
         if split not in SYNTHETIC_ROWS:
             raise ValueError(f"`split` of the synthetic data set must be train or validation, got '{split}'.")
@@ -242,7 +256,7 @@ def load_training_dataset(
             rows = rows.take(max_samples)
     if streaming:
         return StreamedImageDataset(rows, transform, columns, shuffle_buffer, seed)
-    return ImageDataset(rows, transform, columns, cache_in_memory)
+    return ImageDataset(rows, transform, columns, cache_in_memory, num_workers)
 
 
 def _load_rows(

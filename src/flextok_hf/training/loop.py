@@ -50,6 +50,7 @@ class Trainer:
             lr=arguments.learning_rate,
             betas=(arguments.adam_beta1, arguments.adam_beta2),
             weight_decay=arguments.weight_decay,
+            fused=accelerator.device.type == "cuda",
         )
         # the prepared scheduler steps once per process, so its lengths are counted in process steps
         lr_scheduler = get_scheduler(
@@ -60,7 +61,9 @@ class Trainer:
         )
         self.raw_model = model
         self.model, self.optimizer, self.lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
-        self.ema = EMAModel(model.parameters(), decay=arguments.ema_decay) if arguments.ema_decay else None
+        self.ema = None
+        if arguments.ema_decay:
+            self.ema = EMAModel(model.parameters(), decay=arguments.ema_decay, foreach=True)
         self.step = 0
 
     def train(
@@ -116,7 +119,7 @@ class Trainer:
         for part in range(arguments.gradient_accumulation_steps):
             batch = next(micro_batches)
             seed = draw_seed(arguments.seed, self.step, part, accelerator.process_index)
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator(accelerator.device).manual_seed(seed)
             torch.manual_seed(seed)  # for dropout inside the model
             with accelerator.accumulate(self.model):
                 loss, metrics = self.model(batch, self.step, generator)
@@ -135,7 +138,8 @@ class Trainer:
     def run_validation(self, validate: Callable[[int], dict[str, float]]) -> None:
         """Validate on the main process, without touching the weights in training."""
         if self.accelerator.is_main_process:
-            with torch.no_grad(), AveragedWeights(self):
+            # eager: compiling for the shapes of validation takes longer than validating
+            with torch.no_grad(), AveragedWeights(self), torch.compiler.set_stance("force_eager"):
                 figures = validate(self.step)
             self.accelerator.log(figures, step=self.step)
             self.write_log(figures)
@@ -227,6 +231,7 @@ def build_accelerator(arguments: TrainingArguments) -> Accelerator:
         log_with=arguments.report_to,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
     )
+    torch.backends.cudnn.benchmark = True  # all batches have one shape: the search for the best kernels pays
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "arguments.json").write_text(json.dumps(asdict(arguments), indent=2) + "\n")

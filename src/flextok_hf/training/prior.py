@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..configuration_prior import FlexTokPriorConfig
-from ..latents import encode_latents
 from ..modeling_prior import FlexTokPriorForCausalLM
 from ..pipeline_flextok import FlexTokPipeline
 from .arguments import PriorArguments
+from .caching import latents_of
 
 
 UNCONDITIONAL_LABEL = -1
@@ -49,9 +49,10 @@ class PriorForTraining(nn.Module):
         """Compute the loss of a batch.
 
         Args:
-            batch: `pixel_values` (B, 3, H, W) in [-1, 1] with `captions`, a list of B texts, or `class_labels` (B,).
+            batch: `pixel_values` (B, 3, H, W) in [-1, 1], or cached `latents` (B, C, h, w), with `captions`, a list of
+                B texts, or `class_labels` (B,).
             step: optimizer steps done so far.
-            generator: source of the condition dropout, on the CPU.
+            generator: source of the condition dropout, on the device of the model.
 
         Returns:
             The cross-entropy in nats per token, and figures to log.
@@ -59,11 +60,11 @@ class PriorForTraining(nn.Module):
         # 1. Pictures -> token ids
         with torch.no_grad():
             tokenizer = self.frozen["image_tokenizer"]
-            latents = encode_latents(tokenizer.vae, batch["pixel_values"].to(self.prior.device))  # (B, C, h, w)
+            latents = latents_of(batch, tokenizer.vae, self.prior.device)  # (B, C, h, w)
             token_ids = tokenizer.encoder(latents).token_ids  # (B, K)
         # 2. Conditions, some of them dropped for guidance
         drop_probability = self.arguments.condition_dropout_probability
-        is_dropped = torch.rand(token_ids.shape[0], generator=generator) < drop_probability  # (B,)
+        is_dropped = torch.rand(token_ids.shape[0], generator=generator, device=generator.device) < drop_probability
         condition = self.encode_condition(batch, is_dropped)
         # 3. Loss
         input_ids = self.prior.prepend_bos(token_ids)  # (B, K + 1)
@@ -74,7 +75,8 @@ class PriorForTraining(nn.Module):
         """Turn captions or classes into arguments of the prior; dropped ones become "" or class -1."""
         device = self.prior.device
         if self.text_encoder is None or self.text_tokenizer is None:
-            return {"class_labels": torch.where(is_dropped, UNCONDITIONAL_LABEL, batch["class_labels"]).to(device)}
+            class_labels = batch["class_labels"].to(device)
+            return {"class_labels": torch.where(is_dropped, UNCONDITIONAL_LABEL, class_labels)}
         captions = [
             "" if drop else caption for caption, drop in zip(batch["captions"], is_dropped.tolist(), strict=True)
         ]

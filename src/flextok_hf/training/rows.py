@@ -47,7 +47,7 @@ class ImageTransform:
 
     def to_values(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Mirror perhaps, and scale uint8 (3, R, R) to float32 in [-1, 1]."""
-        if self.random_flip and torch.rand((), generator=generator).item() < 0.5:
+        if self.random_flip and draw_flip(generator):
             pixels = pixels.flip(-1)
         return pixels_to_values(pixels)
 
@@ -112,11 +112,18 @@ def read_picture(value: dict[str, Any] | None) -> Image.Image:
         raise UnreadableRow(str(error)) from error
 
 
-def make_sample(
-    row: dict[str, Any], pixel_values: Tensor, columns: Columns, generator: torch.Generator | None
-) -> dict[str, Any]:
-    """Put a picture (3, R, R) together with one of its captions, drawn with `generator`, and its class."""
-    sample: dict[str, Any] = {"pixel_values": pixel_values}
+def draw_flip(generator: torch.Generator | None) -> bool:
+    """Decide whether to mirror a picture: every other one."""
+    return torch.rand((), generator=generator).item() < 0.5
+
+
+def draw_conditions(row: dict[str, Any], columns: Columns, generator: torch.Generator | None) -> dict[str, Any]:
+    """Take from a row one of its captions, drawn with `generator`, and its class, as far as `columns` name them.
+
+    Raises:
+        UnreadableRow: if one of them is missing.
+    """
+    conditions: dict[str, Any] = {}
     if columns.caption is not None:
         wordings = row[columns.caption]
         if isinstance(wordings, list):
@@ -124,21 +131,22 @@ def make_sample(
             wordings = wordings[chosen] if wordings else None
         if wordings is None:
             raise UnreadableRow(f"its '{columns.caption}' is empty")
-        sample["captions"] = wordings
+        conditions["captions"] = wordings
     if columns.class_label is not None:
         label = row[columns.class_label]
         if label is None or label < 0:
             raise UnreadableRow(f"its '{columns.class_label}' is {label}, not a class")
-        sample["class_labels"] = label
-    return sample
+        conditions["class_labels"] = label
+    return conditions
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Stack samples into {"pixel_values": (B, 3, R, R), "captions": list of B strings, "class_labels": (B,) int64}.
 
-    Captions and classes are there if the samples have them.
+    Captions and classes are there if the samples have them; cached samples have "latents", (B, C, h, w), for pixels.
     """
-    batch: dict[str, Any] = {"pixel_values": torch.stack([sample["pixel_values"] for sample in samples])}
+    picture = "latents" if "latents" in samples[0] else "pixel_values"
+    batch: dict[str, Any] = {picture: torch.stack([sample[picture] for sample in samples])}
     if "captions" in samples[0]:
         batch["captions"] = [sample["captions"] for sample in samples]
     if "class_labels" in samples[0]:

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 from ..configuration_encoder import FlexTokEncoderConfig
 from ..flow import add_noise, sample_sigma, velocity_target
-from ..latents import encode_latents
+from ..length_groups import LengthGroups
 from ..modeling_decoder import FlexTokFlowDecoder
 from ..modeling_encoder import FlexTokEncoder
 from ..nested_dropout import sample_num_tokens
 from .arguments import TokenizerArguments
+from .caching import latents_of
 
 
 FADE_SHARE = 0.4  # part of the training over which the aids against collapsed codes fade out
@@ -33,25 +34,27 @@ class TokenizerForTraining(nn.Module):
         """Compute the loss of a batch.
 
         Args:
-            batch: `pixel_values` (B, 3, H, W) in [-1, 1].
+            batch: `pixel_values` (B, 3, H, W) in [-1, 1], or cached `latents` (B, C, h, w).
             step: optimizer steps done so far.
-            generator: source of all randomness, on the CPU.
+            generator: source of all randomness, on the device of the model.
 
         Returns:
             The loss, and figures to log.
         """
-        device = self.encoder.device
         # 1. Data, noise, and what each sample keeps of its tokens
-        latents = encode_latents(self.frozen["vae"], batch["pixel_values"].to(device))  # (B, C, h, w)
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
-        draws = self.draw(latents.shape[0], step, generator)
-        sigma, num_tokens, is_unconditional, is_rounded = (tensor.to(device) for tensor in draws)
+        latents = latents_of(batch, self.frozen["vae"], self.encoder.device)  # (B, C, h, w)
+        noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+        sigma, num_tokens, is_unconditional, is_rounded = self.draw(latents.shape[0], step, generator)
 
         # 2. Latents -> features -> codes -> velocity
         features = self.encoder.compute_features(latents)  # (B, K, Q)
         codes = self.encoder.quantizer(features, is_rounded)  # (B, K, Q)
         noisy_latents = add_noise(latents, noise, sigma)  # (B, C, h, w)
-        velocity = self.decoder(noisy_latents, sigma, codes, num_tokens, is_unconditional).velocity  # (B, C, h, w)
+        if latents.device.type == "cpu" and not self.arguments.compile:
+            groups = LengthGroups(self.decoder, codes, num_tokens, is_unconditional)
+            velocity = groups.predict_velocity(noisy_latents, sigma)  # (B, C, h, w)
+        else:  # compiled code wants batches of one shape, and an accelerator no wait for the lengths
+            velocity = self.decoder(noisy_latents, sigma, codes, num_tokens, is_unconditional).velocity
 
         # 3. Loss
         flow_loss = F.mse_loss(velocity.float(), velocity_target(latents, noise).float())
@@ -78,11 +81,13 @@ class TokenizerForTraining(nn.Module):
         )
         num_registers = self.encoder.config.num_registers
         num_tokens = sample_num_tokens(batch_size, num_registers, arguments.keep_mode, generator)
-        is_full = torch.rand(batch_size, generator=generator) < arguments.full_length_probability
-        num_tokens = torch.where(is_full, num_registers, num_tokens)
-        is_unconditional = torch.rand(batch_size, generator=generator) < arguments.null_condition_probability
-        unrounded_probability = arguments.unrounded_probability * (1 - self.fade(step))
-        is_rounded = torch.rand(batch_size, generator=generator) >= unrounded_probability
+
+        def happens(probability: float) -> Tensor:
+            return torch.rand(batch_size, generator=generator, device=generator.device) < probability
+
+        num_tokens = torch.where(happens(arguments.full_length_probability), num_registers, num_tokens)
+        is_unconditional = happens(arguments.null_condition_probability)
+        is_rounded = ~happens(arguments.unrounded_probability * (1 - self.fade(step)))
         return sigma, num_tokens, is_unconditional, is_rounded
 
     def fade(self, step: int) -> float:
