@@ -204,8 +204,14 @@ def test_four_euler_steps(golden, name, scale, guidance):
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "scale", "guidance"), [("cfg3", 3.0, "cfg"), ("apg7.5", 7.5, "apg")])
 def test_every_point_of_the_trajectory(golden, name, scale, guidance):
-    points = []
-    golden.sample(4, scale, guidance, callback=lambda pipe, step, time, tensors: points.append(tensors["latents"]))
+    points, times = [], []
+
+    def keep(pipe, step, timestep, tensors):
+        points.append(tensors["latents"])
+        times.append(timestep / 1000)
+
+    golden.sample(4, scale, guidance, callback=keep)
+    golden.check(torch.stack(times), "sample.traj_t")
     # the golden holds the latents at which the velocity was evaluated, so the noise first and not the result
     golden.check(torch.stack([golden["noise"], *points[:-1]]), f"sample.{name}.traj")
 

@@ -71,7 +71,7 @@ def group_by_length(lengths: Sequence[int], num_patches: int, num_registers: int
     Args:
         lengths: registers that each row keeps.
         num_patches: N, which every row has besides.
-        num_registers: K; a call has one slot more than its longest row keeps, at most K. 0 where all rows cost the same.
+        num_registers: K; a call has one slot more than its longest row keeps, at most K. 0 if all rows cost the same.
         call_cost: cost of a call of its own, in positions.
 
     Returns:
