@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from refusals import place, prior, text_prior, tokenizer, tokenizer_file  # noqa: F401, fixtures
 
 from flextok_hf.configuration_encoder import FlexTokEncoderConfig
 from flextok_hf.configuration_prior import FlexTokPriorConfig
@@ -74,10 +75,10 @@ def tiny_decoder() -> FlexTokFlowDecoder:
 @pytest.fixture(scope="session")
 def tiny_pipeline() -> FlexTokPipeline:
     """Draws from prompts. Shared by all tests: do not change it."""
-    tokenizer = train_text_tokenizer(CAPTIONS, vocab_size=300, max_length=24)
+    text_tokenizer = train_text_tokenizer(CAPTIONS, vocab_size=300, max_length=24)
     torch.manual_seed(3)
-    text_encoder = build_text_encoder(tokenizer, hidden_size=32, num_layers=1, dropout=0.0).eval()
-    return make_pipeline(prior=make_prior(text_hidden_size=32), text_encoder=text_encoder, tokenizer=tokenizer)
+    text_encoder = build_text_encoder(text_tokenizer, hidden_size=32, num_layers=1, dropout=0.0).eval()
+    return make_pipeline(prior=make_prior(text_hidden_size=32), text_encoder=text_encoder, tokenizer=text_tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -92,10 +91,6 @@ class Component:
         """Return the model with its values, in evaluation mode."""
         self.model.load_state_dict(dict(self.tensors(dtype)), assign=True)
         return self.model.eval()
-
-    def num_parameters(self) -> int:
-        """Number of values in the model, tables included."""
-        return sum(prod(shape) for _, shape in self.layout(None).values())
 
 
 def check_nothing_left(weights: Weights, components: Iterable[Component], is_ignored: Callable[[str], bool]) -> None:
