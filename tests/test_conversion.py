@@ -75,7 +75,7 @@ def tokenizer(request, tmp_path):
 
 
 def load_quietly(*args, **options):
-    pipe = FlexTokPipeline.from_original(*map(str, args), **options)
+    pipe = FlexTokPipeline.from_original(*args, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

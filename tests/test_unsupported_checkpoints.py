@@ -196,6 +196,17 @@ def test_settings_that_a_user_vouches_for_are_read_over(place, tokenizer, text_p
     assert (place / "ours" / "model_index.json").is_file()
 
 
+def test_a_single_setting_may_be_vouched_for(place, tokenizer):
+    edit_json(tokenizer / "config.json", set_in("encoder", "enc_transformer", compile_mode="max"))
+    convert_checkpoint(place / "ours", tokenizer, ignore="encoder.module_dict.enc_transformer.compile_mode")
+    assert (place / "ours" / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.float64, torch.int8])
+def test_an_unsupported_precision_is_refused(place, tokenizer, dtype):
+    refuse(place, "`dtype` must be torch.float32, torch.bfloat16, torch.float16 or None", tokenizer, dtype=dtype)
+
+
 # Things mixed up
 
 

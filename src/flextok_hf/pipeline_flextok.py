@@ -101,9 +101,9 @@ class FlexTokPipeline(DiffusionPipeline):
     @classmethod
     def from_original(
         cls,
-        tokenizer: str,
-        prior: str | None = None,
-        text_encoder: str | None = None,
+        tokenizer: str | os.PathLike,
+        prior: str | os.PathLike | None = None,
+        text_encoder: str | os.PathLike | None = None,
         revision: str | None = None,
         prior_revision: str | None = None,
         dtype: torch.dtype | None = torch.float32,

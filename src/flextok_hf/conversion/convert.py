@@ -1,6 +1,7 @@
 """Conversion: official checkpoints in, a pipeline in memory or a folder of ours out."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from ..pipeline_flextok import FlexTokPipeline
 from .components import Component
 from .prior import Prior, read_prior
 from .prior_settings import TextSettings
-from .source import Checkpoint, open_checkpoint
+from .source import DTYPES, Checkpoint, open_checkpoint
 from .text_encoder import load_text_encoder
 from .tokenizer import Tokenizer, read_tokenizer
 from .writing import check_space, new_folder, num_bytes, write_component
@@ -62,9 +63,9 @@ class Original:
 
 
 def load_original(
-    tokenizer: str,
-    prior: str | None = None,
-    text_encoder: str | None = None,
+    tokenizer: str | os.PathLike,
+    prior: str | os.PathLike | None = None,
+    text_encoder: str | os.PathLike | None = None,
     dtype: torch.dtype | None = torch.float32,
     **options: Any,
 ) -> dict[str, Any]:
@@ -76,10 +77,10 @@ def load_original(
 
 
 def convert_checkpoint(
-    output: str | Path,
-    tokenizer: str | None = None,
-    prior: str | None = None,
-    text_encoder: str | None = None,
+    output: str | os.PathLike,
+    tokenizer: str | os.PathLike | None = None,
+    prior: str | os.PathLike | None = None,
+    text_encoder: str | os.PathLike | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     is_quiet: bool = False,
@@ -135,24 +136,26 @@ def write_pipeline_files(folder: Path, original: Original, max_shard_bytes: int)
 
 
 def read_original(
-    tokenizer: str | None,
-    prior: str | None,
-    text_encoder: str | None,
+    tokenizer: str | os.PathLike | None,
+    prior: str | os.PathLike | None,
+    text_encoder: str | os.PathLike | None,
     dtype: torch.dtype | None,
     revision: str | None = None,
     prior_revision: str | None = None,
     ignore: Sequence[str] = (),
-    cache_dir: str | Path | None = None,
+    cache_dir: str | os.PathLike | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Original:
     """Open and check official checkpoints; apart from a text encoder, no values are read yet."""
+    if dtype not in (None, *DTYPES.values()):
+        raise ValueError(f"`dtype` must be {', '.join(map(str, DTYPES.values()))} or None, got {dtype!r}.")
     original = Original()
     hub_options = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
     if tokenizer is None and prior is None:
         raise ValueError("Name a tokenizer, a prior, or both.")
     if tokenizer is not None:
-        checkpoint = open_checkpoint(tokenizer, "tokenizer", tuple(ignore), revision=revision, **hub_options)
+        checkpoint = open_checkpoint(tokenizer, "tokenizer", ignore, revision=revision, **hub_options)
         add_tokenizer(original, checkpoint, read_tokenizer(checkpoint, **hub_options))
     elif revision is not None:
         raise ValueError("`revision` is that of a tokenizer. For a prior, pass `prior_revision`.")
@@ -160,10 +163,10 @@ def read_original(
         if text_encoder is not None or prior_revision is not None:
             raise ValueError("`text_encoder` and `prior_revision` belong to a prior. Name it as `prior`.")
         return original
-    checkpoint = open_checkpoint(prior, "prior", tuple(ignore), revision=prior_revision, **hub_options)
+    checkpoint = open_checkpoint(prior, "prior", ignore, revision=prior_revision, **hub_options)
     add_prior(original, checkpoint, read_prior(checkpoint))
     if original.text is None and text_encoder is not None:
-        raise ValueError(f"{prior!r} reads no text. Leave `text_encoder` out.")
+        raise ValueError(f"{str(prior)!r} reads no text. Leave `text_encoder` out.")
     if original.text is not None and tokenizer is not None:  # a prior by itself is saved without its text encoder
         width = original.components["prior"].model.config.text_hidden_size
         original.others["text_encoder"], original.others["tokenizer"] = load_text_encoder(

@@ -1,5 +1,7 @@
 """Sources of official checkpoints: a Hub id, a folder or a file -> its configuration and lazily read weights."""
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +103,7 @@ class Checkpoint:
     weights: Weights
 
 
-def open_checkpoint(name: str, kind: str, ignore: tuple[str, ...] = (), **hub_options: Any) -> Checkpoint:
+def open_checkpoint(name: str | os.PathLike, kind: str, ignore: Sequence[str] = (), **hub_options: Any) -> Checkpoint:
     """Open an official checkpoint; values of tensors are not read yet.
 
     Args:
@@ -114,6 +116,7 @@ def open_checkpoint(name: str, kind: str, ignore: tuple[str, ...] = (), **hub_op
         ValueError: if it is no such checkpoint, or damaged.
         OSError: if files are missing, or the Hub cannot be reached.
     """
+    name = os.fspath(name)
     path = Path(name).expanduser()
     is_local = path.exists()
     if is_local and hub_options.get("revision") is not None:
@@ -127,7 +130,8 @@ def open_checkpoint(name: str, kind: str, ignore: tuple[str, ...] = (), **hub_op
         check_folder(folder, name)
     weights = Weights(weights_path)
     values = read_settings(name, kind, folder, weights, is_file=weights_path == path)
-    return Checkpoint(name, folder, is_local, Section(values, name, ignored=frozenset(ignore)), weights)
+    ignored = frozenset([ignore] if isinstance(ignore, str) else ignore)
+    return Checkpoint(name, folder, is_local, Section(values, name, ignored=ignored), weights)
 
 
 def download(name: str, kind: str, hub_options: dict[str, Any]) -> Path:

@@ -1,6 +1,6 @@
 """The text encoder of a prior: a T5 encoder with its tokenizer, from a folder or a repository of its own."""
 
-from pathlib import Path
+import os
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from .source import Checkpoint
 
 
 def load_text_encoder(
-    name: str | Path | None,
+    name: str | os.PathLike | None,
     settings: TextSettings,
     checkpoint: Checkpoint,
     text_hidden_size: int,
