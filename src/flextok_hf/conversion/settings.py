@@ -55,12 +55,14 @@ def parse_literal_or_json(text: str) -> Any:
     """Read the literal of a Python dictionary, or JSON."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError):
+    except (ValueError, SyntaxError, TypeError) as error:
         try:
             return json.loads(text, object_pairs_hook=unique_pairs)
         except json.JSONDecodeError:
-            pass  # it is the first error that tells what is wrong
-        raise
+            # it is the first error that tells what is wrong, if not by the name of an object in memory
+            if "malformed node" in str(error):
+                raise ValueError("it holds more than plain values") from None
+            raise error from None
 
 
 PARSERS = {

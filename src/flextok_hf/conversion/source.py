@@ -117,6 +117,8 @@ def open_checkpoint(name: str | os.PathLike, kind: str, ignore: Sequence[str] = 
         OSError: if files are missing, or the Hub cannot be reached.
     """
     name = os.fspath(name)
+    if not name:
+        raise ValueError(f"The name of a {kind} is empty. Give a Hub id, a folder or a safetensors file.")
     path = Path(name).expanduser()
     is_local = path.exists()
     if is_local and hub_options.get("revision") is not None:

@@ -81,14 +81,13 @@ def read_architecture(settings: Section, checkpoint: Checkpoint, hub_options: di
         path = found / "config.json"
         if not path.is_file():
             raise FileNotFoundError(f"{settings.describe('hf_hub_path')} is {reference!r} without `config.json`.")
-    name = f"`{path.name}` of the VAE of {checkpoint.name!r}"
-    config = parse_settings(read_text(path), "json", name)
-    return check_architecture(config, name)
+    config = parse_settings(read_text(path), "json", f"`{path.name}` of the VAE of {checkpoint.name!r}")
+    section = Section(config, checkpoint.name, VAE_CONFIG_NAME.removesuffix(".json"), settings.ignored)
+    return check_architecture(section)
 
 
-def check_architecture(config: Any, name: str) -> dict[str, Any]:
+def check_architecture(section: Section) -> dict[str, Any]:
     """Return the settings of an `AutoencoderKL`; refuse other classes, unknown names and absurd depths."""
-    section = Section(config, name)
     section.expect("_class_name", "AutoencoderKL", default="AutoencoderKL")
     section.skip(*(key for key in section.values if key.startswith("_")))
     for key in ("down_block_types", "up_block_types"):
