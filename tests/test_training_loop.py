@@ -233,6 +233,15 @@ def test_a_prior_is_trained_on_classes(tiny_tokenizer_pipeline, tmp_path, monkey
     assert len(pipe(class_labels=[0, 1], num_inference_steps=1).images) == 2
 
 
+def test_a_grid_tokenizer_is_trained_and_reconstructs(tmp_path):
+    options = {"token_layout": "grid", "num_registers": 16, "full_length_probability": 1.0}
+    pipe = FlexTokPipeline.from_pretrained(train_tokenizer(tokenizer_arguments(tmp_path, **options)))
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.encoder.config.token_layout == "grid" and not pipe.decoder.config.nested_dropout
+    pictures = pipe.reconstruct(torch.rand(3, 16, 16), [16], num_inference_steps=1)
+    assert pictures[0][0].size == (16, 16)
+
+
 # Decoders of their own
 
 

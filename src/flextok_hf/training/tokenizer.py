@@ -205,6 +205,7 @@ def build_tokenizer(
             hidden_size=arguments.encoder_hidden_size,
             num_hidden_layers=arguments.encoder_num_layers,
             head_dim=arguments.head_dim,
+            token_layout=arguments.token_layout,
             num_registers=arguments.num_registers,
             fsq_levels=arguments.fsq_levels,
         )
@@ -216,7 +217,10 @@ def build_tokenizer(
         hidden_size=arguments.decoder_hidden_size,
         num_layers=arguments.decoder_num_layers,
         head_dim=arguments.head_dim,
+        token_layout=arguments.token_layout,
         num_registers=arguments.num_registers,
+        # a grid that always keeps all tokens needs no mask token
+        nested_dropout=arguments.token_layout == "registers" or arguments.full_length_probability < 1,
         code_dim=len(arguments.fsq_levels),
         remove_dropped=arguments.remove_dropped,
     )
