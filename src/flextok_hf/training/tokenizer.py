@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from ..configuration_encoder import FlexTokEncoderConfig
+from ..configuration_encoder import FlexTokEncoderConfig, check_token_layout
 from ..flow import add_noise, sample_sigma, velocity_target
 from ..length_groups import LengthGroups
 from ..modeling_decoder import FlexTokFlowDecoder
@@ -197,6 +197,7 @@ def build_tokenizer(
                 f"`resolution` {arguments.resolution} must be a multiple of {factor * getattr(arguments, name)},"
                 f" `{name}` times {factor}, the reduction of the VAE."
             )
+        check_token_layout(arguments.token_layout, arguments.num_registers, side // getattr(arguments, name))
     encoder = FlexTokEncoder(
         FlexTokEncoderConfig(
             in_channels=channels,
