@@ -90,7 +90,7 @@ def sharded(train):
         "FSDP_VERSION": "2",
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     }
-    os.environ |= {"FSDP_TRANSFORMER_CLS_TO_WRAP": "EncoderBlock,DecoderBlock", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+    os.environ |= {"FSDP_RESHARD_AFTER_FORWARD": "true"}
     os.environ |= {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
     PartialState(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU

@@ -28,6 +28,8 @@ FADE_SHARE = 0.4  # part of the training over which the aids against collapsed c
 class TokenizerForTraining(nn.Module):
     """Encoder and decoder with their loss, one module for all ways of distributing it."""
 
+    _no_split_modules = ["EncoderBlock", "DecoderBlock"]  # what FSDP shards apart
+
     def __init__(
         self,
         encoder: FlexTokEncoder,
@@ -238,6 +240,8 @@ def load_tokenizer(
 ) -> tuple[FlexTokEncoder, FlexTokFlowDecoder, AutoencoderKL | None]:
     """Load the encoder, the decoder and the VAE of `pretrained_tokenizer`; a given VAE takes the place of its own.
 
+    With `remove_dropped` a decoder that was trained with mask tokens learns to go without them.
+
     Raises:
         ValueError: if `resolution` is another one than the tokenizer's.
     """
@@ -252,4 +256,6 @@ def load_tokenizer(
             f"`resolution` is {arguments.resolution}, but `pretrained_tokenizer` {arguments.pretrained_tokenizer!r}"
             f" works at {source.resolution} pixels. Set it to that."
         )
+    if arguments.remove_dropped:
+        source.decoder.register_to_config(remove_dropped=True)
     return source.encoder, source.decoder, source.vae
