@@ -4,7 +4,7 @@
     python scripts/estimate_cost.py prior scripts/configs/paper/prior_class_49m.yaml ... --num_processes 32
 
 Operations are counted at full length on PyTorch's meta device, activations in bfloat16 for one picture and one or two
-blocks on the CPU. Frozen text encoders and REPA networks are not counted. Hours assume the share of an H100 in the header.
+blocks on the CPU. Frozen text encoders and REPA networks are not counted. Hours assume the share in the header.
 """
 
 import argparse

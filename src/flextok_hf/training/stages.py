@@ -79,7 +79,9 @@ def train_vae(arguments: VaeArguments) -> Path:
         if accelerator.is_main_process:
             pixel_values = (batch["pixel_values"] for batch in itertools.islice(batches.start(), SCALING_BATCHES))
             trained.register_to_config(scaling_factor=measure_scaling_factor(trained, pixel_values))
-            trained.to(getattr(torch, arguments.export_dtype)).save_pretrained(folder)
+            if arguments.export_dtype != "float32":
+                trained.to(getattr(torch, arguments.export_dtype))
+            trained.save_pretrained(folder)
 
     return publish(trainer, "vae", "vae", save)
 
