@@ -11,7 +11,7 @@ PROMPT ?= a cat
 BIN := $(VENV)/bin
 # Made again when the list of dependencies changes.
 INSTALLED := $(VENV)/.installed
-SOURCES := $(wildcard src scripts tests benchmarks)
+SOURCES := $(wildcard src scripts tests benchmarks space)
 BENCHMARKS := $(wildcard benchmarks/bench_*.py)
 
 .PHONY: help setup demo style quality test bench clean

@@ -33,7 +33,7 @@ from flextok_hf.sheets import contact_sheet
 from flextok_hf.token_files import parse_token_ids, read_json, write_token_file
 
 
-COMMANDS = ("generate", "stream", "tokenize", "detokenize", "reconstruct", "info")
+COMMANDS = ("generate", "stream", "tokenize", "detokenize", "reconstruct", "demo", "info")
 PHOTO = Path(__file__).parents[1] / "docs" / "assets" / "parrots.jpg"
 
 needs_embedded_model = pytest.mark.skipif(

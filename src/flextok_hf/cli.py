@@ -1,4 +1,4 @@
-"""The command line: `flextok generate | stream | tokenize | detokenize | reconstruct | info`.
+"""The command line: `flextok generate | stream | tokenize | detokenize | reconstruct | demo | info`.
 
 This module reads and checks arguments. What the commands do is in `commands.py`, imported once the arguments are known
 to be good, so that a mistake costs no wait for PyTorch.
@@ -22,6 +22,7 @@ EPILOGS = {
     "tokenize": "example:\n  flextok tokenize photo.jpg --max-tokens 8 --output ids.json",
     "detokenize": "example:\n  flextok detokenize ids.json --output out.png",
     "reconstruct": "example:\n  flextok reconstruct photo.jpg --max-tokens 1 4 16 --output sheet.png",
+    "demo": "example:\n  flextok demo --port 7860",
     "info": "example:\n  flextok info --json",
 }
 
@@ -56,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_tokenize(commands)
     _add_detokenize(commands)
     _add_reconstruct(commands)
+    _add_demo(commands)
     _add_info(commands)
     return parser
 
@@ -136,6 +138,11 @@ def positive_int(text: str) -> int:
 def non_negative_int(text: str) -> int:
     """Read an integer of at least 0."""
     return _bounded(int, text, "an integer of at least 0", lambda value: value >= 0)
+
+
+def port(text: str) -> int:
+    """Read the number of a port."""
+    return _bounded(int, text, "an integer from 1 to 65535", lambda value: 1 <= value < 2**16)
 
 
 def seed(text: str) -> int:
@@ -284,6 +291,15 @@ def _add_reconstruct(commands) -> None:
     )
     _add_decoding(parser, steps=20)
     _add_shared(parser)
+
+
+def _add_demo(commands) -> None:
+    parser = _add_command(commands, "demo", "show a model in the browser (needs the extra: flextok_hf[demo])")
+    parser.add_argument(
+        "--host", default="127.0.0.1", metavar="NAME", help="0.0.0.0 lets other machines in (127.0.0.1)"
+    )
+    parser.add_argument("--port", type=port, default=7860, metavar="N", help="where to listen (7860)")
+    _add_shared(parser, has_seed=False)
 
 
 def _add_info(commands) -> None:

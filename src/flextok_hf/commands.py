@@ -12,6 +12,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
+from .embedded import embedded_model
 from .images import load_image, resize_and_crop
 from .nested_dropout import token_ladder
 from .outputs import ANIMATED, numbered_paths, save_animation, save_picture
@@ -122,6 +123,19 @@ def reconstruct(options: argparse.Namespace) -> None:
     sheet = contact_sheet(rows, titles, cell_size=cell_size)
     save_picture(sheet, options.output)
     report(options, f"{options.output}: {len(rows)} row{'s'[: len(rows) > 1]}, {', '.join(titles)}")
+
+
+def demo(options: argparse.Namespace) -> None:
+    """Serve the page of the demo until it is interrupted."""
+    try:
+        from .demo.layout import build_demo, launch_options
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise ValueError('the demo needs Gradio; install it: pip install "flextok_hf[demo]"') from error
+    is_embedded = options.model == embedded_model()
+    page = build_demo(load_pipeline(options), "the embedded model" if is_embedded else options.model)
+    page.launch(server_name=options.host, server_port=options.port, quiet=options.quiet, **launch_options())
 
 
 def info(options: argparse.Namespace) -> None:
@@ -248,5 +262,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "tokenize": tokenize,
     "detokenize": detokenize,
     "reconstruct": reconstruct,
+    "demo": demo,
     "info": info,
 }
