@@ -135,7 +135,16 @@ def test_the_space_has_what_the_hub_asks_for():
     assert (card["sdk"], card["license"]) == ("gradio", "apache-2.0")
     assert (space / card["app_file"]).is_file()
     assert len(card["short_description"]) <= 60
-    assert {card["colorFrom"], card["colorTo"]} <= {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
+    assert {card["colorFrom"], card["colorTo"]} <= {
+        "red",
+        "yellow",
+        "green",
+        "blue",
+        "indigo",
+        "purple",
+        "pink",
+        "gray",
+    }
     assert "flextok_hf[demo]" in (space / "requirements.txt").read_text().split()
 
 

@@ -110,10 +110,9 @@ def add_generate(studio: Studio) -> None:
             gr.Examples(["a cat", "a red apple", "a 3d rocket", "a castle"], prompt, label="Try")
             count = token_slider(studio, "Tokens at most", studio.num_registers, "generate-tokens")
             seed = seed_input()
-            guidance = guidance_slider("Guidance: follow the tokens", studio.pipe.config.default_guidance_scale)
-            prior_guidance = guidance_slider(
-                "Guidance: follow the prompt", studio.pipe.config.default_prior_guidance_scale
-            )
+            with gr.Accordion("Guidance", open=False):
+                guidance = guidance_slider("Follow the tokens", studio.pipe.config.default_guidance_scale)
+                prior_guidance = guidance_slider("Follow the prompt", studio.pipe.config.default_prior_guidance_scale)
         with gr.Column(min_width=280, scale=2):
             progress = gr.HTML(elem_id="generate-progress")
             picture = picture_output(studio, "The picture so far", height=320)
@@ -229,7 +228,7 @@ def answer(run: Callable) -> Callable:
 
     def to_sentence(error: Exception) -> gr.Error:
         if isinstance(error, ValueError | TypeError | OSError):
-            return gr.Error(str(error), title="That did not work", print_exception=False)
+            return gr.Error(str(error), print_exception=False)
         logger.exception("a job of the demo failed")
         return gr.Error("Something went wrong here, not with your input. Try again.", print_exception=False)
 
