@@ -1,13 +1,14 @@
 """Measure prompt adherence: does the picture look most like the real pictures of what was asked for?
 
-    python scripts/evaluate_adherence.py --data emoji48 --output docs/results
+    python scripts/evaluate_adherence.py --data data/embedded128 --output docs/results/embedded --max_prompts 200
 
-Every prompt becomes a picture at several token counts. Its nearest neighbor among all real pictures of `--data`
-(made by prepare_emoji.py) is looked up by color and shape (`flextok_hf.evaluation.PictureIndex`); the prompt is met
-if that neighbor carries the same name. Three sets of prompts are told apart: trained combinations of name and style,
-combinations held out of training, and plain prompts without a style. Reconstructions of the training pictures,
-scored the same way, bound from above what a perfect prior could reach with this tokenizer; shuffled prompts bound
-from below. What the feature space itself can tell apart is measured on distorted real pictures.
+Every prompt becomes a picture at several token counts. Its nearest neighbor among all real drawings of `--data`
+(made by prepare_embedded_data.py) is looked up by color and shape (`flextok_hf.evaluation.PictureIndex`); the prompt
+is met if that neighbor carries the same name. Four sets of prompts are told apart: trained combinations of name and
+style, combinations held out of training, and plain prompts without a style, of everyday names and of all names.
+Reconstructions of the training pictures, scored the same way, bound from above what a perfect prior could reach with
+this tokenizer; shuffled prompts bound from below. What the feature space itself can tell apart is measured on
+distorted real pictures. Photos are left out: two photos of a thing need not resemble each other.
 
 Writes adherence.json, adherence.md and adherence.png.
 """
@@ -24,6 +25,7 @@ from evaluation_common import (
     chosen_settings,
     chunks,
     describe_run,
+    draw_rows,
     load_pipeline,
     load_rows,
     reconstruct,
@@ -102,13 +104,16 @@ def score(index: PictureIndex, pictures: Tensor, wanted: Sequence[dict], leave_o
     return result
 
 
-def measure_feature_space(index: PictureIndex, rows: Sequence[dict], pictures: Tensor, seed: int) -> dict:
+def measure_feature_space(
+    index: PictureIndex, rows: Sequence[dict], pictures: Tensor, max_rows: int | None, seed: int
+) -> dict:
     """Measure what the space tells apart: damaged real pictures, and real pictures whose own entry is left out."""
     space: dict = {"distorted": {}, "own_picture_left_out": {}}
+    drawn = draw_rows(range(len(rows)), max_rows, seed)
     for name, distort in distortions(seed).items():
-        space["distorted"][name] = score(index, distort(pictures), rows)
+        space["distorted"][name] = score(index, distort(pictures[drawn]), [rows[i] for i in drawn])
     for style in sorted({row["style"] for row in rows}):
-        chosen = torch.tensor([i for i, row in enumerate(rows) if row["style"] == style])
+        chosen = torch.tensor(draw_rows([i for i, row in enumerate(rows) if row["style"] == style], max_rows, seed))
         wanted = [rows[i] | {} for i in chosen.tolist()]
         for row in wanted:
             del row["style"]  # the same name in another style is all that is left to find
@@ -117,18 +122,22 @@ def measure_feature_space(index: PictureIndex, rows: Sequence[dict], pictures: T
 
 
 def prompt_sets(rows: Sequence[dict], max_prompts: int | None, seed: int) -> dict[str, list[dict]]:
-    """Return the prompts by set; `max_prompts` draws that many of each at random, held-out ones excepted."""
+    """Return the prompts by set; `max_prompts` draws that many of each at random."""
 
-    def draw(items: list[dict]) -> list[dict]:
-        order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
-        return [items[i] for i in sorted(order[:max_prompts])]
-
-    def wanted(split: str) -> list[dict]:
+    def styled(split: str) -> list[dict]:
         keys = ("name", "style")
         return [{key: r[key] for key in keys} | {"prompt": r["styled_prompt"]} for r in rows if r["split"] == split]
 
-    plain = {row["name"]: {"name": row["name"], "prompt": row["prompt"]} for row in rows}
-    return {"trained": draw(wanted("train")), "held_out": wanted("validation"), "plain": draw(list(plain.values()))}
+    def plain(chosen: Sequence[dict]) -> list[dict]:
+        return list({row["name"]: {"name": row["name"], "prompt": row["prompt"]} for row in chosen}.values())
+
+    sets = {
+        "trained": styled("train"),
+        "held_out": styled("validation"),
+        "everyday": plain([row for row in rows if row["everyday"]]),
+        "plain": plain(rows),
+    }
+    return {key: draw_rows(items, max_prompts, seed) for key, items in sets.items()}
 
 
 def generate(pipe, prompts: Sequence[str], num_tokens: int, options: argparse.Namespace, bar: tqdm) -> Tensor:
@@ -151,7 +160,8 @@ def measure_pipeline(
         Scores by set of prompts and token count, and rows of sample pictures for a contact sheet.
     """
     sets = prompt_sets(rows, options.max_prompts, options.seed)
-    to_reconstruct = [row for row in rows if row["split"] == "train"][: options.max_prompts]
+    train_rows = [row for row in rows if row["split"] == "train"]
+    to_reconstruct = draw_rows(train_rows, options.max_prompts, options.seed)
     results: dict = {key: {} for key in (*sets, "trained_shuffled", "reconstructions")}
     total = (sum(map(len, sets.values())) + len(to_reconstruct)) * len(options.token_counts)
     samples = []
@@ -164,7 +174,7 @@ def measure_pipeline(
                 if key == "trained":
                     # Neighboring rows share a name: half the list away they do not.
                     results["trained_shuffled"][count] = score(index, pictures.roll(len(wanted) // 2, 0), wanted)
-                if key == "plain":
+                if key == "everyday":
                     samples.append(pictures[:: max(1, len(pictures) // 12)][:12])
             bar.set_description(f"reconstructions, {token_count_title(count)}")
             pictures = reconstruct(pipe, [row["image"] for row in to_reconstruct], count, options, bar)
@@ -211,8 +221,9 @@ def make_markdown(record: dict) -> str:
             lines += [table_row(key.replace("_", " "), count, *score_cells(v)) for count, v in by_count.items()]
         lines += [
             "",
-            'Trained and held out: prompts with a style ("a 3d cat"). Plain: without ("a cat"). Reconstructions of'
-            " training pictures bound what a perfect prior could reach; shuffled prompts show the floor.",
+            'Trained and held out: prompts with a style ("a 3d cat"). Everyday and plain: without ("a cat"), of'
+            " everyday names and of all names. Reconstructions of training pictures bound what a perfect prior could"
+            " reach; shuffled prompts show the floor.",
             "",
         ]
     space = record["feature_space"]
@@ -238,7 +249,7 @@ def make_markdown(record: dict) -> str:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_common_arguments(parser)
-    parser.add_argument("--max_prompts", type=int, help="draw this many prompts per set (held out: always all)")
+    parser.add_argument("--max_prompts", type=int, help="draw this many prompts per set")
     parser.add_argument("--prior_guidance_scale", type=float, help="by default that of the pipeline")
     parser.add_argument("--temperature", type=float, help="by default that of the pipeline")
     parser.add_argument("--top_k", type=int, help="by default that of the pipeline")
@@ -249,11 +260,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_arguments()
-    rows = load_rows(options.data)
+    rows = [row for row in load_rows(options.data) if row["style"] != "photo"]
     pictures = stack_pictures([row["image"] for row in rows])
     index = PictureIndex(pictures, [row["name"] for row in rows], [row["style"] for row in rows])
     record = {"real_pictures": len(rows), "names": len({row["name"] for row in rows}), "seed": options.seed}
-    record["feature_space"] = measure_feature_space(index, rows, pictures, options.seed)
+    record["feature_space"] = measure_feature_space(index, rows, pictures, options.max_prompts, options.seed)
     if options.feature_space_only:
         write_results(options.output, "feature_space", record, make_markdown(record))
         return

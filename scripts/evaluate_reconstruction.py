@@ -1,9 +1,9 @@
 """Measure reconstruction of held-out pictures at several token counts, and show it.
 
-    python scripts/evaluate_reconstruction.py --data emoji48 --output docs/results
+    python scripts/evaluate_reconstruction.py --data data/embedded128 --output docs/results/embedded --max_pictures 200
 
-The validation pictures of `--data` (made by prepare_emoji.py) are encoded, cut to the first 1, 2, 4, ... tokens and
-decoded again. Reported per count, with 95% bootstrap intervals over pictures:
+The validation pictures of `--data` (made by prepare_embedded_data.py), photos and drawings, are encoded, cut to the
+first 1, 2, 4, ... tokens and decoded again. Reported per count, with 95% bootstrap intervals over pictures:
 
 - PSNR in dB;
 - SSIM (Wang et al., 2004);
@@ -23,6 +23,7 @@ import torch
 from evaluation_common import (
     add_common_arguments,
     describe_run,
+    draw_rows,
     load_pipeline,
     load_rows,
     reconstruct,
@@ -91,8 +92,8 @@ def make_markdown(record: dict) -> str:
         "# Reconstruction of held-out pictures",
         "",
         f"- model {record['model']}, weights SHA-256 {record['weights_sha256'][:16]}",
-        f"- {record['count']} pictures: the validation split, combinations of name and style kept out of train; other"
-        " styles of their names are in train, and a flat drawing resembles its 3d twin: see the table by style",
+        f"- {record['count']} pictures of the validation split, drawn at random: photos, and drawings whose name is in"
+        " train in another style, which may resemble them (flat, gradient and 3d are twins): see the table by style",
         f"- settings {json.dumps(record['settings'])}, seed {record['seed']}, {record['wall_time_s']:.0f} s on"
         f" {record['device']}",
         "",
@@ -119,6 +120,7 @@ def make_markdown(record: dict) -> str:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_common_arguments(parser)
+    parser.add_argument("--max_pictures", type=int, help="draw this many validation pictures")
     parser.add_argument("--sheet_rows", type=int, default=12, help="pictures on the contact sheet")
     return parser.parse_args()
 
@@ -129,7 +131,7 @@ def main() -> None:
     index = PictureIndex(
         stack_pictures([row["image"] for row in rows]), [row["name"] for row in rows], [row["style"] for row in rows]
     )
-    held_out = [row for row in rows if row["split"] == "validation"]
+    held_out = draw_rows([row for row in rows if row["split"] == "validation"], options.max_pictures, options.seed)
     originals = stack_pictures([row["image"] for row in held_out])
     pipe = load_pipeline(options)
 

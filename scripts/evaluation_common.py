@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from flextok_hf.embedded import embedded_model
 from flextok_hf.evaluation import stack_pictures, weights_hash
+from flextok_hf.nested_dropout import token_ladder
 from flextok_hf.outputs import write_atomically
 from flextok_hf.pipeline_flextok import FlexTokPipeline
 
@@ -25,15 +26,21 @@ DECODER_SETTINGS = ("num_inference_steps", "guidance_scale")
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that every evaluation has."""
-    parser.add_argument("--data", required=True, type=Path, help="folder made by prepare_emoji.py")
+    parser.add_argument("--data", required=True, type=Path, help="folder made by prepare_embedded_data.py")
     parser.add_argument("--output", required=True, type=Path, help="folder for the results; made if missing")
     parser.add_argument("--model", help="folder or Hub id; by default the embedded model")
     parser.add_argument("--device", default="cpu", help="where to run the model")
-    parser.add_argument("--token_counts", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="tokens per picture")
+    parser.add_argument("--token_counts", type=int, nargs="+", help="tokens per picture; by default 1, 2, 4, ... all")
     parser.add_argument("--batch_size", type=int, default=32, help="pictures made at a time")
     parser.add_argument("--seed", type=int, default=0, help="picture i of a set is drawn with seed + i")
     parser.add_argument("--num_inference_steps", type=int, help="by default that of the pipeline")
     parser.add_argument("--guidance_scale", type=float, help="by default that of the pipeline")
+
+
+def draw_rows(items: Sequence, count: int | None, seed: int) -> list:
+    """Return `count` items drawn at random, in their order; all of them if `count` is `None`."""
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [items[index] for index in sorted(order[:count])]
 
 
 def chosen_settings(options: argparse.Namespace, more: Sequence[str] = ()) -> dict:
@@ -57,6 +64,8 @@ def load_pipeline(options: argparse.Namespace) -> FlexTokPipeline:
     """
     pipe = FlexTokPipeline.from_pretrained(options.model or embedded_model()).to(options.device)
     pipe.set_progress_bar_config(disable=True)
+    if options.token_counts is None:
+        options.token_counts = token_ladder(pipe.num_registers)
     wrong = [count for count in options.token_counts if not 1 <= count <= pipe.num_registers]
     if wrong:
         raise ValueError(f"`--token_counts` {wrong} cannot be measured: this model has 1 to {pipe.num_registers}.")

@@ -1,6 +1,7 @@
-"""Make the embedded model's training set: emoji of all names and styles with plain captions, and photos of things.
+r"""Make the embedded model's training set: emoji of all names and styles with plain captions, and photos of things.
 
-    python scripts/prepare_embedded_data.py --emoji emoji128 --photos caltech101_128 --output data/embedded128
+    python scripts/prepare_embedded_data.py --emoji emoji128 --photos caltech101_128 --max_photos 3500 \
+        --output data/embedded128
 
 `--emoji` is a folder (or a Hub data set) with the splits train and validation and the columns image, name and style;
 `--photos` one with image and name. `--output` receives train.parquet and validation.parquet with the columns
@@ -212,6 +213,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--emoji", required=True, help="folder with parquet files, or a Hub data set")
     parser.add_argument("--photos", help="the same for photos; none: emoji only")
+    parser.add_argument("--max_photos", type=int, help="draw this many training photos")
     parser.add_argument("--output", required=True, type=Path, help="folder for train.parquet and validation.parquet")
     parser.add_argument("--names", type=Path, default=DEFAULT_NAMES_FILE, help="list of everyday names, one per line")
     parser.add_argument("--resolution", type=int, default=128, help="side of the pictures in pixels")
@@ -223,7 +225,10 @@ def main() -> None:
     nouns = read_names(arguments.names.read_text(encoding="utf-8").splitlines())
     sources = [(load_dataset(arguments.emoji), None)]
     if arguments.photos:
-        sources.append((load_dataset(arguments.photos), "photo"))
+        photos = load_dataset(arguments.photos)
+        if arguments.max_photos is not None:  # spread over the classes, in which the source is sorted
+            photos["train"] = photos["train"].shuffle(seed=0).take(arguments.max_photos)
+        sources.append((photos, "photo"))
     prepared = prepare(sources, nouns, arguments.resolution)
     arguments.output.mkdir(parents=True, exist_ok=True)
     for split, records in prepared.items():

@@ -53,11 +53,13 @@ def draw(name, color):
 def data_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     texts = {key: Value("string") for key in ("name", "style", "split", "prompt", "styled_prompt")}
+    texts["everyday"] = Value("bool")
     rows = [
         {
             "image": draw(name, color),
             "name": name,
             "style": style,
+            "everyday": name != "corner",
             "split": "validation" if (name, style) in (("disk", "flat"), ("bar", "3d")) else "train",
             "prompt": f"a {name}",
             "styled_prompt": f"a {style} {name}",
@@ -122,6 +124,7 @@ def test_adherence_is_reported_for_every_set_and_token_count(monkeypatch, data_f
     assert counts == {
         "trained": {"1": 10, "4": 10},
         "held_out": {"1": 2, "4": 2},
+        "everyday": {"1": 5, "4": 5},
         "plain": {"1": 6, "4": 6},
         "trained_shuffled": {"1": 10, "4": 10},
         "reconstructions": {"1": 10, "4": 10},
@@ -180,9 +183,15 @@ def test_the_style_counts_only_where_one_is_asked_for(index_and_rows):
     assert "name_and_style" not in result
 
 
-def test_held_out_prompts_are_never_thinned_out(index_and_rows):
-    sets = adherence.prompt_sets(index_and_rows[1], max_prompts=1, seed=0)
-    assert {key: len(prompts) for key, prompts in sets.items()} == {"trained": 1, "held_out": 2, "plain": 1}
+def test_prompts_are_drawn_from_each_set(index_and_rows):
+    sets = adherence.prompt_sets(index_and_rows[1], max_prompts=4, seed=0)
+    assert {key: len(prompts) for key, prompts in sets.items()} == {
+        "trained": 4,
+        "held_out": 2,
+        "everyday": 4,
+        "plain": 4,
+    }
+    assert "corner" not in {prompt["name"] for prompt in sets["everyday"]}
 
 
 def test_trained_and_held_out_prompts_share_no_combination(index_and_rows):

@@ -65,7 +65,7 @@ def test_encoder_stages(pipe):
         handle.remove()
     assert_golden(outputs["patches"].unflatten(1, (4, 4)), "enc_patches_in")
     assert_golden(outputs["first"], "enc_block0_out")
-    assert_golden(outputs["last"], "enc_trunk_out")
+    assert_golden(outputs["last"], "enc_trunk_out", (slice(None), slice(16, None)))  # the registers
     assert_golden(features, "enc_registers")
 
 
@@ -108,6 +108,16 @@ def test_velocity(pipe, sigma, kind):
         torch.full((3,), kind == "uncond"),
     ).velocity
     assert_golden(velocity, f"vel.t{sigma}.{kind}")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "longest"), [("keep_mixed", 16), ("keep_2", 2), ("keep_2", 5), ("uncond", 1)])
+def test_velocity_with_merged_registers(pipe, kind, longest):
+    """Codes that nobody keeps are left out, and all dropped registers become one."""
+    inputs = (GOLDENS["vel.t0.3.x"], torch.full((3,), 0.3), GOLDENS["codes"][:, :longest])
+    num_tokens = torch.tensor(META[kind]) if kind in META else None
+    velocity = pipe.decoder(*inputs, num_tokens, torch.full((3,), kind == "uncond")).velocity
+    assert_golden(velocity, f"vel.t0.3.{kind}")
 
 
 @torch.no_grad()

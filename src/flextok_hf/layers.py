@@ -21,6 +21,7 @@ def attend(
     attention_mask: Tensor | None = None,
     scale: float | None = None,
     is_causal: bool = False,
+    key_bias: Tensor | None = None,
     backend=None,
 ) -> Tensor:
     """Scaled dot-product attention; the only place of the package that calls an attention kernel.
@@ -32,11 +33,20 @@ def attend(
         attention_mask: broadcastable to (B, heads, Lq, Lk); boolean (true: a query may look) or added to the logits.
         scale: factor on the logits; `None` means `head_dim ** -0.5`.
         is_causal: mask later keys; only with equal lengths and without `attention_mask`.
+        key_bias: added to the logits of each key for all heads and queries, (B, Lk); without `attention_mask`.
         backend: a Diffusers attention backend; `None` is the active one, PyTorch's own kernels unless changed.
 
     Returns:
         Context, (B, Lq, heads, head_dim).
     """
+    if key_bias is not None and query.device.type == "cuda":
+        # Kernels that take no mask are the fastest there, so the bias travels as one more dimension of the heads.
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        padded = append_bias_dimensions(query, key, value, key_bias, scale)
+        return attend(*padded, scale=scale, is_causal=is_causal, backend=backend)[..., : value.shape[-1]]
+    if key_bias is not None:
+        # On the CPU a mask costs nothing, and may be more precise than the queries.
+        attention_mask = key_bias.to(torch.float32 if query.device.type == "cpu" else query.dtype)[:, None, None]
     if attention_mask is not None and attention_mask.ndim == 2:
         # spelled out, because Diffusers takes a mask of (B, Lk) for padding, and a square one can have that shape
         attention_mask = attention_mask[None, None]
@@ -45,9 +55,31 @@ def attend(
     )
 
 
-def layer_norm(hidden_states: Tensor) -> Tensor:
-    """Normalize the last dimension to mean 0 and variance 1, in float32 and without learned scale or shift."""
-    return F.layer_norm(hidden_states.float(), hidden_states.shape[-1:], eps=LAYER_NORM_EPS).type_as(hidden_states)
+def append_bias_dimensions(
+    query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Widen the heads by 8, so that `scale * query @ key` contains `key_bias`; kernels want multiples of 8.
+
+    Args:
+        query, key, value: (B, L, heads, head_dim).
+        key_bias: (B, L) float32; it is split in two, which keeps it exact in half precision.
+        scale: factor on the logits.
+
+    Returns:
+        Query, key and value, (B, L, heads, head_dim + 8); the new dimensions of the value are zero.
+    """
+    coarse = key_bias.to(key.dtype)
+    pair = torch.stack([coarse, (key_bias - coarse).to(key.dtype)], dim=-1)  # (B, L, 2)
+    key = torch.cat([key, F.pad(pair, (0, 6))[:, :, None].expand(*key.shape[:-1], 8)], dim=-1)
+    return F.pad(query, (0, 8), value=1 / scale), key, F.pad(value, (0, 8))
+
+
+def layer_norm(hidden_states: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    """Normalize the last dimension to mean 0 and variance 1 in float32, then scale and shift it if asked to, (D,)."""
+    shape = hidden_states.shape[-1:]
+    if scale is not None and shift is not None:
+        scale, shift = scale.float(), shift.float()
+    return F.layer_norm(hidden_states.float(), shape, scale, shift, LAYER_NORM_EPS).type_as(hidden_states)
 
 
 class AttentionProcessor:
@@ -57,9 +89,15 @@ class AttentionProcessor:
     _parallel_config = None
 
     def __call__(
-        self, attention: "Attention", query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+        self,
+        attention: "Attention",
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        key_bias: Tensor | None = None,
     ) -> Tensor:
-        return attend(query, key, value, mask, attention.scale, backend=self._attention_backend)
+        return attend(query, key, value, mask, attention.scale, key_bias=key_bias, backend=self._attention_backend)
 
 
 class Attention(nn.Module, AttentionModuleMixin):
@@ -83,12 +121,15 @@ class Attention(nn.Module, AttentionModuleMixin):
         self.to_out = nn.Linear(hidden_size, hidden_size, bias=False)
         self.processor = AttentionProcessor()
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Mix (B, L, D) along L. `attention_mask` is (L, L), true where a row may look at a column."""
-        query = layer_norm(self.to_q(hidden_states).unflatten(-1, (-1, self.head_dim)))  # (B, L, heads, head_dim)
+    def project(self, hidden_states: Tensor, first_query: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Turn (B, L, D) into query, key and value, (B, L, heads, head_dim); queries only from `first_query` on."""
+        query = layer_norm(self.to_q(hidden_states[:, first_query:]).unflatten(-1, (-1, self.head_dim)))
         key = layer_norm(self.to_k(hidden_states).unflatten(-1, (-1, self.head_dim)))
-        value = self.to_v(hidden_states).unflatten(-1, (-1, self.head_dim))
-        context = self.processor(self, query, key, value, attention_mask)  # (B, L, heads, head_dim)
+        return query, key, self.to_v(hidden_states).unflatten(-1, (-1, self.head_dim))
+
+    def forward(self, hidden_states: Tensor, key_bias: Tensor | None = None) -> Tensor:
+        """Mix (B, L, D) along L, with `key_bias` (B, L) on the logits of each key."""
+        context = self.processor(self, *self.project(hidden_states), key_bias=key_bias)  # (B, L, heads, head_dim)
         return self.to_out(context.flatten(-2))  # (B, L, D)
 
 

@@ -1,8 +1,10 @@
 """Flow decoder: noisy latents + codes + noise level -> velocity.
 
-Letters: B batch, C latent channels, h w latent grid, N patches, K registers, D hidden size, Q code dimensions.
+Letters: B batch, C latent channels, h w latent grid, N patches, K registers, k codes given, S slots for registers, D
+hidden size, Q code dimensions.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from .layers import Attention, GatedMLP, PatchEmbedding, TimestepEmbedder, layer_norm, unpatchify
 from .loading import WholeWeightsMixin
-from .nested_dropout import mask_tail
+from .nested_dropout import count_kept, mask_tail, merged_tail_bias
 
 
 @dataclass
@@ -39,28 +41,59 @@ class DecoderBlock(nn.Module):
         self.attention = Attention(hidden_size, head_dim)
         self.mlp = GatedMLP(hidden_size)
 
-    def forward(self, hidden_states: Tensor, temb: Tensor, num_patches: int) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        temb: Tensor | None,
+        num_patches: int,
+        key_bias: Tensor | None = None,
+        modulation: Tensor | None = None,
+    ) -> Tensor:
         """Refine the sequence.
 
         Args:
-            hidden_states: patches, then registers, (B, N + K, D).
-            temb: embedding of the noise level, (B, D).
+            hidden_states: patches, then registers, (B, N + S, D).
+            temb: embedding of the noise level, (B or 1, D); not read if its `modulation` is given.
             num_patches: N, where the registers begin.
+            key_bias: added to the attention logits of each key, (B, N + S).
+            modulation: (B or 1, 12 D); `None` computes it.
 
         Returns:
-            New hidden states, (B, N + K, D).
+            New hidden states, (B, N + S, D).
         """
-        modulation = self.modulation(F.silu(temb)).unflatten(-1, (2, 1, -1))  # (B, 2, 1, 6 D)
-        for_patches = modulation[:, 0].expand(-1, num_patches, -1)  # (B, N, 6 D)
-        for_registers = modulation[:, 1].expand(-1, hidden_states.shape[1] - num_patches, -1)  # (B, K, 6 D)
-        gate_attn, gate_mlp, shift_attn, scale_attn, shift_mlp, scale_mlp = torch.cat(
-            [for_patches, for_registers], dim=1
-        ).chunk(6, dim=-1)
+        if modulation is None:
+            modulation = self.modulation(F.silu(temb))
+        modulation = modulation.unflatten(-1, (2, 6, -1))  # (B, 2, 6, D), for patches and for registers
+        gate_attn, gate_mlp, shift_attn, scale_attn, shift_mlp, scale_mlp = modulation.unbind(2)  # (B, 2, D)
+        attention_input = norm_and_modulate(hidden_states, shift_attn, scale_attn, num_patches)
+        update = self.attention(attention_input, key_bias=key_bias)
+        hidden_states = add_gated(hidden_states, update, gate_attn, num_patches)
+        update = self.mlp(norm_and_modulate(hidden_states, shift_mlp, scale_mlp, num_patches))
+        return add_gated(hidden_states, update, gate_mlp, num_patches)
 
-        attention_input = layer_norm(hidden_states) * (1 + scale_attn) + shift_attn
-        hidden_states = hidden_states + gate_attn * self.attention(attention_input)
-        mlp_input = layer_norm(hidden_states) * (1 + scale_mlp) + shift_mlp
-        return hidden_states + gate_mlp * self.mlp(mlp_input)
+
+# The next two work on patches and registers in turn: a modulation vector per position would be larger than the states.
+
+
+def norm_and_modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor, num_patches: int) -> Tensor:
+    """Normalize (B, N + S, D), then scale and shift; (B or 1, 2, D) holds the vectors of patches and of registers."""
+    parts = hidden_states[:, :num_patches], hidden_states[:, num_patches:]
+    if scale.shape[0] == 1:  # one noise level for the batch: the kernel of the normalization scales on the way
+        outputs = [layer_norm(part, 1 + scale[0, kind], shift[0, kind]) for kind, part in enumerate(parts)]
+    else:
+        outputs = [
+            layer_norm(part) * (1 + scale[:, kind, None]) + shift[:, kind, None] for kind, part in enumerate(parts)
+        ]
+    return torch.cat(outputs, dim=1)
+
+
+def add_gated(hidden_states: Tensor, update: Tensor, gate: Tensor, num_patches: int) -> Tensor:
+    """Add an update (B, N + S, D) times its gate; (B or 1, 2, D) holds those of patches and of registers."""
+    parts = slice(num_patches), slice(num_patches, None)
+    outputs = [
+        torch.addcmul(hidden_states[:, part], gate[:, kind, None], update[:, part]) for kind, part in enumerate(parts)
+    ]
+    return torch.cat(outputs, dim=1)
 
 
 class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
@@ -122,12 +155,30 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
                     nn.init.zeros_(module.bias)
         for vector in (self.register_positions, self.mask_token, self.null_token):
             nn.init.trunc_normal_(vector, std=0.02)
-        for layer in (*(block.modulation for block in self.transformer_blocks), self.final_modulation):
+        for layer in self.modulation_layers():
             nn.init.zeros_(layer.weight)
         nn.init.zeros_(self.velocity_proj.weight)
 
+    def compute_modulation(self, sigma: Tensor) -> Tensor:
+        """Compute all that the noise levels (B,) decide, (B, M), which takes half of the weights.
+
+        A sampler knows its noise levels in advance: it computes them at once and hands one row to each call.
+        """
+        temb = F.silu(self.time_embedder(sigma))  # (B, D)
+        return torch.cat([layer(temb) for layer in self.modulation_layers()], dim=-1)
+
+    def modulation_layers(self) -> list[nn.Module]:
+        """Return the layers that read the noise level: one per block and the one of the head."""
+        return [*(block.modulation for block in self.transformer_blocks), self.final_modulation]
+
+    def split_modulation(self, modulation: Tensor | None) -> Sequence[Tensor | None]:
+        """Cut the result of `compute_modulation` into the parts of the blocks and of the head; `None` stays `None`."""
+        if modulation is None:
+            return [None] * (len(self.transformer_blocks) + 1)
+        return modulation.split([layer.out_features for layer in self.modulation_layers()], dim=-1)
+
     def embed_codes(self, codes: Tensor, num_tokens: Tensor | None, is_unconditional: Tensor | None) -> Tensor:
-        """Turn codes into the decoder's register sequence, always K long.
+        """Turn codes into the decoder's registers: one slot per code and one for all dropped registers, at most K.
 
         Args:
             codes: (B, k, Q) with k <= K.
@@ -135,7 +186,7 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
             is_unconditional: (B,) boolean; samples where it is true forget their codes altogether.
 
         Returns:
-            Registers, (B, K, D).
+            Registers, (B, S, D).
         """
         num_codes, num_registers = codes.shape[1], self.register_positions.shape[0]
         if num_codes > num_registers:
@@ -143,12 +194,11 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
                 f"`codes` has {num_codes} tokens per picture, but this decoder reads at most {num_registers}"
                 " (`num_registers`). Cut them with `codes[:, :n]`."
             )
-        if num_tokens is None:
-            num_tokens = torch.full((codes.shape[0],), num_codes, device=codes.device)
-        registers = self.code_proj(F.pad(codes.to(self.code_proj.weight.dtype), (0, 0, 0, num_registers - num_codes)))
-        registers = registers + self.register_positions  # (B, K, D)
+        num_slots = min(num_codes + 1, num_registers)
+        registers = self.code_proj(F.pad(codes.to(self.code_proj.weight.dtype), (0, 0, 0, num_slots - num_codes)))
+        registers = registers + self.register_positions[:num_slots]  # (B, S, D)
         # The mask token replaces value and position of a dropped register, and the null token those of all registers.
-        registers = mask_tail(registers, num_tokens.clamp(max=num_codes), self.mask_token)
+        registers = mask_tail(registers, count_kept(codes, num_tokens), self.mask_token)
         if is_unconditional is not None:
             registers = torch.where(is_unconditional.view(-1, 1, 1), self.null_token, registers)
         return registers
@@ -156,38 +206,49 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
     def forward(
         self,
         noisy_latents: Tensor,
-        sigma: Tensor,
+        sigma: Tensor | None,
         codes: Tensor,
         num_tokens: Tensor | None = None,
         is_unconditional: Tensor | None = None,
         return_dict: bool = True,
+        modulation: Tensor | None = None,
     ) -> FlexTokFlowDecoderOutput | tuple[Tensor]:
         """Predict the velocity, noise - latents.
 
         Args:
             noisy_latents: (1 - sigma) * latents + sigma * noise, (B, C, h, w).
-            sigma: noise level per sample, (B,) in [0, 1]; 0 is data, 1 is noise.
-            codes: quantized features, (B, k, Q) in [-1, 1], k <= K; missing ones count as dropped.
+            sigma: noise level per sample, (B,) in [0, 1], or (1,) for all; 0 is data, 1 is noise.
+            codes: quantized features, (B, k, Q) in [-1, 1], k <= K; missing ones count as dropped. The work grows with
+                k, so leave out the codes that no sample keeps.
             num_tokens: how many codes to use per sample, (B,) in [0, k]; `None` uses all.
             is_unconditional: (B,) boolean, true where the codes are to be ignored (for guidance).
             return_dict: return a `FlexTokFlowDecoderOutput` rather than a tuple.
+            modulation: what `compute_modulation` makes of `sigma`, (B or 1, M), if it is known already.
 
         Returns:
             The velocity, (B, C, h, w).
         """
         patches = self.patch_embedding(noisy_latents)  # (B, N, D)
-        registers = self.embed_codes(codes, num_tokens, is_unconditional)  # (B, K, D)
-        temb = self.time_embedder(sigma)  # (B, D)
-        hidden_states = torch.cat([patches, registers.to(patches.dtype)], dim=1)  # (B, N + K, D)
+        registers = self.embed_codes(codes, num_tokens, is_unconditional)  # (B, S, D)
+        num_patches, num_slots = patches.shape[1], registers.shape[1]
+        hidden_states = torch.cat([patches, registers.to(patches.dtype)], dim=1)  # (B, N + S, D)
+        key_bias = None
+        if num_slots < self.register_positions.shape[0]:
+            kept = count_kept(codes, num_tokens, is_unconditional)
+            tail_bias = merged_tail_bias(kept, num_slots, self.register_positions.shape[0])
+            key_bias = F.pad(tail_bias, (num_patches, 0))  # (B, N + S)
 
-        num_patches = patches.shape[1]
-        for block in self.transformer_blocks:
+        temb = self.time_embedder(sigma) if modulation is None else None  # (B, D)
+        *for_blocks, for_head = self.split_modulation(modulation)
+        for block, for_block in zip(self.transformer_blocks, for_blocks, strict=True):
+            arguments = (hidden_states, temb, num_patches, key_bias, for_block)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, temb, num_patches)
+                hidden_states = self._gradient_checkpointing_func(block, *arguments)
             else:
-                hidden_states = block(hidden_states, temb, num_patches)
+                hidden_states = block(*arguments)
 
-        shift, scale = self.final_modulation(F.silu(temb)).unsqueeze(1).chunk(2, dim=-1)  # (B, 1, D)
+        for_head = self.final_modulation(F.silu(temb)) if for_head is None else for_head
+        shift, scale = for_head.unsqueeze(1).chunk(2, dim=-1)  # (B, 1, D)
         patches = layer_norm(hidden_states[:, :num_patches]) * (1 + scale) + shift  # (B, N, D)
         velocity = unpatchify(self.velocity_proj(patches), self.config.patch_size, *noisy_latents.shape[-2:])
         return FlexTokFlowDecoderOutput(velocity=velocity) if return_dict else (velocity,)

@@ -32,16 +32,38 @@ class FlexTokEncoderOutput(ModelOutput):
     token_ids: Tensor | None = None
 
 
+class EncoderAttention(Attention):
+    """Self-attention in which patches see all patches, and registers see all patches and the registers before them."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, register_mask: Tensor, num_patches: int, is_last: bool = False
+    ) -> Tensor:
+        """Mix patches and registers, (B, N + K, D); only the registers come back, (B, K, D), if `is_last`.
+
+        `register_mask` (K, N + K) is true where a register may look.
+        """
+        if is_last:
+            context = self.processor(self, *self.project(hidden_states, num_patches), register_mask)
+            return self.to_out(context.flatten(-2))
+        query, key, value = self.project(hidden_states)  # (B, N + K, heads, head_dim)
+        # two calls: the larger one needs no mask, and no patch computes logits of registers that it must not see
+        of_patches = self.processor(self, *(states[:, :num_patches] for states in (query, key, value)))
+        of_registers = self.processor(self, query[:, num_patches:], key, value, register_mask)
+        return self.to_out(torch.cat([of_patches, of_registers], dim=1).flatten(-2))
+
+
 class EncoderBlock(GradientCheckpointingLayer):
     """Pre-norm transformer block."""
 
     def __init__(self, config: FlexTokEncoderConfig):
         super().__init__()
-        self.attention = Attention(config.hidden_size, config.head_dim)
+        self.attention = EncoderAttention(config.hidden_size, config.head_dim)
         self.mlp = GatedMLP(config.hidden_size)
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden_states = hidden_states + self.attention(layer_norm(hidden_states), attention_mask)
+    def forward(self, hidden_states: Tensor, register_mask: Tensor, num_patches: int, is_last: bool) -> Tensor:
+        """Refine patches and registers, (B, N + K, D); the last block leaves out the patches, which nobody reads."""
+        update = self.attention(layer_norm(hidden_states), register_mask, num_patches, is_last)
+        hidden_states = (hidden_states[:, num_patches:] if is_last else hidden_states) + update
         return hidden_states + self.mlp(layer_norm(hidden_states))
 
 
@@ -95,11 +117,11 @@ class FlexTokEncoder(WholeWeightsMixin, PreTrainedModel):
         hidden_states = torch.cat([patches, registers.to(patches.dtype)], dim=1)  # (B, N + K, D)
 
         num_patches = patches.shape[1]
-        attention_mask = prefix_causal_mask(num_patches, num_tokens, latents.device)  # (N + K, N + K)
+        register_mask = prefix_causal_mask(num_patches, num_tokens, latents.device)  # (K, N + K)
         for block in self.blocks:
-            hidden_states = block(hidden_states, attention_mask)
+            hidden_states = block(hidden_states, register_mask, num_patches, is_last=block is self.blocks[-1])
 
-        return self.feature_proj(layer_norm(hidden_states[:, num_patches:]))  # (B, K, Q)
+        return self.feature_proj(layer_norm(hidden_states))  # (B, K, Q)
 
     def forward(
         self, latents: Tensor, num_tokens: int | None = None, return_dict: bool = True
@@ -137,10 +159,9 @@ class FlexTokEncoder(WholeWeightsMixin, PreTrainedModel):
 
 
 def prefix_causal_mask(num_patches: int, num_registers: int, device: torch.device) -> Tensor:
-    """Who sees whom, (N + K, N + K): patches see all patches, register r sees all patches and registers 0..r.
+    """Whom the registers see, (K, N + K): register r sees all patches and registers 0..r.
 
     Nothing before a register depends on it, so the first k registers are the same whatever follows.
     """
-    length = num_patches + num_registers
-    position = torch.arange(length, device=device)
-    return (position[None, :] < num_patches) | (position[None, :] <= position[:, None])
+    position = torch.arange(num_patches + num_registers, device=device)
+    return position[None, :] <= position[num_patches:, None]

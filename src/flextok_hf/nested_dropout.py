@@ -54,3 +54,33 @@ def mask_tail(registers: Tensor, num_tokens: Tensor, mask_token: Tensor) -> Tens
     position = torch.arange(registers.shape[1], device=registers.device)  # (K,)
     is_kept = position < num_tokens.unsqueeze(1)  # (B, K)
     return torch.where(is_kept.unsqueeze(-1), registers, mask_token)
+
+
+def count_kept(codes: Tensor, num_tokens: Tensor | None, is_unconditional: Tensor | None = None) -> Tensor:
+    """How many codes of (B, k, Q) each sample keeps, (B,): `num_tokens` or all k, but none where unconditional."""
+    num_codes = codes.shape[1]
+    if num_tokens is None:
+        kept = torch.full((codes.shape[0],), num_codes, device=codes.device)
+    else:
+        kept = num_tokens.clamp(max=num_codes)
+    return kept if is_unconditional is None else torch.where(is_unconditional, 0, kept)
+
+
+def merged_tail_bias(kept: Tensor, num_slots: int, num_registers: int) -> Tensor:
+    """Bias on the attention logits that lets the slots after the kept registers stand for all that were dropped.
+
+    Dropped registers are identical: they hold the same token and no position. As keys, n of them in m slots weigh as
+    much as all n if each has `log(n / m)` added to its logit; as queries, they all stay alike from layer to layer.
+
+    Args:
+        kept: registers that each sample keeps, (B,).
+        num_slots: length S of the shortened register sequence; more than any sample keeps, at most K.
+        num_registers: K, which the sequence stands for.
+
+    Returns:
+        Bias per slot, (B, S) float32; zero for what is kept.
+    """
+    kept = kept.unsqueeze(1)
+    is_tail = torch.arange(num_slots, device=kept.device) >= kept  # (B, S)
+    ratio = (num_registers - kept) / (num_slots - kept)  # (B, 1), at least 1
+    return torch.where(is_tail, ratio.float().log(), 0.0)

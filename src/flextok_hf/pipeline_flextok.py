@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import pipeline_inputs as inputs
 from .flow import euler_sigmas
-from .guidance import Guidance
+from .guided_velocity import GuidanceScale, GuidedVelocity
 from .images import OUTPUT_TYPES, prepare_images, to_output
 from .latents import decode_latents, encode_latents
 from .modeling_decoder import FlexTokFlowDecoder
@@ -28,8 +28,6 @@ from .modeling_prior import FlexTokPriorForCausalLM
 from .nested_dropout import token_ladder
 from .streaming import StreamingMixin
 
-
-GuidanceScale = float | Callable[[float], float]
 
 # Diffusers looks up how to save and load a component by the package it comes from. Without these entries a model index
 # names our modules by their full path, which loads from a folder but not from the Hub.
@@ -259,7 +257,7 @@ class FlexTokPipeline(StreamingMixin, DiffusionPipeline):
         # 2. Token ids -> codes
         device = self._execution_device
         codes = self.encoder.quantizer.ids_to_codes(padded_ids.to(device).long())  # (B, longest, Q)
-        num_tokens = torch.tensor(counts, device=device)  # (B,)
+        num_tokens = torch.tensor(counts)  # (B,)
         # 3. Noise -> latents, along the straight paths of rectified flow
         latents = self.prepare_latents(len(counts), generator, latents)  # (B, C, h, w)
         latents = self.integrate_flow(
@@ -388,33 +386,14 @@ class FlexTokPipeline(StreamingMixin, DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, Tensor, dict], dict] | None = None,
     ) -> Tensor:
         """Follow the velocity from noise (B, C, h, w) at sigma 1 to latents at sigma 0."""
-        guide = Guidance(guidance)
         self.scheduler.set_timesteps(sigmas=euler_sigmas(num_inference_steps), device=latents.device)
+        sigmas = self.scheduler.sigmas[:num_inference_steps]
+        velocity_at = GuidedVelocity(self.decoder, sigmas, codes, num_tokens, guidance_scale, guidance)
         with self.progress_bar(total=num_inference_steps) as progress_bar:
             for step, timestep in enumerate(self.scheduler.timesteps):
-                sigma = self.scheduler.sigmas[step].to(latents.device)
-                scale = guidance_scale(sigma.item()) if callable(guidance_scale) else guidance_scale
-                velocity = self.predict_velocity(latents, sigma, codes, num_tokens, scale, guide)
-                latents = self.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+                latents = self.scheduler.step(velocity_at(latents, step), timestep, latents, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     changes = callback_on_step_end(self, step, timestep, {"latents": latents}) or {}
                     latents = changes.get("latents", latents)
                 progress_bar.update()
         return latents
-
-    def predict_velocity(
-        self, latents: Tensor, sigma: Tensor, codes: Tensor, num_tokens: Tensor, scale: float, guide: Guidance
-    ) -> Tensor:
-        """Velocity (B, C, h, w) float32 at one noise level; with guidance both rows are computed in one call."""
-        batch_size, dtype = latents.shape[0], self.decoder.dtype
-        is_guided = scale != 1
-        if is_guided:
-            latents, codes, num_tokens = (torch.cat([tensor] * 2) for tensor in (latents, codes, num_tokens))
-        is_unconditional = torch.arange(latents.shape[0], device=latents.device) >= batch_size  # (B,) or (2 B,)
-        velocity = self.decoder(
-            latents.to(dtype), sigma.expand(latents.shape[0]), codes, num_tokens, is_unconditional, return_dict=False
-        )[0].float()
-        if not is_guided:
-            return velocity
-        conditional, unconditional = velocity.chunk(2)
-        return guide(conditional, unconditional, scale)

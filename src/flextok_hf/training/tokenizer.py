@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..configuration_encoder import FlexTokEncoderConfig
 from ..flow import add_noise, sample_sigma, velocity_target
+from ..length_groups import LengthGroups
 from ..modeling_decoder import FlexTokFlowDecoder
 from ..modeling_encoder import FlexTokEncoder
 from ..nested_dropout import sample_num_tokens
@@ -49,7 +50,11 @@ class TokenizerForTraining(nn.Module):
         features = self.encoder.compute_features(latents)  # (B, K, Q)
         codes = self.encoder.quantizer(features, is_rounded)  # (B, K, Q)
         noisy_latents = add_noise(latents, noise, sigma)  # (B, C, h, w)
-        velocity = self.decoder(noisy_latents, sigma, codes, num_tokens, is_unconditional).velocity  # (B, C, h, w)
+        if latents.device.type == "cpu" and not self.arguments.compile:
+            groups = LengthGroups(self.decoder, codes, num_tokens, is_unconditional)
+            velocity = groups.predict_velocity(noisy_latents, sigma)  # (B, C, h, w)
+        else:  # compiled code wants batches of one shape, and an accelerator no wait for the lengths
+            velocity = self.decoder(noisy_latents, sigma, codes, num_tokens, is_unconditional).velocity
 
         # 3. Loss
         flow_loss = F.mse_loss(velocity.float(), velocity_target(latents, noise).float())

@@ -1,0 +1,121 @@
+"""The same models without any savings: what every speed-up is measured against, and must agree with.
+
+The functions do the work that the official code does, one step after the other: all K registers whatever the number
+of tokens, a modulation vector for every position in every call, masks in full, guidance in two passes, a prior that
+reads the whole sequence again for each new token. They take the models of the package: both paths share their weights.
+
+Letters: B batch, C latent channels, h w latent grid, N patches, K registers, k codes, L = N + K, D hidden size, Q code
+dimensions.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flextok_hf import FlexTokEncoder, FlexTokFlowDecoder, FlexTokPipeline, FlexTokPriorForCausalLM
+from flextok_hf.guidance import Guidance
+from flextok_hf.layers import Attention, layer_norm, unpatchify
+
+
+def features(encoder: FlexTokEncoder, latents: Tensor) -> Tensor:
+    """Features of all registers, (B, K, Q), from latents (B, C, h, w)."""
+    patches = encoder.patch_embedding(latents)
+    registers = encoder.register_tokens.expand(latents.shape[0], -1, -1)
+    hidden_states = torch.cat([patches, registers], dim=1)  # (B, L, D)
+    num_patches, length = patches.shape[1], hidden_states.shape[1]
+    position = torch.arange(length, device=latents.device)
+    mask = (position[None, :] < num_patches) | (position[None, :] <= position[:, None])  # (L, L)
+    mask = mask.expand(latents.shape[0], 1, -1, -1).contiguous()
+    for block in encoder.blocks:
+        hidden_states = hidden_states + attend(block.attention, layer_norm(hidden_states), mask)
+        hidden_states = hidden_states + block.mlp(layer_norm(hidden_states))
+    return encoder.feature_proj(layer_norm(hidden_states)[:, num_patches:])
+
+
+def velocity(
+    decoder: FlexTokFlowDecoder,
+    noisy_latents: Tensor,
+    sigma: Tensor,
+    codes: Tensor,
+    num_tokens: Tensor,
+    is_unconditional: bool,
+) -> Tensor:
+    """Velocity (B, C, h, w) at noise levels (B,); `codes` (B, k, Q) of which `num_tokens` (B,) count."""
+    num_registers = decoder.config.num_registers
+    patches = decoder.patch_embedding(noisy_latents)
+    codes = F.pad(codes.to(patches.dtype), (0, 0, 0, num_registers - codes.shape[1]))
+    registers = decoder.code_proj(codes) + decoder.register_positions  # (B, K, D)
+    is_kept = torch.arange(num_registers, device=codes.device) < num_tokens[:, None]
+    registers = torch.where(is_kept[..., None], registers, decoder.mask_token)
+    if is_unconditional:
+        registers = decoder.null_token.expand_as(registers)
+    hidden_states = torch.cat([patches, registers], dim=1)  # (B, L, D)
+    mask = torch.ones(len(codes), 1, *[hidden_states.shape[1]] * 2, dtype=torch.bool, device=codes.device)
+    temb = F.silu(decoder.time_embedder(sigma))  # (B, D)
+    for block in decoder.transformer_blocks:
+        halves = block.modulation(temb).unflatten(-1, (2, 1, -1))  # (B, 2, 1, 6 D)
+        counts = (patches.shape[1], num_registers)
+        modulation = torch.cat([halves[:, i].expand(-1, count, -1) for i, count in enumerate(counts)], dim=1)
+        gate_attn, gate_mlp, shift_attn, scale_attn, shift_mlp, scale_mlp = modulation.chunk(6, dim=-1)
+        update = attend(block.attention, layer_norm(hidden_states) * (1 + scale_attn) + shift_attn, mask)
+        hidden_states = hidden_states + gate_attn * update
+        update = block.mlp(layer_norm(hidden_states) * (1 + scale_mlp) + shift_mlp)
+        hidden_states = hidden_states + gate_mlp * update
+    shift, scale = decoder.final_modulation(temb)[:, None].chunk(2, dim=-1)
+    patches = layer_norm(hidden_states[:, : patches.shape[1]]) * (1 + scale) + shift
+    return unpatchify(decoder.velocity_proj(patches), decoder.config.patch_size, *noisy_latents.shape[-2:])
+
+
+def attend(attention: Attention, hidden_states: Tensor, mask: Tensor) -> Tensor:
+    """Self-attention of (B, L, D) under a mask (B, 1, L, L)."""
+    projections = (attention.to_q, attention.to_k, attention.to_v)
+    query, key, value = (
+        projection(hidden_states).unflatten(-1, (-1, attention.head_dim)) for projection in projections
+    )
+    query, key, value = (states.transpose(1, 2) for states in (layer_norm(query), layer_norm(key), value))
+    context = F.scaled_dot_product_attention(query, key, value, mask, scale=attention.scale)
+    return attention.to_out(context.transpose(1, 2).flatten(2))
+
+
+@torch.no_grad()
+def tokenize(pipe: FlexTokPipeline, pixel_values: Tensor) -> Tensor:
+    """Ids (B, K) of pictures (B, 3, H, W) in [-1, 1]."""
+    latents = pixel_values
+    if pipe.vae is not None:
+        latents = pipe.vae.encode(pixel_values.to(pipe.vae.dtype)).latent_dist.mode() * pipe.vae.config.scaling_factor
+    quantizer = pipe.encoder.quantizer
+    return quantizer.codes_to_ids(quantizer(features(pipe.encoder, latents.to(pipe.encoder.dtype))))
+
+
+@torch.no_grad()
+def detokenize(
+    pipe: FlexTokPipeline, token_ids: Tensor, latents: Tensor, num_inference_steps: int, guidance_scale: float
+) -> Tensor:
+    """Pictures (B, 3, H, W), about [-1, 1], of ids (B, k) and noise (B, C, h, w), guided by APG in two passes."""
+    codes = pipe.encoder.quantizer.ids_to_codes(token_ids)
+    num_tokens = torch.full((len(codes),), codes.shape[1], device=codes.device)
+    guide = Guidance("apg")
+    for step in range(num_inference_steps, 0, -1):
+        sigma = torch.full((len(codes),), step / num_inference_steps, device=codes.device)
+        inputs = (latents.to(pipe.decoder.dtype), sigma, codes, num_tokens)
+        pair = [velocity(pipe.decoder, *inputs, is_unconditional).float() for is_unconditional in (False, True)]
+        latents = latents - guide(*pair, guidance_scale) / num_inference_steps
+    if pipe.vae is None:
+        return latents
+    return pipe.vae.decode((latents / pipe.vae.config.scaling_factor).to(pipe.vae.dtype)).sample
+
+
+@torch.no_grad()
+def generate(
+    prior: FlexTokPriorForCausalLM, num_tokens: int, conditions: dict, negative: dict, guidance_scale: float
+) -> Tensor:
+    """Greedy ids (B, num_tokens); `conditions` and `negative` are arguments of `forward` for the two halves."""
+    rows = {name: torch.cat([value, negative[name].expand_as(value)]) for name, value in conditions.items()}
+    batch_size = len(next(iter(conditions.values())))
+    token_ids = torch.empty(batch_size, 0, dtype=torch.int64, device=prior.device)
+    for _ in range(num_tokens):
+        input_ids = prior.prepend_bos(token_ids).repeat(2, 1)
+        conditional, unconditional = prior(input_ids, **rows, use_cache=False).logits.float().chunk(2)
+        logits = unconditional + guidance_scale * (conditional - unconditional)  # of all positions
+        token_ids = torch.cat([token_ids, logits[:, -1:].argmax(dim=-1)], dim=1)
+    return token_ids

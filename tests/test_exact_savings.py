@@ -1,0 +1,152 @@
+"""Every saving that is on by default gives the numbers of the plain path, which does all the work (float32, 1e-5)."""
+
+import itertools
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CODEBOOK_SIZE, FSQ_LEVELS, NUM_REGISTERS, make_decoder, make_encoder, make_pipeline
+
+from flextok_hf import length_groups
+from flextok_hf.layers import append_bias_dimensions, attend
+from flextok_hf.length_groups import LengthGroups, group_by_length
+from flextok_hf.nested_dropout import merged_tail_bias
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+plain = import_module("plain_path")
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def assert_same(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+
+
+LATENTS = torch.randn(4, 3, 16, 16, generator=seeded(7))
+SIGMA = torch.tensor([0.1, 0.5, 1.0, 0.7])
+CODES = torch.rand(4, NUM_REGISTERS, len(FSQ_LEVELS), generator=seeded()) * 2 - 1
+MIXED = torch.tensor([1, 3, NUM_REGISTERS, 3])
+UNCONDITIONAL = torch.tensor([False, True, False, False])
+
+
+def plain_velocity(decoder, num_tokens, is_unconditional):
+    rows = [
+        plain.velocity(decoder, LATENTS[[i]], SIGMA[[i]], CODES[[i]], num_tokens[[i]], bool(is_unconditional[i]))
+        for i in range(4)
+    ]
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("longest", range(1, NUM_REGISTERS + 1))
+@torch.no_grad()
+def test_dropped_registers_merge_for_any_number_of_codes(tiny_decoder, longest):
+    num_tokens = torch.tensor([longest, 0, max(1, longest - 2), longest])
+    expected = plain_velocity(tiny_decoder, num_tokens, UNCONDITIONAL)
+    assert_same(tiny_decoder(LATENTS, SIGMA, CODES[:, :longest], num_tokens, UNCONDITIONAL).velocity, expected)
+
+
+def test_merged_registers_give_the_gradients_of_separate_ones():
+    num_tokens = torch.tensor([1, 2, 2, 1])
+    gradients = []
+    for is_merged in (False, True):
+        decoder, codes = make_decoder(), CODES.clone().requires_grad_()
+        inputs = (LATENTS, SIGMA, codes[:, :2] if is_merged else codes, num_tokens, UNCONDITIONAL)
+        decoder(*inputs).velocity.square().mean().backward()
+        gradients.append({"codes": codes.grad} | {name: tensor.grad for name, tensor in decoder.named_parameters()})
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, atol=1e-5, rtol=1e-4, msg=lambda m: f"{name}: {m}")
+    assert gradients[0]["mask_token"].any() and gradients[0]["null_token"].any()
+
+
+def test_the_weight_of_merged_registers_is_their_number():
+    bias = merged_tail_bias(torch.tensor([0, 2, 3]), num_slots=4, num_registers=10)
+    weights = torch.where(bias == 0, 0.0, bias.exp())  # the kept ones have no bias
+    torch.testing.assert_close(weights.sum(dim=1), torch.tensor([10.0, 8.0, 7.0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_in_more_head_dimensions_is_a_bias_on_the_logits(dtype):
+    query, key, value = (torch.randn(2, 5, 3, 16, generator=seeded(seed)).to(dtype) for seed in range(3))
+    bias = torch.rand(2, 5, generator=seeded(3)) * 6
+    widened = append_bias_dimensions(query, key, value, bias, scale=0.5)
+    context = attend(*widened, scale=0.5)
+    assert not context[..., 16:].any()
+    expected = attend(query.float(), key.float(), value.float(), scale=0.5, key_bias=bias)
+    # rounding the bias itself to bfloat16 would be wrong by up to 2%; its two halves leave the rounding of the result
+    torch.testing.assert_close(
+        context[..., :16].float(), expected, atol=1e-5 if dtype == torch.float32 else 8e-3, rtol=0
+    )
+
+
+@torch.no_grad()
+def test_one_noise_level_for_all_samples_is_the_same_level_for_each(tiny_decoder):
+    each = tiny_decoder(LATENTS, torch.full((4,), 0.3), CODES).velocity
+    assert_same(tiny_decoder(LATENTS, torch.tensor([0.3]), CODES).velocity, each)
+
+
+@torch.no_grad()
+def test_a_modulation_computed_in_advance_changes_nothing(tiny_decoder):
+    table = tiny_decoder.compute_modulation(SIGMA)
+    assert_same(tiny_decoder(LATENTS, None, CODES, modulation=table)[0], tiny_decoder(LATENTS, SIGMA, CODES)[0])
+    first = tiny_decoder(LATENTS, SIGMA[:1], CODES).velocity
+    assert_same(tiny_decoder(LATENTS, None, CODES, modulation=table[:1]).velocity, first)
+
+
+@pytest.mark.parametrize("call_cost", [0, 3, 10_000])
+@torch.no_grad()
+def test_groups_of_rows_give_the_velocity_of_the_whole_batch(tiny_decoder, monkeypatch, call_cost):
+    monkeypatch.setitem(length_groups.CALL_COST, "cpu", call_cost)
+    groups = LengthGroups(tiny_decoder, CODES, MIXED, UNCONDITIONAL)
+    assert len(groups.groups) == {0: 4, 3: 2, 10_000: 1}[call_cost]
+    assert_same(groups.predict_velocity(LATENTS, SIGMA), plain_velocity(tiny_decoder, MIXED, UNCONDITIONAL))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_other_grouping_of_neighbors_is_cheaper(seed):
+    lengths = torch.randint(0, 13, (6,), generator=seeded(seed)).tolist()
+    num_patches, num_registers, call_cost = 8, 12, 10
+
+    def cost(groups):
+        return sum(
+            call_cost + len(rows) * (num_patches + min(max(lengths[row] for row in rows) + 1, num_registers))
+            for rows in groups
+        )
+
+    groups = group_by_length(lengths, num_patches, num_registers, call_cost)
+    assert sorted(itertools.chain(*groups)) == list(range(6))
+    order = sorted(range(6), key=lengths.__getitem__)
+    for cuts in itertools.chain.from_iterable(itertools.combinations(range(1, 6), count) for count in range(6)):
+        others = [order[start:end] for start, end in itertools.pairwise((0, *cuts, 6))]
+        assert cost(groups) <= cost(others)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4, NUM_REGISTERS])
+def test_pictures_are_those_of_the_plain_path(num_tokens):
+    pipe = make_pipeline()
+    token_ids = torch.randint(0, CODEBOOK_SIZE, (3, num_tokens), generator=seeded())
+    noise = LATENTS[:3]
+    latents = pipe.detokenize(token_ids, 4, 3.0, latents=noise, output_type="latent").images
+    assert_same(latents, plain.detokenize(pipe, token_ids, noise, 4, 3.0))
+
+
+@torch.no_grad()
+def test_features_are_those_of_the_plain_path(tiny_encoder):
+    expected = plain.features(tiny_encoder, LATENTS)
+    for num_tokens in (1, 4, NUM_REGISTERS):
+        assert_same(tiny_encoder.compute_features(LATENTS, num_tokens), expected[:, :num_tokens])
+    assert expected.std() > 0.1
+
+
+def test_the_plain_path_itself_depends_on_what_it_should():
+    """Otherwise the tests above would compare constants."""
+    decoder = make_decoder()
+    whole = plain_velocity(decoder, MIXED, UNCONDITIONAL)
+    assert not torch.allclose(whole, plain_velocity(decoder, MIXED.clamp(max=2), UNCONDITIONAL), atol=1e-2)
+    assert not torch.allclose(whole, plain_velocity(decoder, MIXED, ~UNCONDITIONAL), atol=1e-2)
+    encoder = make_encoder()
+    assert not torch.allclose(plain.features(encoder, LATENTS), plain.features(encoder, LATENTS + 0.1), atol=1e-2)
