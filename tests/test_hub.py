@@ -1,5 +1,6 @@
 """Loading by name from a Hub and from its cache, and from folders with damaged weights."""
 
+import base64
 import hashlib
 import http.server
 import json
@@ -12,6 +13,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file, save_file
 
 from flextok_hf.modeling_decoder import FlexTokFlowDecoder
@@ -29,6 +32,14 @@ output = pipe("a red circle", num_inference_steps=1, generator=torch.Generator()
 print("ids", output.token_ids.tolist())
 """
 
+PUSH = """
+from flextok_hf import FlexTokPipeline
+
+pipe = FlexTokPipeline.from_pretrained("model")
+pipe.push_to_hub("user/tiny", token="hf_of_the_test")
+"""
+SAVE_AND_PUSH = PUSH.replace("push_to_hub(", 'save_pretrained("again", push_to_hub=True, repo_id=')
+
 
 class HubHandler(http.server.BaseHTTPRequestHandler):
     """Answers as the Hub does for one repository, the folder `server.folder`."""
@@ -38,6 +49,48 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):  # noqa: N802
         self.answer(with_body=True)
+
+    def do_POST(self):  # noqa: N802
+        """Take what `push_to_hub` sends: a new repository, a card to validate, the files of a commit."""
+        path = unquote(urlsplit(self.path).path)
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.requests.append(path)
+        api = f"/api/models/{REPOSITORY}"
+        address = f"http://127.0.0.1:{self.server.server_port}/{REPOSITORY}"
+        status, answer = 200, {}
+        if path == "/api/repos/create":
+            answer = {"url": address}
+        elif path == "/api/validate-yaml":
+            status, answer = self.validate(json.loads(body)["content"])
+        elif path == f"{api}/preupload/main":
+            files = [file["path"] for file in json.loads(body)["files"]]
+            answer = {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in files]}
+        elif path == f"{api}/commit/main":
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.server.pushed[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            answer = {"commitUrl": f"{address}/commit/{COMMIT}", "commitOid": COMMIT}
+        else:
+            status = 404
+        self.send_json(status, answer)
+
+    @staticmethod
+    def validate(card):
+        """Check a card's metadata as the Hub does: readable, and of the right types."""
+        data = ModelCard(card).data.to_dict()
+        errors = [key for key in ("license", "library_name", "pipeline_tag") if not isinstance(data.get(key, ""), str)]
+        errors += [tag for tag in data.get("tags", []) if not isinstance(tag, str)]
+        answer = {"errors": [{"message": f"wrong type: {key}"} for key in errors]}
+        answer["warnings"] = [] if data else [{"message": "empty or missing yaml metadata in repo card"}]
+        return (400 if errors else 200), answer
+
+    def send_json(self, status, answer):
+        body = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
     def answer(self, with_body):
         path = unquote(urlsplit(self.path).path)
@@ -76,15 +129,15 @@ def hub(tiny_pipeline, tmp_path):
     """A Hub on this machine that holds the tiny pipeline."""
     tiny_pipeline.save_pretrained(tmp_path / "repository")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
-    server.folder, server.requests = tmp_path / "repository", []
+    server.folder, server.requests, server.pushed = tmp_path / "repository", [], {}
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
 
 
-def run_draw(folder, endpoint, **environment):
-    """Draw in a fresh process with its own cache; returns its last line."""
+def run_program(program, folder, endpoint, **environment):
+    """Run Python in a fresh process with its own cache; returns its last line."""
     variables = {
         "HF_HOME": str(folder / "home"),
         "HF_ENDPOINT": endpoint,
@@ -98,7 +151,7 @@ def run_draw(folder, endpoint, **environment):
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE_"))}
     search_path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
     result = subprocess.run(
-        [sys.executable, "-c", DRAW],
+        [sys.executable, "-c", program],
         env={**inherited, "PYTHONPATH": search_path, **variables},
         cwd=folder,
         capture_output=True,
@@ -106,7 +159,7 @@ def run_draw(folder, endpoint, **environment):
         timeout=300,
     )
     assert result.returncode == 0, result.stderr
-    return result.stdout.splitlines()[-1]
+    return next(reversed(result.stdout.splitlines()), "")
 
 
 @pytest.mark.slow
@@ -114,12 +167,37 @@ def test_a_pipeline_loads_by_name_from_the_hub_and_then_offline(hub, tiny_pipeli
     generator = torch.Generator().manual_seed(0)
     token_ids = tiny_pipeline("a red circle", num_inference_steps=1, generator=generator).token_ids
     expected = f"ids {token_ids.tolist()}"
-    assert run_draw(tmp_path, f"http://127.0.0.1:{hub.server_port}") == expected
+    assert run_program(DRAW, tmp_path, f"http://127.0.0.1:{hub.server_port}") == expected
     assert any(path.endswith("/decoder/diffusion_pytorch_model.safetensors") for path in hub.requests)
 
     num_requests = len(hub.requests)
-    assert run_draw(tmp_path, f"http://127.0.0.1:{hub.server_port}", HF_HUB_OFFLINE="1") == expected
+    assert run_program(DRAW, tmp_path, f"http://127.0.0.1:{hub.server_port}", HF_HUB_OFFLINE="1") == expected
     assert len(hub.requests) == num_requests
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [PUSH, SAVE_AND_PUSH], ids=["push_to_hub", "save_pretrained"])
+def test_a_pipeline_is_pushed_with_a_valid_card_of_its_own(hub, tiny_pipeline, tmp_path, program):
+    tiny_pipeline.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "model_card.yaml").write_text("title: A tiny model\nlicense: mit\n")
+    (tmp_path / "repository" / "README.md").unlink()  # there is no card on the Hub yet
+    run_program(program, tmp_path, f"http://127.0.0.1:{hub.server_port}")
+    assert "/api/validate-yaml" in hub.requests
+    card = ModelCard(hub.pushed["README.md"].decode())
+    assert card.data.library_name == "flextok_hf" and card.data.license == "mit"
+    assert "# A tiny model" in card.text and 'from_pretrained("user/tiny")' in card.text
+    names = {"model_index.json", "model_card.yaml", "encoder/model.safetensors", f"decoder/{WEIGHTS}"}
+    assert names <= set(hub.pushed)
+    stored = load_bytes(hub.pushed[f"decoder/{WEIGHTS}"])
+    assert all(torch.equal(stored[key], value) for key, value in tiny_pipeline.decoder.state_dict().items())
+
+
+@pytest.mark.slow
+def test_a_card_that_somebody_wrote_on_the_hub_stays(hub, tiny_pipeline, tmp_path):
+    tiny_pipeline.save_pretrained(tmp_path / "model")
+    (tmp_path / "repository" / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    run_program(PUSH, tmp_path, f"http://127.0.0.1:{hub.server_port}")
+    assert "# Mine" in hub.pushed["README.md"].decode()
 
 
 # Damaged folders

@@ -22,6 +22,7 @@ from .flow import euler_sigmas
 from .guided_velocity import GuidanceScale, GuidedVelocity
 from .images import OUTPUT_TYPES, prepare_images, to_output
 from .latents import decode_latents, encode_latents
+from .model_card import CardMixin
 from .modeling_decoder import FlexTokFlowDecoder
 from .modeling_encoder import FlexTokEncoder
 from .modeling_prior import FlexTokPriorForCausalLM
@@ -49,7 +50,7 @@ class FlexTokPipelineOutput(BaseOutput):
     token_ids: Tensor | list[Tensor]
 
 
-class FlexTokPipeline(StreamingMixin, DiffusionPipeline):
+class FlexTokPipeline(StreamingMixin, CardMixin, DiffusionPipeline):
     """Pictures as 1 to K ordered tokens (Bachmann et al., 2025, https://arxiv.org/abs/2502.13967).
 
     `tokenize` and `detokenize` need the encoder and the decoder only. Calling the pipeline needs a prior, and a prior
