@@ -47,7 +47,7 @@ test: setup  ## run the whole test suite
 	$(BIN)/python -m pytest
 
 docs: $(VENV)/.installed-docs  ## build the documentation site into site/, with every warning an error
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 browser-test: $(VENV)/.installed-browser  ## use the demo in a headless Chromium, which is installed if there is none
 	$(BIN)/python -m pytest -s tests/test_demo.py tests/browser
