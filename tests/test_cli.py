@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -129,6 +130,14 @@ def test_help_fits_a_screen_and_shows_an_example_that_parses(capsys, command, mo
     example = out.split("example:\n")[1].strip()
     assert example.startswith(f"flextok {command}")
     cli.build_parser().parse_args(shlex.split(example)[1:])
+
+
+def test_the_help_of_the_whole_names_every_command_and_shows_an_example(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run(capsys, "--help")
+    assert code == 0 and len(out.splitlines()) <= 40
+    assert set(COMMANDS) <= set(re.findall(r"^    (\w+) ", out, re.MULTILINE))
+    cli.build_parser().parse_args(shlex.split(out.split("example:\n")[1])[1:])
 
 
 def test_reading_arguments_does_not_load_torch():
