@@ -136,7 +136,7 @@ def test_the_help_of_the_whole_names_every_command_and_shows_an_example(capsys, 
     monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = run(capsys, "--help")
     assert code == 0 and len(out.splitlines()) <= 40
-    assert set(COMMANDS) <= set(re.findall(r"^    (\w+) ", out, re.MULTILINE))
+    assert set(COMMANDS) <= set(re.findall(r"^    (\w+)\b", out, re.MULTILINE))
     cli.build_parser().parse_args(shlex.split(out.split("example:\n")[1])[1:])
 
 

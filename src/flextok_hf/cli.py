@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineErrorParser(
         prog="flextok",
         description="Pictures as ordered token sequences of any length, and back.",
-        epilog='`flextok COMMAND --help` explains one command.\n\nexample:\n  flextok generate "a cat" --output cat.png',
+        epilog=f"`flextok COMMAND --help` explains one command.\n\n{EPILOGS['generate']}",
         formatter_class=WideHelpFormatter,
     )
     parser.add_argument("--version", action=PrintVersion, help="print the installed version and leave")
