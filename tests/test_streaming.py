@@ -110,9 +110,11 @@ def test_a_stream_may_be_read_in_another_thread_without_gradients(tiny_pipeline)
     assert torch.is_grad_enabled()
 
 
-def test_classes_stream_too(tiny_class_pipeline):
-    *_, (count, image) = tiny_class_pipeline.stream(class_labels=2, generator=seeded(), **FEW_STEPS)
-    whole = tiny_class_pipeline(class_labels=2, generator=seeded(), **FEW_STEPS).images[0]
+@pytest.mark.parametrize("class_zero_guidance", [False, True])
+def test_classes_stream_too(tiny_class_pipeline, class_zero_guidance):
+    options = {"class_labels": 2, "class_zero_guidance": class_zero_guidance, **FEW_STEPS}
+    *_, (count, image) = tiny_class_pipeline.stream(generator=seeded(), **options)
+    whole = tiny_class_pipeline(generator=seeded(), **options).images[0]
     assert count == 6 and torch.equal(image, whole)
 
 

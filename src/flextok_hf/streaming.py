@@ -58,6 +58,7 @@ class StreamingMixin:
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        class_zero_guidance: bool = False,
         guidance: str = "apg",
         generator: torch.Generator | None = None,
         latents: Tensor | None = None,
@@ -77,8 +78,8 @@ class StreamingMixin:
             token_counts: when to show the picture, growing; more than `num_registers` means all. `None` is 1, 2, 4,
                 ... up to all tokens.
             class_labels: one class instead of a prompt.
-            num_inference_steps, guidance_scale, prior_guidance_scale, temperature, top_k, top_p, guidance, generator,
-                latents, image, token_ids, keep_tokens, output_type: as in calling the pipeline.
+            num_inference_steps, guidance_scale, prior_guidance_scale, temperature, top_k, top_p, class_zero_guidance,
+                guidance, generator, latents, image, token_ids, keep_tokens, output_type: as in calling the pipeline.
 
         Returns:
             An iterator over (number of tokens, picture).
@@ -100,6 +101,7 @@ class StreamingMixin:
         inputs.check_prefix_fits(prefix.shape[1], counts[-1:])
         latents = self.prepare_latents(1, generator, latents)  # (1, C, h, w)
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+        sampling["class_zero_guidance"] = class_zero_guidance
         writer = self.token_writer(conditions, prefix, prior_guidance_scale, **sampling)
         decoding = {
             "num_inference_steps": num_inference_steps,
