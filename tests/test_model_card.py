@@ -109,6 +109,14 @@ def test_kinds_of_models_are_told_apart(tiny_class_pipeline, tiny_tokenizer_pipe
     assert tokenizer.data.pipeline_tag == "image-to-image" and "image = pipe(" not in tokenizer.text
 
 
+def test_a_converted_model_names_its_origin(folder):
+    record = {"tokenizer": {"source": "owner/official", "commit": "abc"}, "prior": {"source": "a_folder"}}
+    (folder / "original.json").write_text(json.dumps(record))
+    card = ModelCard.load(write_model_card(folder))
+    assert card.data.base_model == ["owner/official"] and "license" not in card.data.to_dict()
+    assert "Converted from `owner/official` and `a_folder`" in card.text
+
+
 def test_unknown_facts_are_refused(folder):
     (folder / "model_card.yaml").write_text("licence: mit\n")
     with pytest.raises(ValueError, match="licence.*license"):

@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 
 RECIPE_FILE = "training.json"
+ORIGINAL_FILE = "original.json"  # where a converted model came from
 COMPONENT_TITLES = {
     "vae": "VAE",
     "encoder": "encoder",
@@ -126,8 +127,20 @@ def earlier_recipes(arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
     return recipes
 
 
-def training_section(record: Mapping[str, Any]) -> str:
-    """Say how all stages were trained, from what training leaves in `training.json`."""
+def origins(original: Mapping[str, Any]) -> list[str]:
+    """Return the sources that a converted model came from, by `original.json`."""
+    parts = (original.get(name, {}) for name in ("tokenizer", "prior"))
+    return [part["source"] for part in parts if isinstance(part, Mapping) and part.get("source")]
+
+
+def training_section(record: Mapping[str, Any], original: Mapping[str, Any] | None = None) -> str:
+    """Say how all stages were trained, from what training leaves in `training.json`, or what it was converted from."""
+    if original:
+        names = " and ".join(f"`{name}`" for name in origins(original))
+        return (
+            f"Converted from {names}, with the same weights; how they were trained is said there, and their license"
+            " binds this copy too."
+        )
     if not record.get("arguments"):
         return "How it was trained is not recorded."
     return "\n\n".join(stage_recipe(stage) for stage in [*record.get("earlier", ()), record])

@@ -3,6 +3,7 @@
 A folder of a saved model may hold, beside configuration and weights:
 
     training.json      what training was asked for and what it took; written by training
+    original.json      what the model was converted from; written by the conversion
     model_card.yaml    what no other file knows: title, license, data and their terms, limits; part of the recipe
     results/*.json     result files of the evaluation scripts
     pictures/*         pictures for the card
@@ -19,11 +20,13 @@ from safetensors import safe_open
 
 from .card_sections import (
     MEASURE_TITLES,
+    ORIGINAL_FILE,
     RECIPE_FILE,
     component_folders,
     data_section,
     is_figure,
     model_section,
+    origins,
     picture_side,
     read_json,
     results_section,
@@ -61,17 +64,18 @@ def write_model_card(folder: str | Path, name: str | None = None, changed_from: 
     """
     folder = Path(folder)
     facts = read_facts(folder / FACTS_FILE)
-    record = read_json(folder / RECIPE_FILE)
+    record, original = read_json(folder / RECIPE_FILE), read_json(folder / ORIGINAL_FILE)
     results = {path.stem: read_json(path) for path in sorted((folder / RESULTS_FOLDER).glob("*.json"))}
     results = {key: value for key, value in results.items() if value.get("results")}
     name = name or folder.resolve().name
-    data = card_data(folder, facts, name, results, changed_from)
+    based_on = [*origins(original), *filter(None, [changed_from])]
+    data = card_data(folder, facts, name, results, [source for source in based_on if source.count("/") == 1])
     sections = {
         "Use": usage(folder, name, facts),
         "Pictures": pictures_section(folder),
         "Model": model_section(folder),
         "Data": data_section(record, facts),
-        "Training": training_section(record),
+        "Training": training_section(record, original),
         "Measured": results_section(results),
         "Limits and bias": limits(folder, facts),
     }
@@ -149,7 +153,7 @@ def carry_card_files(source: Path, target: Path) -> bool:
     """
     if not same_weights(source, target):
         return False
-    for name in (RECIPE_FILE, FACTS_FILE):
+    for name in (RECIPE_FILE, ORIGINAL_FILE, FACTS_FILE):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     for name in (RESULTS_FOLDER, PICTURES_FOLDER):
@@ -181,11 +185,10 @@ def equal_tensors(source: Path, target: Path) -> bool:
 
 
 def card_data(
-    folder: Path, facts: Mapping[str, Any], name: str, results: Mapping[str, Any], changed_from: str | None
+    folder: Path, facts: Mapping[str, Any], name: str, results: Mapping[str, Any], based_on: list[str]
 ) -> ModelCardData:
-    """Return the metadata of a card."""
+    """Return the metadata of a card; `based_on` are Hub ids."""
     has_prior = (folder / "prior").is_dir()
-    base_model = facts.get("base_model") or (changed_from if changed_from and changed_from.count("/") == 1 else None)
     return ModelCardData(
         license=facts.get("license"),
         license_name=facts.get("license_name"),
@@ -194,7 +197,7 @@ def card_data(
         pipeline_tag="text-to-image" if has_prior else "image-to-image",
         tags=TAGS,
         datasets=facts.get("datasets"),
-        base_model=base_model,
+        base_model=facts.get("base_model") or based_on or None,
         model_name=name.split("/")[-1],
         eval_results=evaluation_results(results, "text-to-image" if has_prior else "image-to-image") or None,
     )
