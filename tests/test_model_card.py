@@ -1,7 +1,10 @@
 """Model cards say what the files of a model say, and nothing that they do not."""
 
+import importlib
 import json
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from flextok_hf.card_sections import duration, logged_seconds, markdown_table, results_table, training_facts
+from flextok_hf.evaluation import weights_hash
 from flextok_hf.model_card import MARK, is_replaceable, same_weights, write_model_card
 from flextok_hf.pipeline_flextok import FlexTokPipeline
 
@@ -174,3 +178,46 @@ def test_the_time_of_a_run_counts_repeated_steps_once(tmp_path):
     (tmp_path / "training.json").write_text(json.dumps({"arguments": {}, "steps": 1, "earlier": [{"steps": 2}]}))
     facts = training_facts({"vae": None, "tokenizer": str(tmp_path)}, log, 2)
     assert facts["seconds"] == 15 and [stage["steps"] for stage in facts["earlier"]] == [2, 1]
+
+
+# Scripts
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+
+
+def run_script(module, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [f"{module}.py", *map(str, arguments)])
+    importlib.import_module(module).main()
+
+
+def test_the_script_puts_everything_beside_a_model(folder, tmp_path, scripts, monkeypatch):
+    enrich(folder)
+    pipe = FlexTokPipeline.from_pretrained(folder)
+    weights = weights_hash({name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)})
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "reconstruction.json").write_text(json.dumps(RESULTS | {"weights_sha256": weights}))
+    (tmp_path / "facts.yaml").write_text("title: Another title\n")
+    picture = folder / "pictures" / "a_cat.png"
+    picture.rename(tmp_path / "a_dog.png")
+    shared = ["--model", folder, "--facts", tmp_path / "facts.yaml", "--results", tmp_path / "results"]
+    run_script("write_model_card", monkeypatch, *shared, "--pictures", tmp_path / "a_dog.png")
+    text = (folder / "README.md").read_text()
+    assert "# Another title" in text and weights[:16] in text and "![a dog](pictures/a_dog.png)" in text
+
+    (tmp_path / "results" / "reconstruction.json").write_text(json.dumps(RESULTS))
+    with pytest.raises(ValueError, match="abcdef.*Measure again"):
+        run_script("write_model_card", monkeypatch, *shared)
+
+
+def test_the_measured_influence_is_that_of_an_ordered_tokenizer(tiny_pipeline, tmp_path, scripts):
+    draw_figures = importlib.import_module("draw_figures")
+    before = {name: value.clone() for name, value in tiny_pipeline.encoder.state_dict().items()}
+    noise = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    Image.fromarray(noise.numpy()).save(tmp_path / "noise.png")
+    influence = draw_figures.measure_influence(tiny_pipeline, tmp_path / "noise.png")
+    assert influence[:, :16].all()  # every register reads every patch
+    assert torch.equal(influence[:, 16:], torch.ones(6, 6, dtype=torch.bool).tril())
+    assert all(torch.equal(value, before[name]) for name, value in tiny_pipeline.encoder.state_dict().items())
