@@ -89,7 +89,9 @@ def test_a_run_leaves_checkpoints_log_pictures_and_a_pipeline(whole_run):
     assert steps == [3, 6, 6]
     assert (whole_run / "validation-6.png").is_file()
     assert not list(whole_run.glob("*.partial"))
-    assert json.loads((whole_run / "pipeline" / "training.json").read_text())["steps"] == 6
+    recipe = json.loads((whole_run / "pipeline" / "training.json").read_text())
+    assert recipe["steps"] == 6 and recipe["seconds"] > 0
+    assert "Stage `tokenizer`: 6 steps of" in (whole_run / "pipeline" / "README.md").read_text()
 
 
 def test_the_saved_pipeline_reconstructs_a_picture(whole_run):

@@ -14,6 +14,8 @@ from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
 
+from ..card_sections import RECIPE_FILE, training_facts
+from ..model_card import write_model_card
 from ..pipeline_flextok import FlexTokPipeline
 from .arguments import PriorArguments, TokenizerArguments, TrainingArguments, VaeArguments
 from .caching import LatentDataset, cache_latents
@@ -225,9 +227,16 @@ def publish(trainer: Trainer, name: str, save: Callable[[Path], None]) -> Path:
         shutil.rmtree(unfinished, ignore_errors=True)
         with AveragedWeights(trainer):
             save(unfinished)
-        arguments = (Path(trainer.arguments.output_dir) / "arguments.json").read_text()
-        record = {"arguments": json.loads(arguments), "steps": trainer.step}
-        (unfinished / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+        output_dir = Path(trainer.arguments.output_dir)
+        arguments = json.loads((output_dir / "arguments.json").read_text())
+        log_file = output_dir / "log.jsonl"
+        log = [json.loads(line) for line in log_file.read_text().splitlines()] if log_file.is_file() else []
+        images_per_step = trainer.arguments.train_batch_size * trainer.arguments.gradient_accumulation_steps
+        images_per_step *= trainer.accelerator.num_processes
+        record = {"arguments": arguments, "steps": trainer.step, "images_per_step": images_per_step}
+        record |= training_facts(arguments, log, images_per_step)
+        (unfinished / RECIPE_FILE).write_text(json.dumps(record, indent=2) + "\n")
+        write_model_card(unfinished, output_dir.resolve().name)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(unfinished, folder)
     trainer.accelerator.wait_for_everyone()
