@@ -75,7 +75,7 @@ def sync(path: Path) -> None:
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     folders = [path for path in Path(output_dir).glob(f"{CHECKPOINT_PREFIX}*") if step_of(path) is not None]
-    return sorted(folders, key=step_of)
+    return sorted(folders, key=lambda folder: step_of(folder) or 0)
 
 
 def step_of(folder: Path) -> int | None:
