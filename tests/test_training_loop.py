@@ -210,6 +210,21 @@ def test_a_prior_exported_in_half_precision_has_the_rounded_weights(tiny_tokeniz
     assert pipe("a red circle", num_inference_steps=1).images[0].size == (16, 16)
 
 
+def test_a_frozen_text_encoder_is_saved_with_the_prior_and_not_in_checkpoints(tiny_pipeline, tmp_path):
+    tiny_pipeline.save_pretrained(tmp_path / "whole")
+    tiny_pipeline.text_encoder.save_pretrained(tmp_path / "t5")
+    tiny_pipeline.tokenizer.save_pretrained(tmp_path / "t5")
+    arguments = prior_arguments(tmp_path / "run", tmp_path / "whole", text_encoder=str(tmp_path / "t5"))
+    folder = train_prior(arguments)
+    before, after = all_weights(tmp_path / "t5"), all_weights(folder / "text_encoder")
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    names = load_file(tmp_path / "run" / "checkpoint-4" / "model.safetensors").keys()
+    assert {name.split(".")[0] for name in names} == {"prior"}
+    pipe = FlexTokPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a red circle", num_inference_steps=1).images[0].size == (16, 16)
+
+
 def test_validating_a_prior_draws_its_prompts(tiny_tokenizer_pipeline, tmp_path):
     tiny_tokenizer_pipeline.save_pretrained(tmp_path / "tokenizer")
     options = {"max_train_steps": 1, "validation_steps": 1, "validation_prompts": ["a red circle", "a star"]}

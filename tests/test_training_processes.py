@@ -1,5 +1,6 @@
 """Several processes, kills and full disks: a run ends as if nothing had happened."""
 
+import importlib.util
 import json
 import os
 import random
@@ -86,25 +87,39 @@ def test_memory_saving_changes_nothing(tmp_path):
     torch.testing.assert_close(losses(tmp_path / "saving"), losses(tmp_path / "plain"), atol=1e-6, rtol=1e-6)
 
 
-def sharded(train):
-    """Train with FSDP2. Accelerate offers it on accelerators only, so the processes are told that they have some."""
-    os.environ |= {
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": "2",
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    }
-    os.environ |= {"FSDP_RESHARD_AFTER_FORWARD": "true"}
-    os.environ |= {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+ZERO2 = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+    "ACCELERATE_GRADIENT_CLIPPING": "1.0",
+    "DS_ACCELERATOR": "cpu",
+}
+
+
+def sharded(kind, train):
+    """Train with shards. Accelerate makes them on accelerators only, so the processes are told that they have some."""
     PartialState(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    del os.environ["ACCELERATE_USE_CPU"]
+    os.environ |= kind
     train()
 
 
-def test_sharded_weights_follow_the_curve_of_whole_ones_and_are_saved_whole(tmp_path):
+@pytest.mark.parametrize("kind", [FSDP2, ZERO2], ids=["FSDP2", "ZeRO-2"])
+def test_sharded_weights_follow_the_curve_of_whole_ones_and_are_saved_whole(tmp_path, kind):
+    if kind is ZERO2 and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
     whole = arguments_for(tmp_path / "whole", train_batch_size=8, feature_penalty=0.1, validation_steps=6)
     parts = replace(whole, output_dir=str(tmp_path / "parts"), train_batch_size=4)
     train_tokenizer(whole)
-    assert run(lambda: sharded(lambda: train_tokenizer(parts)), tmp_path / "parts", 2) == [0, 0], errors(
+    assert run(lambda: sharded(kind, lambda: train_tokenizer(parts)), tmp_path / "parts", 2) == [0, 0], errors(
         tmp_path / "parts"
     )
     torch.testing.assert_close(losses(tmp_path / "parts"), losses(tmp_path / "whole"), atol=1e-5, rtol=1e-5)
@@ -117,7 +132,7 @@ def test_sharded_weights_follow_the_curve_of_whole_ones_and_are_saved_whole(tmp_
     shutil.rmtree(tmp_path / "parts" / "checkpoint-6")
     straight = curve(tmp_path / "parts")
     resumed = replace(parts, resume_from_checkpoint="latest")
-    assert run(lambda: sharded(lambda: train_tokenizer(resumed)), tmp_path / "parts", 2) == [0, 0]
+    assert run(lambda: sharded(kind, lambda: train_tokenizer(resumed)), tmp_path / "parts", 2) == [0, 0]
     names = ("step", "loss", "grad_norm", "validation_loss")
     again = curve(tmp_path / "parts")
     assert [[entry.get(name) for name in names] for entry in again] == [

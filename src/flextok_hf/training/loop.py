@@ -130,7 +130,8 @@ class Trainer:
                 self.add_metrics({"loss": loss.detach(), **metrics}, 1 / num_parts)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.model.parameters(), arguments.max_grad_norm)
-                    self.add_metrics({"grad_norm": whole(norm)} if norm is not None else {}, 1.0)
+                    if norm is not None:  # DeepSpeed has none before its first step, and then a plain number
+                        self.add_metrics({"grad_norm": torch.as_tensor(whole(norm), device=accelerator.device)}, 1.0)
                 self.optimizer.step()
                 self.lr_scheduler.step()
                 self.optimizer.zero_grad(set_to_none=True)
