@@ -274,7 +274,7 @@ def test_torchrun_and_accelerate_train_alike(tmp_path):
         flags = ["--config", str(config), "--output_dir", str(tmp_path / name)]
         flags += ["--train_batch_size", "8"] if name == "one" else []
         command = [sys.executable, "-m", *launcher, str(script), "tokenizer", *flags]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=script.parents[1])
         assert done.returncode == 0, done.stderr[-2000:]
         assert f"Saved {tmp_path / name / 'pipeline'}" in done.stdout
     torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), atol=1e-5, rtol=1e-5)
