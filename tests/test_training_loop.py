@@ -15,6 +15,7 @@ from test_training_data import write_parquet
 from torch.utils.data import Dataset
 from training_processes import SMALL_TOKENIZER
 
+from flextok_hf.evaluation import weights_hash
 from flextok_hf.pipeline_flextok import FlexTokPipeline
 from flextok_hf.training.arguments import PriorArguments, TokenizerArguments
 from flextok_hf.training.batches import TrainingBatches, build_dataloader
@@ -369,6 +370,24 @@ def test_token_ids_of_another_tokenizer_are_refused(tiny_tokenizer_pipeline, tmp
     options = {"train_data": [data], "max_train_samples": None, "token_column": "token_ids"}
     with pytest.raises(ValueError, match=message):
         train_prior(prior_arguments(tmp_path / "run", tmp_path / "tokenizer", **options))
+
+
+def test_token_ids_of_other_weights_are_refused(tiny_tokenizer_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    tiny_tokenizer_pipeline.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "ids").mkdir()
+    data = write_token_ids(tmp_path / "ids" / "train-00000-of-00001.parquet")
+    options = {"train_data": [data], "max_train_samples": None, "token_column": "token_ids", "max_train_steps": 1}
+    settings = {"dtype": "float32", "model": "elsewhere"}
+    digest = weights_hash({"encoder": tiny_tokenizer_pipeline.encoder})
+    for name, value in (("other", "0" * 64), ("same", digest)):
+        (tmp_path / "ids" / "settings.json").write_text(json.dumps({**settings, "weights_sha256": value}))
+        arguments = prior_arguments(tmp_path / name, tmp_path / "tokenizer", **options)
+        if name == "other":
+            with pytest.raises(ValueError, match="were made by 'elsewhere' with other weights"):
+                train_prior(arguments)
+        else:
+            train_prior(arguments)
 
 
 def test_a_prior_of_classes_shows_them_by_name(tiny_tokenizer_pipeline, tmp_path, monkeypatch):

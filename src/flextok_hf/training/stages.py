@@ -25,6 +25,7 @@ from .publishing import check_upload, export, publish
 from .rows import Columns
 from .setup import build_accelerator, loading
 from .text import build_text_encoder, train_text_tokenizer
+from .token_data import check_token_data
 from .tokenizer import TokenizerForTraining, build_tokenizer, load_tokenizer
 from .vae import VaeForTraining, build_vae, measure_scaling_factor
 from .validation import (
@@ -162,6 +163,8 @@ def train_prior(arguments: PriorArguments) -> Path:
         config.num_registers,
         math.prod(config.fsq_levels),
     )
+    if arguments.token_column is not None:
+        check_token_data(arguments.train_data, arguments.tokenizer)
     pipe = None
     if arguments.token_column is None or (arguments.validation_prompts and arguments.validation_steps):
         pipe = FlexTokPipeline.from_pretrained(arguments.tokenizer).to(accelerator.device)
