@@ -16,12 +16,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..outputs import save_picture, write_atomically
+from ..outputs import save_picture
 from . import checkpoints
 from .arguments import TrainingArguments
 from .batches import TrainingBatches
 from .chance import Chance, draw_seed
 from .optimization import build_lr_scheduler
+from .run_folder import RunFolder
 from .setup import log_picture
 from .throughput import Meter, count_training_flops, measure_matmul_rate
 from .weights import AveragedWeights, whole
@@ -29,7 +30,6 @@ from .weights import AveragedWeights, whole
 
 logger = logging.getLogger(__name__)
 
-LOG_FILE = "log.jsonl"
 COUNTED_PICTURES = 4  # of the first batch, from which the operations of a step are counted
 HELD_OUT_BATCHES = 8  # of the validation data, from which the loss is measured
 COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
@@ -64,6 +64,7 @@ class Trainer:
         self.raw_model = model
         self.model, self.optimizer, self.lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
         self.average = AveragedWeights(model, arguments.ema_decay)
+        self.folder = RunFolder(arguments.output_dir, accelerator.process_index)
         self.step = 0
         self.stream_state: dict[str, Any] | None = None
         self.batches: TrainingBatches | None = None
@@ -188,11 +189,9 @@ class Trainer:
         return figures
 
     def log(self, figures: dict[str, float]) -> None:
-        """Append figures to `log.jsonl` in the output folder and send them to the tracker."""
+        """Append figures to the log and send them to the tracker."""
         self.accelerator.log(figures, step=self.step)
-        if self.accelerator.is_main_process:
-            with open(Path(self.arguments.output_dir) / LOG_FILE, "a") as file:
-                file.write(json.dumps({"step": self.step, **figures}) + "\n")
+        self.folder.log(self.step, figures)
 
     def validate(self, draw: Draw | None, held_out: DataLoader | None) -> None:
         """Measure and draw with the averaged weights, without touching those in training.
@@ -211,7 +210,7 @@ class Trainer:
             self.log(figures)
             logger.info("Step %d: %s", self.step, figures)
         if sheet is not None and self.accelerator.is_main_process:
-            save_picture(sheet, Path(self.arguments.output_dir) / f"validation-{self.step}.png")
+            save_picture(sheet, self.folder.path / f"validation-{self.step}.png")
             log_picture(self.accelerator, sheet, self.step)
         self.accelerator.wait_for_everyone()
 
@@ -228,9 +227,9 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Save everything a run needs to go on; older checkpoints beyond the limit are removed afterwards."""
-        output_dir = Path(self.arguments.output_dir)
+        output_dir = self.folder.path
         folder = output_dir / f"{checkpoints.CHECKPOINT_PREFIX}{self.step}"
-        self.write_report()
+        self.folder.report_skipped({} if self.batches is None else self.batches.skipped)
         checkpoints.write_checkpoint(folder, self.fill_checkpoint)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
@@ -257,15 +256,14 @@ class Trainer:
 
     def resume(self) -> None:
         """Go on from the checkpoint that the options name, if any."""
-        output_dir = Path(self.arguments.output_dir)
         folder = checkpoints.find_checkpoint(self.arguments)
         if self.accelerator.is_main_process:
-            checkpoints.clear_unfinished(output_dir)
+            checkpoints.clear_unfinished(self.folder.path)
         self.accelerator.wait_for_everyone()
         if folder is None:
             if self.arguments.resume_from_checkpoint == "latest":
-                logger.warning("No checkpoint in %s yet: starting from the beginning.", output_dir)
-            self.cut_log()
+                logger.warning("No checkpoint in %s yet: starting from the beginning.", self.folder.path)
+            self.begin_record()
             return
         state = checkpoints.read_state(folder)
         options = asdict(self.arguments)
@@ -277,25 +275,13 @@ class Trainer:
         stream_file = folder / f"stream_{self.accelerator.process_index}.json"
         if stream_file.is_file():
             self.stream_state = json.loads(stream_file.read_text())
-        self.cut_log()
+        self.begin_record()
         logger.info("Going on from %s at step %d.", folder, self.step)
 
-    def cut_log(self) -> None:
-        """Drop what the log says of steps after this one: they are about to be done again."""
-        path = Path(self.arguments.output_dir) / LOG_FILE
-        if self.accelerator.is_main_process and path.is_file():
-            # a line that a kill cut off is dropped as well
-            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-            kept = "".join(line for line in lines if json.loads(line)["step"] <= self.step)
-            write_atomically(path, lambda temporary: Path(temporary).write_text(kept))
+    def begin_record(self) -> None:
+        """Write the options down, and let the log end where this run begins."""
+        self.folder.write_options(asdict(self.arguments))
+        self.folder.cut_log(self.step)
+        if self.accelerator.is_main_process:
+            logger.info("Options: %s", asdict(self.arguments))
         self.accelerator.wait_for_everyone()
-
-    def write_report(self) -> None:
-        """Name the rows that could not be used, in a file for each process, if there are any."""
-        if self.batches is None or not self.batches.skipped:
-            return
-        number = self.accelerator.process_index
-        path = Path(self.arguments.output_dir) / f"unreadable_rows{f'_{number}' if number else ''}.json"
-        known = json.loads(path.read_text()) if path.is_file() else {}
-        report = json.dumps({**known, **{str(row): reason for row, reason in self.batches.skipped.items()}}, indent=2)
-        write_atomically(path, lambda temporary: Path(temporary).write_text(report))

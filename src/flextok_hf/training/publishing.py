@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -16,7 +16,7 @@ from ..model_card import write_model_card
 from ..pipeline_flextok import FlexTokPipeline
 from .arguments import TrainingArguments
 from .checkpoints import finish_folder, unfinished_name
-from .loop import LOG_FILE, Trainer
+from .loop import Trainer
 from .weights import unsharded
 
 
@@ -48,18 +48,18 @@ def publish(trainer: Trainer, stage: str, name: str, save: Callable[[Path], None
         name: of the folder.
         save: is called by all processes; the main one writes.
     """
-    output_dir = Path(trainer.arguments.output_dir)
-    folder = output_dir / name
+    folder = trainer.folder.path / name
     unfinished = unfinished_name(folder)
     with trainer.average.applied():
         save(unfinished)
     if trainer.accelerator.is_main_process:
         name_on_hub = hub_name(trainer.arguments)
-        log_file = output_dir / LOG_FILE
-        log = [json.loads(line) for line in log_file.read_text().splitlines()] if log_file.is_file() else []
         arguments = asdict(trainer.arguments) | {"mixed_precision": trainer.accelerator.mixed_precision}
         record = {"stage": stage, "steps": trainer.step, "images_per_step": trainer.images_per_step}
-        record |= {"arguments": arguments, **training_facts(arguments, log, trainer.images_per_step)}
+        record |= {
+            "arguments": arguments,
+            **training_facts(arguments, trainer.folder.read_log(), trainer.images_per_step),
+        }
         (unfinished / RECIPE_FILE).write_text(json.dumps(record, indent=2) + "\n")
         write_model_card(unfinished, name_on_hub)
         finish_folder(folder)
@@ -75,9 +75,9 @@ def hub_name(arguments: TrainingArguments) -> str:
     return arguments.hub_model_id or Path(arguments.output_dir).resolve().name
 
 
-def check_upload(arguments: TrainingArguments) -> None:
+def check_upload(arguments: TrainingArguments, accelerator: Accelerator) -> None:
     """Make the repository before anything is trained, so that a missing permission shows at once."""
-    if arguments.push_to_hub and PartialState().is_main_process:
+    if arguments.push_to_hub and accelerator.is_main_process:
         name = hub_name(arguments)
         try:
             repository = HfApi().create_repo(name, exist_ok=True)

@@ -1,7 +1,5 @@
-"""What a run needs before its model: devices, precision, trackers, and its options written down."""
+"""What a run needs before its model: devices, precision and trackers."""
 
-import json
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,13 +14,8 @@ from PIL import Image
 from .arguments import TrainingArguments
 
 
-logger = logging.getLogger(__name__)
-
-ARGUMENTS_FILE = "arguments.json"
-
-
 def build_accelerator(arguments: TrainingArguments) -> Accelerator:
-    """Set up devices, precision and tracker; the options are written beside the checkpoints.
+    """Set up devices, precision and tracker.
 
     Raises:
         ValueError: there is no such tracker, or it is not installed.
@@ -48,9 +41,6 @@ def build_accelerator(arguments: TrainingArguments) -> Accelerator:
     torch.backends.cudnn.benchmark = True  # all batches have one shape: the search for the best kernels pays
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
-        options = json.dumps(asdict(arguments), indent=2)
-        (output_dir / ARGUMENTS_FILE).write_text(options + "\n")
-        logger.info("Options: %s", options)
     if arguments.report_to is not None:
         plain = {
             name: value if isinstance(value, int | float) else str(value) for name, value in asdict(arguments).items()

@@ -47,8 +47,8 @@ TrainingData = ImageDataset | StreamedImageDataset | LatentDataset
 def start(arguments: TrainingArguments) -> Accelerator:
     """Check what can be checked at once, set up the devices and the seed."""
     find_checkpoint(arguments)
-    check_upload(arguments)
     accelerator = build_accelerator(arguments)
+    check_upload(arguments, accelerator)
     set_seed(arguments.seed)
     return accelerator
 
