@@ -40,9 +40,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "null_condition_0.3": {"null_condition_probability": 0.3},
     "no_aids_against_collapse": {"unrounded_probability": 0.0, "feature_penalty": 0.0},
 }
-NUM_PICTURES = 512  # held out
+NUM_PICTURES = 256  # held out
 NOISE_LEVELS = (0.3, 0.5, 0.7, 0.9)  # at which the loss is measured
-EULER_STEPS, GUIDANCE = 12, 2.0
+EULER_STEPS, GUIDANCE = 8, 2.0
 
 
 @torch.no_grad()
