@@ -135,7 +135,7 @@ def main() -> None:
         "--model", type=Path, required=True, help="folder of the pipeline; README.md is written into it"
     )
     parser.add_argument(
-        "--results", type=Path, required=True, help="folder with adherence.json and reconstruction.json"
+        "--results", type=Path, required=True, help="folder with generation.json and reconstruction.json"
     )
     parser.add_argument("--tokenizer_run", type=Path, required=True, help="output folder of the tokenizer's training")
     parser.add_argument("--prior_run", type=Path, required=True, help="output folder of the prior's training")
@@ -143,7 +143,7 @@ def main() -> None:
     options = parser.parse_args()
 
     pipe = FlexTokPipeline.from_pretrained(options.model)
-    adherence = json.loads((options.results / "adherence.json").read_text())
+    adherence = json.loads((options.results / "generation.json").read_text())
     reconstruction = json.loads((options.results / "reconstruction.json").read_text())
     metadata = ModelCardData(
         license="apache-2.0",

@@ -251,7 +251,7 @@ def load_training_dataset(
         num_examples = max_samples or SYNTHETIC_ROWS[split]
         rows = SyntheticShapes(num_examples, seed, transform.resolution, split=split, streaming=streaming)
     else:
-        rows = _load_rows(source, split, streaming, config_name, revision)
+        rows = load_rows(source, split, streaming, config_name, revision)
         if max_samples is not None:
             rows = rows.take(max_samples)
     if streaming:
@@ -259,7 +259,7 @@ def load_training_dataset(
     return ImageDataset(rows, transform, columns, cache_in_memory, num_workers)
 
 
-def _load_rows(
+def load_rows(
     source: str | Path | Sequence[str | Path],
     split: str,
     streaming: bool,
