@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from official_checkpoints import write_prior, write_tokenizer
 from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -33,7 +35,7 @@ from flextok_hf.sheets import contact_sheet
 from flextok_hf.token_files import parse_token_ids, read_json, write_token_file
 
 
-COMMANDS = ("generate", "tokenize", "detokenize", "reconstruct", "info")
+COMMANDS = ("generate", "tokenize", "detokenize", "reconstruct", "convert", "info")
 PHOTO = Path(__file__).parents[1] / "docs" / "assets" / "parrots.jpg"
 
 needs_embedded_model = pytest.mark.skipif(
@@ -351,6 +353,53 @@ def test_a_run_prints_nothing_but_its_report(tmp_path, model):
     done = subprocess.run([sys.executable, "-m", "flextok_hf.cli", *arguments], capture_output=True, text=True)
     assert done.stderr == ""
     assert done.stdout == f"{tmp_path / 'cat.png'}: 16 x 16, 8 tokens, seed 0\n"
+
+
+def test_an_official_checkpoint_becomes_a_model(capsys, tmp_path):
+    tokenizer, _, _ = write_tokenizer(tmp_path / "official")
+    prior, _, _ = write_prior(tmp_path / "prior", classes=3)
+    code, out, _ = run(capsys, "convert", tokenizer, "--prior", prior, "--output", tmp_path / "ours")
+    assert code == 0 and out.splitlines()[-1] == f"{tmp_path / 'ours'}: a pipeline"
+    code, out, _ = run(capsys, "info", "--model", tmp_path / "ours", "--json")
+    assert code == 0 and {"encoder", "decoder", "vae", "prior"} < json.loads(out)["components"].keys()
+    options = ["--output", tmp_path / "by_itself", "--dtype", "bfloat16", "--quiet"]
+    assert run(capsys, "convert", "--prior", prior, *options) == (0, "", "")
+    assert FlexTokPriorForCausalLM.from_pretrained(tmp_path / "by_itself").dtype == torch.bfloat16
+
+
+def test_the_conversion_script_is_the_command(capsys, tmp_path, monkeypatch):
+    tokenizer, _, _ = write_tokenizer(tmp_path / "official")
+    script = Path(__file__).parents[1] / "scripts" / "convert_checkpoint.py"
+    monkeypatch.setattr(sys, "argv", [str(script), str(tokenizer), "--output", str(tmp_path / "ours")])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(script), run_name="__main__")
+    assert capsys.readouterr().out == f"{tmp_path / 'ours'}: a pipeline\n"
+    assert (tmp_path / "ours" / "model_index.json").is_file()
+
+
+def test_a_setting_can_be_read_over(capsys, tmp_path):
+    tokenizer, _, _ = write_tokenizer(tmp_path / "official")
+    config = json.loads((tokenizer / "config.json").read_text())
+    config["pipeline"]["speed"] = "high"
+    (tokenizer / "config.json").write_text(json.dumps(config))
+    arguments = ["convert", tokenizer, "--output", tmp_path / "ours"]
+    code, _, err = run(capsys, *arguments)
+    assert code == 2 and "`pipeline.speed`" in err and "--ignore" in err and err.count("\n") == 1
+    assert run(capsys, *arguments, "--ignore", "pipeline.speed", "--quiet") == (0, "", "")
+
+
+@pytest.mark.parametrize("arguments, word", [
+    (["convert", "--output", "new"], "name a TOKENIZER, a --prior, or both"),
+    (["convert", "nowhere", "--output", "new"], "'nowhere' is neither a folder or file nor a Hub id"),
+    (["convert", "nowhere", "--output", "."], "exists and is not empty"),
+    (["convert", "nowhere", "--output", "missing/new"], "mkdir -p"),
+    (["convert", ".", "--output", "new", "--revision", "main"], "has no revisions"),
+])  # fmt: skip
+def test_a_conversion_that_cannot_be_gets_one_line(capsys, tmp_path, monkeypatch, arguments, word):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and word in err and err.count("\n") == 1 and out == ""
 
 
 def test_info_tells_resolution_tokens_and_parameters(capsys, model):

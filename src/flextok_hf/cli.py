@@ -1,4 +1,4 @@
-"""The command line: `flextok generate | tokenize | detokenize | reconstruct | info`.
+"""The command line: `flextok generate | tokenize | detokenize | reconstruct | convert | info`.
 
 This module reads and checks arguments. What the commands do is in `commands.py`, imported once the arguments are known
 to be good, so that a mistake costs no wait for PyTorch.
@@ -21,6 +21,7 @@ EPILOGS = {
     "tokenize": "example:\n  flextok tokenize photo.jpg --max-tokens 8 --output ids.json",
     "detokenize": "example:\n  flextok detokenize ids.json --output out.png",
     "reconstruct": "example:\n  flextok reconstruct photo.jpg --max-tokens 1 4 16 --output sheet.png",
+    "convert": "example:\n  flextok convert EPFL-VILAB/flextok_d18_d28_dfn --output flextok_d18_d28",
     "info": "example:\n  flextok info --json",
 }
 
@@ -54,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_tokenize(commands)
     _add_detokenize(commands)
     _add_reconstruct(commands)
+    _add_convert(commands)
     _add_info(commands)
     return parser
 
@@ -98,8 +100,13 @@ def check_files(options: argparse.Namespace) -> None:
         FileNotFoundError: there is no such photo or file of ids.
     """
     from .embedded import resolve_model
-    from .outputs import PICTURE_EXTENSIONS, check_output_path
+    from .outputs import PICTURE_EXTENSIONS, check_output_folder, check_output_path
 
+    if options.command == "convert":
+        check_output_folder(options.output)
+        if options.tokenizer is None and options.prior is None:
+            raise ValueError("name a TOKENIZER, a --prior, or both")
+        return
     if "output" in options:
         check_output_path(options.output, (".json",) if options.command == "tokenize" else PICTURE_EXTENSIONS)
     for path in getattr(options, "photos", ()):
@@ -181,6 +188,10 @@ def _add_shared(parser: argparse.ArgumentParser, has_seed: bool = True) -> None:
     parser.add_argument(
         "--dtype", metavar="TYPE", choices=DTYPES, default="float32", help="or bfloat16, float16 (float32)"
     )
+    _add_talk(parser)
+
+
+def _add_talk(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bars and no report")
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
 
@@ -258,6 +269,21 @@ def _add_reconstruct(commands) -> None:
     )
     _add_decoding(parser, steps=20)
     _add_shared(parser)
+
+
+def _add_convert(commands) -> None:
+    parser = _add_command(commands, "convert", "turn official checkpoints into a model of this package")
+    parser.add_argument("tokenizer", nargs="?", metavar="TOKENIZER", help="Hub id, folder or safetensors file")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to make")
+    parser.add_argument("--prior", metavar="PRIOR", help="Hub id, folder or safetensors file; also by itself")
+    parser.add_argument("--text-encoder", metavar="NAME", help="Hub id or folder (what the prior names)")
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the tokenizer on the Hub")
+    parser.add_argument("--prior-revision", metavar="NAME", help="the same of the prior")
+    parser.add_argument("--dtype", metavar="TYPE", choices=DTYPES, help="float32, bfloat16, float16 (as stored)")
+    parser.add_argument(
+        "--ignore", action="append", default=[], metavar="KEY", help="read over a setting: --ignore pipeline.new_key"
+    )
+    _add_talk(parser)
 
 
 def _add_info(commands) -> None:

@@ -101,6 +101,27 @@ def reconstruct(options: argparse.Namespace) -> None:
     report(options, f"{options.output}: {len(rows)} row{'s'[: len(rows) > 1]}, {', '.join(titles)}")
 
 
+def convert(options: argparse.Namespace) -> None:
+    """Turn official checkpoints into a folder of ours."""
+    from .conversion.convert import convert_checkpoint  # here, because the other commands need not wait for it
+
+    set_verbosity(options)
+    notes = convert_checkpoint(
+        options.output,
+        options.tokenizer,
+        options.prior,
+        options.text_encoder,
+        dtype=None if options.dtype is None else getattr(torch, options.dtype),
+        revision=options.revision,
+        prior_revision=options.prior_revision,
+        ignore=options.ignore,
+        is_quiet=options.quiet,
+    )
+    for note in notes:
+        report(options, f"note: {note}")
+    report(options, f"{options.output}: {'a prior' if options.tokenizer is None else 'a pipeline'}")
+
+
 def info(options: argparse.Namespace) -> None:
     """Print what a model consists of."""
     pipe = load_pipeline(options)
@@ -151,12 +172,7 @@ def load_pipeline(options: argparse.Namespace) -> FlexTokPipeline:
     Raises:
         ValueError: there is no such device, or the model cannot be read.
     """
-    if options.quiet:
-        diffusers_logging.set_verbosity_error()
-        transformers_logging.set_verbosity_error()
-    # Loading bars of both libraries would bury the bars that say how long the work takes.
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
+    set_verbosity(options)
     device = choose_device(options.device)
     try:
         pipe = FlexTokPipeline.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
@@ -165,6 +181,16 @@ def load_pipeline(options: argparse.Namespace) -> FlexTokPipeline:
             raise
         raise ValueError(f"`model` {options.model!r} cannot be loaded; fetch or save it again: {error}") from error
     return pipe.to(device)
+
+
+def set_verbosity(options: argparse.Namespace) -> None:
+    """Let the libraries say no more than the user wants."""
+    if options.quiet:
+        diffusers_logging.set_verbosity_error()
+        transformers_logging.set_verbosity_error()
+    # Loading bars of both libraries would bury the bars that say how long the work takes.
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -224,5 +250,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "tokenize": tokenize,
     "detokenize": detokenize,
     "reconstruct": reconstruct,
+    "convert": convert,
     "info": info,
 }

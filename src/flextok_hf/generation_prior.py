@@ -44,6 +44,7 @@ class GuidedSampling:
     negative_attention_mask: Tensor | None
     generator: torch.Generator | list[torch.Generator] | None
     return_log_probs: bool
+    class_zero_guidance: bool
 
 
 class PriorGenerationMixin(GenerationMixin):
@@ -59,6 +60,7 @@ class PriorGenerationMixin(GenerationMixin):
         negative_encoder_attention_mask: Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_log_probs: bool = False,
+        class_zero_guidance: bool = False,
         **kwargs,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """Write token sequences for texts or classes.
@@ -71,14 +73,16 @@ class PriorGenerationMixin(GenerationMixin):
             inputs: start of the sequences, `[BOS, t0, ...]`, (B, 1 or more); also `input_ids`. `None` is `[BOS]`.
             generation_config: options of Transformers' `generate`, which may also be passed one by one.
             guidance_scale: s in `unconditional + s * (conditional - unconditional)` on the logits (Ho and Salimans,
-                2022, https://arxiv.org/abs/2207.12598); 1 is no guidance and costs half. Unconditional is class -1 at
-                every step (the official code uses class 0 from the second step on), and the negative text.
+                2022, https://arxiv.org/abs/2207.12598); 1 is no guidance and costs half. Unconditional is class -1,
+                or the negative text.
             negative_encoder_hidden_states: text states of the unconditional rows, (B or 1, M, text_hidden_size),
                 usually of the empty string; needed by models with text under guidance.
             negative_encoder_attention_mask: their mask, (B or 1, M).
             generator: source of randomness. A list with one per row makes every row independent of its batch; a single
                 one draws for the whole batch. `None` uses PyTorch's global one; otherwise that one is left alone.
             return_log_probs: return a `PriorGenerateOutput` with `log_probs`.
+            class_zero_guidance: take class 0 for unconditional from the second new token on, as the official code does
+                by mistake, to reproduce what it samples; for models with classes and without text.
             kwargs: conditions as in `forward` (`encoder_hidden_states`, `encoder_attention_mask`, `class_labels`) and
                 options such as `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`, `num_return_sequences`,
                 `cache_implementation="static"`, `use_cache`.
@@ -96,7 +100,7 @@ class PriorGenerationMixin(GenerationMixin):
             guidance_scale = next(value for value in stored if value is not None)
         generation_config.guidance_scale = 1.0  # guided here: Transformers' own would drop the conditions
         negative = (negative_encoder_hidden_states, negative_encoder_attention_mask)
-        check_generate_inputs(self.config, inputs, conditions, guidance_scale, negative)
+        check_generate_inputs(self.config, inputs, conditions, guidance_scale, negative, class_zero_guidance)
         if guidance_scale != 1.0 or generator is not None or return_log_probs:
             if given or (generation_config.num_beams or 1) > 1:
                 raise ValueError(
@@ -104,7 +108,7 @@ class PriorGenerationMixin(GenerationMixin):
                     " `num_beams` above 1. Leave one side out."
                 )
             negative = pad_texts(conditions, *negative) if guidance_scale != 1.0 else (None, None)
-            sampling = GuidedSampling(guidance_scale, *negative, generator, return_log_probs)
+            sampling = GuidedSampling(guidance_scale, *negative, generator, return_log_probs, class_zero_guidance)
             given["custom_generate"] = partial(type(self).sample_guided, sampling=sampling)
         return super().generate(inputs, generation_config, **through, **given, **conditions)
 
@@ -143,7 +147,12 @@ class PriorGenerationMixin(GenerationMixin):
                 " per row, or a single one."
             )
         is_guided = sampling.guidance_scale != 1.0
+        first_unconditional = None
         if is_guided:
+            if sampling.class_zero_guidance:
+                no_class = torch.full_like(model_kwargs["class_labels"], UNCONDITIONAL_LABEL)
+                first = self(input_ids, class_labels=no_class, use_cache=False, logits_to_keep=1)
+                first_unconditional = first.logits[:, -1].float()  # (B, V)
             double_batch(model_kwargs, sampling, batch_size)
         compiled = self._valid_auto_compile_criteria(model_kwargs, generation_config)
         next_forward = self.get_compiled_call(generation_config.compile_config) if compiled else self
@@ -157,6 +166,8 @@ class PriorGenerationMixin(GenerationMixin):
             logits = output.logits[:, -1].float()  # (2 B or B, V)
             if is_guided:
                 conditional, unconditional = logits.chunk(2)
+                if first_unconditional is not None:
+                    unconditional, first_unconditional = first_unconditional, None
                 logits = unconditional + sampling.guidance_scale * (conditional - unconditional)
             step_scores = logits_processor(input_ids, logits)  # (B, V)
             next_ids = choose(step_scores, generation_config.do_sample, sampling.generator)  # (B, 1)
@@ -268,7 +279,8 @@ def double_batch(model_kwargs: dict, sampling: GuidedSampling, batch_size: int) 
             model_kwargs[name] = torch.cat([model_kwargs[name], rows.to(model_kwargs[name])])
     labels = model_kwargs.get("class_labels")
     if labels is not None:
-        model_kwargs["class_labels"] = torch.cat([labels, torch.full_like(labels, UNCONDITIONAL_LABEL)])
+        unconditional = 0 if sampling.class_zero_guidance else UNCONDITIONAL_LABEL
+        model_kwargs["class_labels"] = torch.cat([labels, torch.full_like(labels, unconditional)])
 
 
 def with_text_cache(config: FlexTokPriorConfig, cache: Cache) -> Cache:

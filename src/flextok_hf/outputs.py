@@ -38,6 +38,29 @@ def check_output_path(path: str | os.PathLike, extensions: tuple[str, ...]) -> P
     return path
 
 
+def check_output_folder(path: str | os.PathLike) -> Path:
+    """Return `path` if a new folder can be made there; made to be called early.
+
+    Args:
+        path: must not exist, or be an empty folder.
+
+    Raises:
+        ValueError: something is there already, or the folder around it is missing or read-only.
+    """
+    path = Path(path)
+    if path.is_dir() and any(path.iterdir()):
+        raise ValueError(f"`output` {str(path)!r} exists and is not empty; choose another name, or remove it first")
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"`output` {str(path)!r} is a file; choose the name of a new folder")
+    if not path.parent.is_dir():
+        raise ValueError(
+            f"`output` {str(path)!r} lies in a folder that does not exist; create it: mkdir -p {path.parent}"
+        )
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"the folder of `output` {str(path)!r} cannot be written to; choose another one")
+    return path
+
+
 def write_atomically(path: str | os.PathLike, write: Callable[[str], object]) -> None:
     """Let `write` fill a temporary file next to `path`, then move it there in one step.
 

@@ -3,6 +3,7 @@
 Letters: B batch, C latent channels, h w latent grid, K registers, Q code dimensions.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,6 +98,53 @@ class FlexTokPipeline(DiffusionPipeline):
             kwargs["dtype"] = torch.float32
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
+    @classmethod
+    def from_original(
+        cls,
+        tokenizer: str | os.PathLike,
+        prior: str | os.PathLike | None = None,
+        text_encoder: str | os.PathLike | None = None,
+        revision: str | None = None,
+        prior_revision: str | None = None,
+        dtype: torch.dtype | None = torch.float32,
+        ignore: Sequence[str] = (),
+        cache_dir: str | os.PathLike | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> "FlexTokPipeline":
+        """Load checkpoints in the official format; `flextok convert` makes a folder for `from_pretrained` of them.
+
+        Args:
+            tokenizer: Hub id, folder or safetensors file, such as "EPFL-VILAB/flextok_d18_d28_dfn".
+            prior: the same, such as "EPFL-VILAB/FlexAR-3B-T2I", trained with this tokenizer.
+            text_encoder: Hub id or folder of the prior's text encoder; `None` for the one that the prior names.
+            revision: branch, tag or commit of the tokenizer on the Hub.
+            prior_revision: the same of the prior.
+            dtype: of the weights; `None` keeps what is stored.
+            ignore: names of settings to read over, if you are sure that they do not change what the model computes.
+            cache_dir, token, local_files_only: as in `from_pretrained`, for all that comes from the Hub.
+
+        Raises:
+            ValueError: if a checkpoint is damaged, incomplete, unknown or not supported; the message says where.
+            OSError: if files are missing, or the Hub cannot be reached.
+        """
+        from .conversion.convert import load_original  # which builds on this module
+
+        return cls(
+            **load_original(
+                tokenizer,
+                prior,
+                text_encoder,
+                dtype,
+                revision=revision,
+                prior_revision=prior_revision,
+                ignore=ignore,
+                cache_dir=cache_dir,
+                token=token,
+                local_files_only=local_files_only,
+            )
+        )
+
     @property
     def num_registers(self) -> int:
         """Longest token sequence K of a picture."""
@@ -131,6 +179,7 @@ class FlexTokPipeline(DiffusionPipeline):
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        class_zero_guidance: bool = False,
         guidance: str = "apg",
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -154,6 +203,8 @@ class FlexTokPipeline(DiffusionPipeline):
             temperature: of the prior; below 1 is more typical, above 1 more varied.
             top_k: let the prior choose among this many best tokens; 0 is all.
             top_p: let the prior choose among the best tokens of this total probability; 1 is all.
+            class_zero_guidance: guide classes as the official code does by mistake, away from class 0 after the first
+                token; to reproduce its pictures.
             guidance: rule of the decoder's guidance, "apg" or "cfg".
             generator: source of randomness; a list with one per picture makes each independent of its batch.
             latents: noise to start from, (B, C, h, w), instead of drawing it.
@@ -191,6 +242,7 @@ class FlexTokPipeline(DiffusionPipeline):
             top_k=top_k,
             top_p=top_p,
             guidance_scale=prior_guidance_scale,
+            class_zero_guidance=class_zero_guidance,
             generator=generator,
         )[:, 1:]  # (B, longest), without the start token
         # 3. Token ids -> pictures
