@@ -16,7 +16,7 @@ from flextok_hf.evaluation.generation import Generation
 from flextok_hf.evaluation.options import ComplexityOptions, GenerationOptions, ReconstructionOptions
 from flextok_hf.evaluation.reconstruction import Reconstruction
 from flextok_hf.evaluation.results import compare_records, markdown_table, read_record
-from flextok_hf.training.arguments import parse_arguments
+from flextok_hf.training.parsing import parse_arguments
 
 
 MEASUREMENTS = {

@@ -8,7 +8,8 @@ accelerate launch scripts/train.py prior --config scripts/configs/embedded_prior
 import logging
 import sys
 
-from flextok_hf.training.arguments import PriorArguments, TokenizerArguments, VaeArguments, parse_arguments
+from flextok_hf.training.arguments import PriorArguments, TokenizerArguments, VaeArguments
+from flextok_hf.training.parsing import parse_arguments
 from flextok_hf.training.stages import train_prior, train_tokenizer, train_vae
 
 

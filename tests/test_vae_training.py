@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from test_training_data import TRANSFORM, write_parquet
-from test_training_loop import SMALL_TOKENIZER
+from training_processes import SMALL_TOKENIZER
 from transformers import ResNetConfig, ResNetModel
 
 from flextok_hf.latents import encode_latents
@@ -13,7 +13,8 @@ from flextok_hf.pipeline_flextok import FlexTokPipeline
 from flextok_hf.training.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from flextok_hf.training.arguments import PriorArguments, TokenizerArguments, VaeArguments
 from flextok_hf.training.caching import cache_latents
-from flextok_hf.training.data import ImageTransform, build_dataloader, load_training_dataset
+from flextok_hf.training.chance import Chance
+from flextok_hf.training.data import Columns, ImageTransform, build_dataloader, load_training_dataset
 from flextok_hf.training.perceptual import PerceptualDistance
 from flextok_hf.training.stages import train_prior, train_tokenizer, train_vae
 from flextok_hf.training.vae import VaeForTraining, build_vae, measure_scaling_factor
@@ -30,6 +31,10 @@ SMALL_VAE = {
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def chance(seed=0):
+    return Chance(seed)
 
 
 def vae_arguments(folder="unused", **changes):
@@ -66,7 +71,7 @@ def resnet(tmp_path):
 @pytest.mark.parametrize("options", [{}, {"reconstruction_loss": "l2"}, {"adversarial_weight": 0.5}])
 def test_every_parameter_receives_a_gradient(options):
     model = make_model(**options)
-    loss, _ = model(batch(), 0, seeded())
+    loss, _ = model(batch(), 0, chance())
     loss.backward()
     without = [name for name, tensor in model.named_parameters() if tensor.grad is None or not tensor.grad.any()]
     # The bias of keys shifts all logits of a query alike, which the softmax does not see, and the critic's last bias
@@ -78,7 +83,7 @@ def test_every_parameter_receives_a_gradient(options):
 def test_the_same_generator_gives_the_same_loss():
     model = make_model()
     before = torch.get_rng_state()
-    losses = [model(batch(), 0, seeded(seed))[0].item() for seed in (0, 0, 1)]
+    losses = [model(batch(), 0, chance(seed))[0].item() for seed in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
     assert torch.get_rng_state().equal(before)
 
@@ -87,7 +92,7 @@ def test_a_perfect_reconstruction_leaves_only_the_divergence():
     model = make_model(kl_weight=0.5)
     data = batch()
     model.vae.decode = lambda latents: type("Decoded", (), {"sample": data["pixel_values"]})
-    loss, metrics = model(data, 0, seeded())
+    loss, metrics = model(data, 0, chance())
     assert metrics["reconstruction_loss"] == 0
     assert loss == 0.5 * metrics["kl"]
 
@@ -115,12 +120,12 @@ def test_the_critic_learns_to_tell_pictures_apart():
 
 def test_the_critic_takes_no_part_before_its_start():
     model = make_model(adversarial_weight=0.5, adversarial_start=3)
-    loss, metrics = model(batch(), 2, seeded())
+    loss, metrics = model(batch(), 2, chance())
     loss.backward()
     assert "discriminator_loss" not in metrics
     # distributed training wants a gradient of every parameter in every step
     assert all(not weight.grad.any() for weight in model.discriminator.parameters())
-    assert "discriminator_loss" in model(batch(), 3, seeded())[1]
+    assert "discriminator_loss" in model(batch(), 3, chance())[1]
 
 
 def test_the_adaptive_weight_makes_both_gradients_equally_long():
@@ -146,7 +151,7 @@ def test_the_perceptual_distance_is_zero_for_equal_pictures_only(kind, resnet, t
 
 def test_the_perceptual_term_teaches_the_vae_and_not_its_network(resnet):
     model = make_model(perceptual_network=resnet, perceptual_weight=1.0)
-    loss, metrics = model(batch(), 0, seeded())
+    loss, metrics = model(batch(), 0, chance())
     assert loss > metrics["reconstruction_loss"] + 0.5 * metrics["perceptual_loss"] > metrics["reconstruction_loss"]
     assert all("network" not in name for name, _ in model.named_parameters())
 
@@ -201,7 +206,7 @@ def test_the_three_stages_follow_each_other(tmp_path):
 def caching_case(tmp_path, **options):
     path = write_parquet(tmp_path / "a.parquet", text=[[f"{row} a", f"{row} b"] for row in range(10)], **options)
     transform = ImageTransform(32, random_flip=True)
-    return load_training_dataset(path, transform=transform, caption_column="text"), make_model().vae.eval()
+    return load_training_dataset(path, transform=transform, columns=Columns(caption="text")), make_model().vae.eval()
 
 
 def test_cached_latents_are_those_of_the_same_draws(tmp_path):

@@ -114,6 +114,7 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
         code_dim: dimensions Q of a code.
         frequency_embedding_size: sinusoidal features of the noise level.
         max_timestep: scale of these features; read it from a checkpoint, never assume it.
+        remove_dropped: dropped registers leave the sequence, instead of a mask token for each as published.
     """
 
     _supports_gradient_checkpointing = True
@@ -136,6 +137,7 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
         code_dim: int = 6,
         frequency_embedding_size: int = 256,
         max_timestep: float = 1.0,
+        remove_dropped: bool = False,
     ):
         super().__init__()
         if hidden_size % head_dim or hidden_size % 4:
@@ -218,15 +220,22 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
         return registers
 
     def bias_of_merged(
-        self, codes: Tensor, num_tokens: Tensor | None, is_unconditional: Tensor | None, num_patches: int
+        self,
+        codes: Tensor,
+        num_tokens: Tensor | None,
+        is_unconditional: Tensor | None,
+        num_slots: int,
+        num_patches: int,
     ) -> Tensor | None:
-        """Return the bias per key, (B, N + S), that lets a slot stand for all dropped registers, if one does."""
+        """Return the bias per key, (B, N + S), that lets S slots stand for all registers, if they have to."""
         num_registers = self.register_positions.shape[0]
-        num_slots = min(codes.shape[1] + 1, num_registers)
-        if num_slots == num_registers:
+        if num_slots == num_registers and not self.config.remove_dropped:
             return None
-        kept = count_kept(codes, num_tokens, is_unconditional)
-        return F.pad(merged_tail_bias(kept, num_slots, num_registers), (num_patches, 0))
+        kept = count_kept(codes, num_tokens, is_unconditional)  # (B,)
+        length = torch.full_like(kept, num_registers)
+        if self.config.remove_dropped:  # without any code, one mask or null token remains
+            length = kept.clamp(min=1)
+        return F.pad(merged_tail_bias(kept, num_slots, length), (num_patches, 0))
 
     def embed_grid(
         self, codes: Tensor, num_patches: int, num_tokens: Tensor | None, is_unconditional: Tensor | None
@@ -290,7 +299,8 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
         else:
             registers = self.embed_codes(codes, num_tokens, is_unconditional)  # (B, S, D)
             hidden_states = torch.cat([patches, registers.to(patches.dtype)], dim=1)  # (B, N + S, D)
-            key_bias = self.bias_of_merged(codes, num_tokens, is_unconditional, num_patches)
+            num_slots = registers.shape[1]
+            key_bias = self.bias_of_merged(codes, num_tokens, is_unconditional, num_slots, num_patches)
 
         temb = self.time_embedder(sigma) if modulation is None else None  # (B, D)
         *for_blocks, for_head = self.split_modulation(modulation)

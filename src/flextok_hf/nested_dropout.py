@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 
+INVISIBLE = -1e4  # added to a logit, it leaves nothing of its key; finite in every precision
 KEEP_MODES = ("uniform", "powers_of_two", "uniform_rounded_up")
 
 
@@ -66,7 +67,7 @@ def count_kept(codes: Tensor, num_tokens: Tensor | None, is_unconditional: Tenso
     return kept if is_unconditional is None else torch.where(is_unconditional, 0, kept)
 
 
-def merged_tail_bias(kept: Tensor, num_slots: int, num_registers: int) -> Tensor:
+def merged_tail_bias(kept: Tensor, num_slots: int, length: Tensor) -> Tensor:
     """Bias on the attention logits that lets the slots after the kept registers stand for all that were dropped.
 
     Dropped registers are identical: they hold the same token and no position. As keys, n of them in m slots weigh as
@@ -74,13 +75,14 @@ def merged_tail_bias(kept: Tensor, num_slots: int, num_registers: int) -> Tensor
 
     Args:
         kept: registers that each sample keeps, (B,).
-        num_slots: length S of the shortened register sequence; more than any sample keeps, at most K.
-        num_registers: K, which the sequence stands for.
+        num_slots: length S of the register sequence; more than any sample keeps, or as many.
+        length: registers that the sequence stands for, per sample, (B,); at least as many as it keeps.
 
     Returns:
         Bias per slot, (B, S) float32; zero for what is kept.
     """
-    kept = kept.unsqueeze(1)
+    kept, length = kept.unsqueeze(1), length.unsqueeze(1)
     is_tail = torch.arange(num_slots, device=kept.device) >= kept  # (B, S)
-    ratio = (num_registers - kept) / (num_slots - kept)  # (B, 1), at least 1
-    return torch.where(is_tail, ratio.float().log(), 0.0)
+    ratio = (length - kept).float() / (num_slots - kept)  # (B, 1)
+    bias = torch.where(ratio > 0, ratio.log(), INVISIBLE)
+    return torch.where(is_tail, bias, 0.0)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..images import image_to_pixels, resize_and_crop
 from ..synthetic import SyntheticShapes
-from ..training.data import SYNTHETIC, SYNTHETIC_ROWS, load_rows
+from ..training.data import SYNTHETIC, SYNTHETIC_ROWS
 from ..training.rows import UnreadableRow, read_picture
+from ..training.sources import load_rows
 
 
 CROP = "center square, then Lanczos (Pillow, antialiased)"  # what `resize_and_crop` does, for the protocol

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from flextok_hf.images import pixels_to_values
-from flextok_hf.latents import encode_latents
-from flextok_hf.training.rows import Columns, UnreadableRow, draw_conditions, draw_flip, read_picture
+from ..images import pixels_to_values
+from ..latents import encode_latents
+from .rows import UnreadableRow, draw_conditions, draw_flip, read_picture
 
 
 if TYPE_CHECKING:
-    from flextok_hf.training.data import ImageDataset
+    from .map_data import ImageDataset
 
 READ_BATCH = 64  # rows that travel together from a reading process
 
@@ -66,15 +66,15 @@ class LatentDataset(Dataset):
     Args:
         latents: (rows, views, C, h, w); view 1, if there is one, is the mirrored picture.
         rows: captions and classes of each row.
-        columns: where they stand in it.
-        class_names: names of the classes, if the data set has them.
+        source: data set that they were made of.
     """
 
-    def __init__(self, latents: Tensor, rows: list[dict[str, Any]], columns: Columns, class_names: list[str] | None):
+    def __init__(self, latents: Tensor, rows: list[dict[str, Any]], source: "ImageDataset"):
         self.latents = latents.share_memory_()  # one copy for all workers
         self.rows = rows
-        self.columns = columns
-        self.class_names = class_names
+        self.columns = source.columns
+        self.class_names = source.class_names
+        self.skipped = source.skipped
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -116,7 +116,7 @@ def cache_latents(dataset: "ImageDataset", vae: AutoencoderKL, num_workers: int 
         encode()
     if not kept:
         raise dataset.no_picture_error(f"all {len(dataset)} rows")
-    return LatentDataset(torch.cat(batches), kept, dataset.columns, dataset.class_names)
+    return LatentDataset(torch.cat(batches), kept, dataset)
 
 
 def latents_of(batch: dict[str, Any], vae: AutoencoderKL | None, device: torch.device) -> Tensor:

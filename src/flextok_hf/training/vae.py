@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from .adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from .arguments import VaeArguments
+from .chance import Chance
 from .perceptual import PerceptualDistance
+from .setup import loading
 
 
 class VaeForTraining(nn.Module):
@@ -24,18 +26,19 @@ class VaeForTraining(nn.Module):
         self.vae = vae
         self.arguments = arguments
         self.discriminator = PatchDiscriminator() if arguments.adversarial_weight > 0 else None
-        perceptual = None if arguments.perceptual_network is None else PerceptualDistance(arguments.perceptual_network)
+        perceptual = None
+        if arguments.perceptual_network is not None:
+            with loading("perceptual_network", arguments.perceptual_network):
+                perceptual = PerceptualDistance(arguments.perceptual_network)
         self.frozen = {"perceptual": perceptual}  # in a dictionary, so that it is neither trained nor saved
 
-    def forward(
-        self, batch: dict[str, Tensor], step: int, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: dict[str, Tensor], step: int, chance: Chance) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of a batch.
 
         Args:
             batch: `pixel_values` (B, 3, H, W) in [-1, 1].
             step: optimizer steps done so far.
-            generator: source of the noise of the posterior, on the device of the model.
+            chance: source of the noise of the posterior, on the device of the model.
 
         Returns:
             The loss, and figures to log.
@@ -45,7 +48,8 @@ class VaeForTraining(nn.Module):
         pixel_values = batch["pixel_values"].to(self.vae.device, non_blocking=True)
         moments = self.vae.encode(pixel_values).latent_dist.parameters  # (B, 2 C, h, w)
         posterior = DiagonalGaussianDistribution(moments.float())
-        reconstruction = self.vae.decode(posterior.sample(generator)).sample.float()  # (B, 3, H, W)
+        latents = posterior.mean + posterior.std * chance.normal_like(posterior.mean)  # (B, C, h, w)
+        reconstruction = self.vae.decode(latents).sample.float()  # (B, 3, H, W)
 
         # 2. Losses, each a mean per pixel value or per latent value, so that weights hold for any size
         distance = F.l1_loss if arguments.reconstruction_loss == "l1" else F.mse_loss
@@ -57,7 +61,7 @@ class VaeForTraining(nn.Module):
             metrics["perceptual_loss"] = perceptual.detach()
             loss = loss + arguments.perceptual_weight * perceptual
         total = loss + arguments.kl_weight * kl
-        if self.discriminator is None:
+        if self.discriminator is None or not self.training:
             return total, metrics
         if step < arguments.adversarial_start:
             # takes part in every step, as distributed training expects of all parameters
@@ -70,13 +74,19 @@ class VaeForTraining(nn.Module):
 
 
 def build_vae(arguments: VaeArguments) -> AutoencoderKL:
-    """Make a fresh VAE of the sizes in the options."""
-    num_blocks = len(arguments.block_out_channels)
+    """Make a fresh VAE of the sizes in the options, or load the one that they name."""
+    vae = None
+    if arguments.pretrained_vae is not None:
+        with loading("pretrained_vae", arguments.pretrained_vae):
+            vae = AutoencoderKL.from_pretrained(arguments.pretrained_vae)
+    num_blocks = len(arguments.block_out_channels if vae is None else vae.config.block_out_channels)
     if arguments.resolution % 2 ** (num_blocks - 1):
         raise ValueError(
             f"`resolution` {arguments.resolution} must be a multiple of {2 ** (num_blocks - 1)}, the reduction by"
             f" {num_blocks} `block_out_channels`."
         )
+    if vae is not None:
+        return vae
     if any(channels % arguments.norm_num_groups for channels in arguments.block_out_channels):
         raise ValueError(
             f"`block_out_channels` {arguments.block_out_channels} must be multiples of `norm_num_groups`"
