@@ -50,6 +50,7 @@ class ReconstructionOptions(EvaluationOptions):
         default_factory=list, metadata={"help": "`lpips`, `dreamsim`; their packages must be installed."}
     )
     group_column: str = field(default="style", metadata={"help": "Means by its values, if the data has it."})
+    sheet_group: str | None = field(default=None, metadata={"help": "Show pictures of this group only."})
 
     def __post_init__(self):
         super().__post_init__()

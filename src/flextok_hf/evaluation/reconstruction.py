@@ -62,7 +62,6 @@ class Reconstruction(Measurement):
 
     def build_accumulators(self) -> nn.ModuleDict:
         """Return the running sums of all token counts."""
-        shown = range(0, len(self.rows), max(1, len(self.rows) // self.options.sheet_rows))[: self.options.sheet_rows]
         counts = nn.ModuleDict()
         for count in self.counts:
             sums = nn.ModuleDict({name: MeanWithInterval() for name in self.measures})
@@ -74,10 +73,21 @@ class Reconstruction(Measurement):
                 sums["features"] = FeatureMoments(self.network.description.num_features)
             counts[str(count)] = sums
         shared = {"cost": Cost(), "checksum": Checksum(), "counts": counts}
-        shared["kept"] = KeptPictures(list(shown), 1 + len(self.counts), self.pipe.resolution)
+        shared["kept"] = KeptPictures(self.shown_rows(), 1 + len(self.counts), self.pipe.resolution)
         if self.network is not None:
             shared["features"] = FeatureMoments(self.network.description.num_features)
         return nn.ModuleDict(shared)
+
+    def shown_rows(self) -> list[int]:
+        """Return the rows on the contact sheet, spread over all, or over those of `sheet_group`."""
+        wanted, number = self.options.sheet_group, self.options.sheet_rows
+        if wanted is None:
+            rows = list(range(len(self.rows)))
+        else:
+            rows = [row for row, group in enumerate(self.groups or []) if group == wanted]
+        if not rows:
+            raise ValueError(f"`sheet_group` {wanted!r} is no value of `group_column` among the pictures drawn.")
+        return rows[:: max(1, len(rows) // number)][:number]
 
     def measure_batch(self, samples: list[int]) -> dict[int, str]:
         """Add samples to the running sums; returns those that could not be read."""
