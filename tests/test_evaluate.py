@@ -157,6 +157,28 @@ def run(data_folder, model_folder, tmp_path):
     return run_command
 
 
+@pytest.fixture(scope="module")
+def whole_run(data_folder, model_folder, network_folder, tmp_path_factory):
+    """Runs a measurement with all of its figures once for all tests; gives its record and its folder."""
+    known = {}
+
+    def run_once(command):
+        if command not in known:
+            folder = tmp_path_factory.mktemp("whole")
+            evaluate.main(
+                [command, *arguments(data_folder, folder, model_folder, *options_of(command, network_folder))]
+            )
+            known[command] = json.loads((folder / f"{command}.json").read_text()), folder
+        return known[command]
+
+    return run_once
+
+
+def options_of(command, network_folder):
+    options = {"reconstruction": ["--split", "train"]}.get(command, [])
+    return options if command == "complexity" else [*options, "--feature_network", network_folder]
+
+
 def numbers(record):
     """All figures of a record, for comparison."""
     return json.loads(json.dumps(record["results"]), parse_float=lambda text: pytest.approx(float(text), abs=2e-6))
@@ -187,16 +209,14 @@ def test_figures_of_reconstruction_are_those_of_its_pictures(run, data_folder, m
     assert record["results"]["4"]["mae"]["mean"] == pytest.approx(errors.mean().item(), abs=1e-4)
 
 
-@pytest.mark.parametrize("command", ["reconstruction", "generation"])
-def test_figures_do_not_depend_on_the_batch_size(run, network_folder, command):
-    options = ["--feature_network", network_folder]
-    if command == "reconstruction":
-        options += ["--split", "train"]
-    assert run(command, *options, "--batch_size", 3)["results"] == numbers(run(command, *options, "--batch_size", 64))
+@pytest.mark.parametrize(("command", "batch_size"), [("reconstruction", 3), ("generation", 64)])
+def test_figures_do_not_depend_on_the_batch_size(run, whole_run, network_folder, command, batch_size):
+    record = run(command, *options_of(command, network_folder), "--batch_size", batch_size)
+    assert record["results"] == numbers(whole_run(command)[0])
 
 
-def test_generation_is_reported_for_every_set_and_token_count(run, network_folder, tmp_path):
-    record = run("generation", "--feature_network", network_folder)
+def test_generation_is_reported_for_every_set_and_token_count(whole_run):
+    record, folder = whole_run("generation")
     counts = {key: {n: figures["count"] for n, figures in by_n.items()} for key, by_n in record["results"].items()}
     assert counts == {
         "trained": {"1": 10, "4": 10},
@@ -214,11 +234,11 @@ def test_generation_is_reported_for_every_set_and_token_count(run, network_folde
     assert "name_and_style" not in record["results"]["plain"]["4"]
     assert record["real_pictures"] == 12 and record["names"] == 6
     assert record["feature_space"]["distorted"]["none"]["name_and_style"]["share"] == 1
-    page = (tmp_path / "generation.md").read_text()
+    page = (folder / "generation.md").read_text()
     assert "Frechet distance (tiny network)" in page and "FID" not in page
     assert record["protocol"]["feature_network"]["validation_accuracy"] == 0.25
     assert len(record["weights_sha256"]) == 64
-    assert Image.open(tmp_path / "generation.png").width > 0
+    assert Image.open(folder / "generation.png").width > 0
 
 
 def test_every_combination_of_guidance_and_temperature_is_measured(run):
@@ -286,13 +306,11 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("command", ["reconstruction", "generation", "complexity"])
-def test_a_stopped_evaluation_goes_on_to_the_same_figures(run, monkeypatch, network_folder, command, tmp_path):
-    options = ["--batch_size", 3]
-    if command == "reconstruction":
-        options += ["--split", "train"]
-    if command != "complexity":
-        options += ["--feature_network", network_folder]
-    expected = numbers(run(command, *options))
+def test_a_stopped_evaluation_goes_on_to_the_same_figures(
+    run, whole_run, monkeypatch, network_folder, command, tmp_path
+):
+    options = [*options_of(command, network_folder), "--batch_size", 3]
+    expected = numbers(whole_run(command)[0])
     monkeypatch.setattr("flextok_hf.evaluation.progress.SAVE_SECONDS", -1)
     measure = evaluate.MEASUREMENTS[command][1]
     method = "measure_prompts" if command == "generation" else "measure_batch"
@@ -327,9 +345,9 @@ def test_a_begun_evaluation_of_another_protocol_is_refused(run, monkeypatch, tmp
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_figures_of_one(run, data_folder, model_folder, network_folder, tmp_path):
-    options = ["--split", "train", "--feature_network", network_folder]
-    alone = run("reconstruction", *options)
+def test_two_processes_give_the_figures_of_one(whole_run, data_folder, model_folder, network_folder, tmp_path):
+    options = options_of("reconstruction", network_folder)
+    alone, _ = whole_run("reconstruction")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     values = arguments(data_folder, tmp_path / "two", model_folder, *options)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
