@@ -18,18 +18,22 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
     PreTrainedTokenizerFast,
     ResNetConfig,
     ResNetForImageClassification,
     T5Config,
     T5EncoderModel,
+    ViTConfig,
+    ViTModel,
 )
 
 from flextok_hf import FlexTokEncoder, FlexTokEncoderConfig, FlexTokFlowDecoder
 from flextok_hf.configuration_prior import FlexTokPriorConfig
 from flextok_hf.evaluation import complexity
 from flextok_hf.evaluation.adherence import NAME_CHECKS, Reference, checks_for, measure_feature_space, score
-from flextok_hf.evaluation.feature_networks import load_feature_network
+from flextok_hf.evaluation.feature_networks import IMAGENET_MEAN, IMAGENET_STD, ClipScore, load_feature_network
 from flextok_hf.evaluation.pictures import EvaluationPictures, load_split
 from flextok_hf.evaluation.sampling import Sampling, generate, reconstruct, seeded_generators
 from flextok_hf.modeling_prior import FlexTokPriorForCausalLM
@@ -491,3 +495,51 @@ def test_all_token_counts_start_from_the_same_noise_and_tokens(model_folder):
     together = reconstruct(pipe, pixels, [1, 4], [7, 8], 0, sampling)
     alone = reconstruct(pipe, pixels[1:], [4], [8], 0, sampling)
     assert (together[1][1].int() - alone[0][0].int()).abs().max() <= 1
+
+
+def test_the_network_in_the_repository_is_small_and_says_how_good_it_is():
+    folder = ROOT / "scripts" / "assets" / "feature_network"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 2e6
+    network = load_feature_network(str(folder))
+    assert network.description.num_features == 64 and 0.5 < network.description.validation_accuracy < 1
+    assert {"cat", "sunflower"} <= set(network.class_names)
+    features, _ = network(torch.randint(0, 256, (3, 3, 100, 100), dtype=torch.uint8))
+    assert features.shape == (3, 64) and features.isfinite().all()
+
+
+def test_inception_without_its_package_is_refused_by_name():
+    try:
+        import torch_fidelity  # noqa: F401
+    except ImportError:
+        with pytest.raises(ImportError, match="`inception` needs torch-fidelity: `pip install torch-fidelity`"):
+            load_feature_network("inception")
+
+
+def test_a_vision_model_without_classes_gives_its_pooled_output(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    ViTModel(ViTConfig(**sizes, image_size=32, patch_size=16)).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"size": {"height": 32, "width": 32}}')
+    network = load_feature_network(str(tmp_path))
+    features, log_probabilities = network(torch.zeros(2, 3, 40, 40, dtype=torch.uint8))
+    assert features.shape == (2, 16) and log_probabilities is None and network.class_names is None
+
+
+def test_a_clip_score_is_a_hundred_times_the_cosine(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = sizes | {"vocab_size": 10, "max_position_embeddings": 16, "bos_token_id": 2, "eos_token_id": 1}
+    torch.manual_seed(2)
+    model = CLIPModel(
+        CLIPConfig(text_config=text, vision_config=sizes | {"image_size": 32, "patch_size": 16}, projection_dim=8)
+    ).eval()
+    model.save_pretrained(tmp_path)
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(["<pad>", "</s>", "<s>", "a", "cat"])}, "<pad>"))
+    words.pre_tokenizer = Whitespace()
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>"}
+    PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=16, **special).save_pretrained(tmp_path)
+    pixels = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    scores = ClipScore(str(tmp_path))(pixels, ["a cat"] * 6)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    output = model(input_ids=torch.tensor([[3, 4]]), pixel_values=(pixels / 255 - mean) / std)
+    expected = (100 * output.image_embeds @ output.text_embeds.T)[:, 0].clamp(min=0)
+    assert expected.max() > 0
+    torch.testing.assert_close(scores, expected.detach(), atol=1e-3, rtol=1e-3)
