@@ -20,7 +20,7 @@ The validation split is the source's own: emoji whose name is in train in anothe
 
 import argparse
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,6 +153,15 @@ def compress(image: PILImage.Image, resolution: int, style: str) -> bytes:
     return buffer.getvalue()
 
 
+def choose(source: DatasetDict, names: set[str] | None, styles: Sequence[str]) -> DatasetDict:
+    """Keep the emoji of some styles, and of some names or, with `None`, of all."""
+
+    def is_wanted(name: str, style: str) -> bool:
+        return style in styles and (names is None or name in names)
+
+    return source.filter(is_wanted, input_columns=["name", "style"])
+
+
 def make_rows(records: Dataset, noun_of: dict[str, Noun], style: str | None, resolution: int) -> Iterator[dict]:
     """Yield the rows of one split; `style` is that of all pictures, or `None` where a column says it.
 
@@ -213,6 +222,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--emoji", required=True, help="folder with parquet files, or a Hub data set")
     parser.add_argument("--photos", help="the same for photos; none: emoji only")
+    parser.add_argument("--everyday_only", action="store_true", help="emoji of everyday names only")
+    parser.add_argument("--styles", nargs="+", default=list(STYLED_WORDINGS), choices=STYLED_WORDINGS, help="of emoji")
     parser.add_argument("--max_photos", type=int, help="draw this many training photos")
     parser.add_argument("--output", required=True, type=Path, help="folder for train.parquet and validation.parquet")
     parser.add_argument("--names", type=Path, default=DEFAULT_NAMES_FILE, help="list of everyday names, one per line")
@@ -223,7 +234,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     nouns = read_names(arguments.names.read_text(encoding="utf-8").splitlines())
-    sources = [(load_dataset(arguments.emoji), None)]
+    names = {noun.source_name for noun in nouns} if arguments.everyday_only else None
+    sources = [(choose(load_dataset(arguments.emoji), names, arguments.styles), None)]
     if arguments.photos:
         photos = load_dataset(arguments.photos)
         if arguments.max_photos is not None:  # spread over the classes, in which the source is sorted

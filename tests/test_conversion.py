@@ -214,7 +214,8 @@ def test_converting_writes_what_saving_the_loaded_pipeline_writes(tmp_path, is_s
     converted, saved = read_folder(tmp_path / "converted"), read_folder(tmp_path / "saved")
     assert converted.keys() - saved.keys() == {"original.json"} and saved.keys() <= converted.keys()
     for name, content in saved.items():
-        assert name.endswith(".safetensors") or converted[name] == content, name
+        assert name.endswith((".safetensors", "README.md")) or converted[name] == content, name
+    assert "Converted from" in (tmp_path / "converted" / "README.md").read_text()
     pipes = [FlexTokPipeline.from_pretrained(tmp_path / name) for name in ("converted", "saved")]
     for name in ("encoder", "decoder", "vae", "prior"):
         assert same_weights(*(getattr(pipe, name) for pipe in pipes)), name

@@ -1,5 +1,6 @@
 """Loading by name from a Hub and from its cache, and from folders with damaged weights."""
 
+import base64
 import hashlib
 import http.server
 import json
@@ -15,7 +16,9 @@ import pytest
 import torch
 import yaml
 from conftest import make_decoder
+from huggingface_hub import ModelCard
 from official_checkpoints import write_prior, write_tokenizer
+from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel
 
@@ -49,6 +52,16 @@ results += [draw(text, prompt="two flamingos"), draw(classes, class_labels=[2]),
 print(json.dumps(results))
 """
 
+PUSH = """
+from flextok_hf import FlexTokPipeline
+
+pipe = FlexTokPipeline.from_pretrained("model")
+print(pipe.push_to_hub("user/pushed", token="hf_of_the_test"))
+"""
+SAVE_AND_PUSH = """
+pipe.save_pretrained("again", push_to_hub=True, repo_id="user/pushed", token="hf_of_the_test")
+"""
+
 
 class HubHandler(http.server.BaseHTTPRequestHandler):
     """Answers as the Hub does for `server.repositories`: names -> revisions -> folders; there is always a `main`."""
@@ -58,6 +71,47 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):  # noqa: N802
         self.answer(with_body=True)
+
+    def do_POST(self):  # noqa: N802
+        """Take what `push_to_hub` sends: a new repository, a card to validate, the files of a commit."""
+        path = unquote(urlsplit(self.path).path)
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.requests.append(path)
+        address = f"http://127.0.0.1:{self.server.server_port}/user/pushed"
+        status, answer = 200, {}
+        if path == "/api/repos/create":
+            answer = {"url": address}
+        elif path == "/api/validate-yaml":
+            status, answer = self.validate(json.loads(body)["content"])
+        elif path == "/api/models/user/pushed/preupload/main":
+            files = [file["path"] for file in json.loads(body)["files"]]
+            answer = {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in files]}
+        elif path == "/api/models/user/pushed/commit/main":
+            files = [line["value"] for line in map(json.loads, body.splitlines()) if line["key"] == "file"]
+            self.server.commits.append({file["path"]: base64.b64decode(file["content"]) for file in files})
+            commit = commit_of("user/pushed", "main")
+            answer = {"commitUrl": f"{address}/commit/{commit}", "commitOid": commit}
+        else:
+            status = 404
+        self.send_json(status, answer)
+
+    @staticmethod
+    def validate(card):
+        """Check a card's metadata as the Hub does: readable, and of the right types."""
+        data = ModelCard(card).data.to_dict()
+        errors = [key for key in ("license", "library_name", "pipeline_tag") if not isinstance(data.get(key, ""), str)]
+        errors += [tag for tag in data.get("tags", []) if not isinstance(tag, str)]
+        answer = {"errors": [{"message": f"wrong type: {key}"} for key in errors]}
+        answer["warnings"] = [] if data else [{"message": "empty or missing yaml metadata in repo card"}]
+        return (400 if errors else 200), answer
+
+    def send_json(self, status, answer):
+        body = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
     def answer(self, with_body):
         path = unquote(urlsplit(self.path).path)
@@ -113,7 +167,7 @@ def commit_of(repository, revision):
 def hub(tmp_path):
     """A Hub on this machine, empty at first."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
-    server.repositories, server.requests = {}, []
+    server.repositories, server.requests, server.commits = {}, [], []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -240,6 +294,33 @@ print(json.dumps(messages))
     ]
     assert "has no `model.safetensors`, the only kind of weights that is read" in messages[2]
     assert not any(path.endswith("pytorch_model.bin") for path in hub.requests)
+
+
+@pytest.mark.slow
+def test_a_pipeline_is_pushed_with_a_valid_card_of_its_own(hub, tiny_pipeline, tmp_path):
+    tiny_pipeline.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "model_card.yaml").write_text("title: A tiny model\nlicense: mit\n")
+    hub.repositories["user/pushed"] = {"main": tmp_path / "empty"}
+    run_program(PUSH + SAVE_AND_PUSH, tmp_path, f"http://127.0.0.1:{hub.server_port}")
+    assert "/api/validate-yaml" in hub.requests and len(hub.commits) == 2
+    for pushed in hub.commits:
+        card = ModelCard(pushed["README.md"].decode())
+        assert card.data.library_name == "flextok_hf" and card.data.license == "mit"
+        assert "# A tiny model" in card.text and 'from_pretrained("user/pushed")' in card.text
+        names = {"model_index.json", "model_card.yaml", "encoder/model.safetensors", f"decoder/{WEIGHTS}"}
+        assert names <= set(pushed)
+        stored = load_bytes(pushed[f"decoder/{WEIGHTS}"])
+        assert all(torch.equal(stored[key], value) for key, value in tiny_pipeline.decoder.state_dict().items())
+
+
+@pytest.mark.slow
+def test_a_card_that_somebody_wrote_on_the_hub_stays(hub, tiny_pipeline, tmp_path):
+    tiny_pipeline.save_pretrained(tmp_path / "model")
+    hub.repositories["user/pushed"] = {"main": tmp_path / "pushed"}
+    (tmp_path / "pushed").mkdir()
+    (tmp_path / "pushed" / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    run_program(PUSH, tmp_path, f"http://127.0.0.1:{hub.server_port}")
+    assert "# Mine" in hub.commits[0]["README.md"].decode()
 
 
 # Damaged folders

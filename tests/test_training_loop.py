@@ -91,7 +91,9 @@ def test_a_run_leaves_checkpoints_log_pictures_and_a_pipeline(whole_run):
     assert steps == [3, 6, 6]
     assert (whole_run / "validation-6.png").is_file()
     assert not list(whole_run.glob("*.partial"))
-    assert json.loads((whole_run / "pipeline" / "training.json").read_text())["steps"] == 6
+    recipe = json.loads((whole_run / "pipeline" / "training.json").read_text())
+    assert recipe["steps"] == 6 and recipe["seconds"] > 0
+    assert "Stage `tokenizer`: 6 steps of" in (whole_run / "pipeline" / "README.md").read_text()
 
 
 def test_the_saved_pipeline_reconstructs_a_picture(whole_run):
@@ -233,6 +235,15 @@ def test_a_prior_is_trained_on_classes(tiny_tokenizer_pipeline, tmp_path, monkey
     assert len(pipe(class_labels=[0, 1], num_inference_steps=1).images) == 2
 
 
+def test_a_grid_tokenizer_is_trained_and_reconstructs(tmp_path):
+    options = {"token_layout": "grid", "num_registers": 16, "full_length_probability": 1.0}
+    pipe = FlexTokPipeline.from_pretrained(train_tokenizer(tokenizer_arguments(tmp_path, **options)))
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.encoder.config.token_layout == "grid" and not pipe.decoder.config.nested_dropout
+    pictures = pipe.reconstruct(torch.rand(3, 16, 16), [16], num_inference_steps=1)
+    assert pictures[0][0].size == (16, 16)
+
+
 # Decoders of their own
 
 
@@ -369,7 +380,7 @@ def test_the_log_says_how_fast_training_is(whole_run):
 def test_the_model_is_left_with_a_card(whole_run):
     card = ModelCard.load(whole_run / "pipeline" / "README.md")
     assert card.data.library_name == "flextok_hf" and "arxiv:2502.13967" in card.data.tags
-    assert "6 steps of 8 pictures at 16 pixels" in card.text and "| psnr_4 |" in card.text
+    assert "6 steps of 8 pictures" in card.text and "precision float32" in card.text
 
 
 def test_the_learning_rate_ends_where_it_should(tmp_path):

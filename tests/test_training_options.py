@@ -128,6 +128,7 @@ def test_options_of_the_prior_are_checked_at_once(options, message):
     ("options", "message"),
     [
         ({"resolution": 18}, "`resolution` 18 .*`encoder_patch_size`"),
+        ({"token_layout": "grid"}, "`num_registers` is 4, but a grid has a token per patch: .* set it to 16"),
         ({"vae": "./nowhere"}, "`vae` './nowhere' cannot be loaded"),
         ({"pretrained_tokenizer": "./nowhere"}, "`pretrained_tokenizer` './nowhere' cannot be loaded"),
         ({"repa_network": "./nowhere", "repa_layer": 0}, "`repa_network` './nowhere' cannot be loaded"),

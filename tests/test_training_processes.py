@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from training_processes import SMALL_DATA, SMALL_TOKENIZER, assert_same_state, errors, run, start
 
@@ -32,7 +34,7 @@ def curve(folder):
 
 
 def losses(folder):
-    return torch.tensor([entry["loss"] for entry in curve(folder)])
+    return torch.tensor([entry["loss"] for entry in curve(folder) if "loss" in entry])
 
 
 def die_after(step, arguments):
@@ -79,6 +81,45 @@ def test_memory_saving_changes_nothing(tmp_path):
     train_tokenizer(plain)
     train_tokenizer(replace(plain, output_dir=str(tmp_path / "saving"), gradient_checkpointing=True))
     torch.testing.assert_close(losses(tmp_path / "saving"), losses(tmp_path / "plain"), atol=1e-6, rtol=1e-6)
+
+
+def sharded(train):
+    """Train with FSDP2. Accelerate offers it on accelerators only, so the processes are told that they have some."""
+    os.environ |= {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    }
+    os.environ |= {"FSDP_RESHARD_AFTER_FORWARD": "true"}
+    os.environ |= {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    train()
+
+
+def test_sharded_weights_follow_the_curve_of_whole_ones_and_are_saved_whole(tmp_path):
+    whole = arguments_for(tmp_path / "whole", train_batch_size=8, feature_penalty=0.1, validation_steps=6)
+    parts = replace(whole, output_dir=str(tmp_path / "parts"), train_batch_size=4)
+    train_tokenizer(whole)
+    assert run(lambda: sharded(lambda: train_tokenizer(parts)), tmp_path / "parts", 2) == [0, 0], errors(
+        tmp_path / "parts"
+    )
+    torch.testing.assert_close(losses(tmp_path / "parts"), losses(tmp_path / "whole"), atol=1e-5, rtol=1e-5)
+    for file in ("encoder/model.safetensors", "decoder/diffusion_pytorch_model.safetensors"):
+        one, two = (load_file(tmp_path / name / "pipeline" / file) for name in ("whole", "parts"))
+        assert one.keys() == two.keys()
+        for name, tensor in one.items():
+            torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=1e-4)
+
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-6")
+    straight = curve(tmp_path / "parts")
+    resumed = replace(parts, resume_from_checkpoint="latest")
+    assert run(lambda: sharded(lambda: train_tokenizer(resumed)), tmp_path / "parts", 2) == [0, 0]
+    names = ("step", "loss", "grad_norm", "validation_loss")
+    again = curve(tmp_path / "parts")
+    assert [[entry.get(name) for name in names] for entry in again] == [
+        [entry.get(name) for name in names] for entry in straight
+    ]
 
 
 # Kills

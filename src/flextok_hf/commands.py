@@ -12,9 +12,10 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
+from .embedded import embedded_model
 from .images import load_image, resize_and_crop
 from .nested_dropout import token_ladder
-from .outputs import numbered_paths, save_picture
+from .outputs import ANIMATED, numbered_paths, save_animation, save_picture
 from .pipeline_flextok import FlexTokPipeline
 from .sheets import contact_sheet, token_count_title
 from .token_files import parse_token_ids, read_json, write_token_file
@@ -34,18 +35,41 @@ def generate(options: argparse.Namespace) -> None:
             options.prompt,
             max_tokens=options.max_tokens,
             num_images_per_prompt=len(batch),
-            num_inference_steps=options.num_inference_steps,
-            guidance_scale=options.guidance_scale,
-            prior_guidance_scale=options.prior_guidance_scale,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
+            image=options.image,
+            keep_tokens=options.keep_tokens,
+            **sampling(options),
             generator=[seeded(options.seed + start + number) for number in range(len(batch))],
         )
         for number, (path, picture, token_ids) in enumerate(zip(batch, result.images, result.token_ids)):
             save_picture(picture, path)
             size, length = f"{picture.width} x {picture.height}", token_count_title(len(token_ids))
             report(options, f"{path}: {size}, {length}, seed {options.seed + start + number}")
+
+
+def stream(options: argparse.Namespace) -> None:
+    """Write the pictures of a growing number of tokens, as files or as one animation."""
+    pipe = load_pipeline(options)
+    pipe.set_progress_bar_config(disable=True if options.quiet else None, leave=False)
+    path = Path(options.output)
+    width = len(str(pipe.num_registers))
+    frames = []
+    for count, picture in pipe.stream(
+        options.prompt, options.token_counts, generator=seeded(options.seed), **sampling(options)
+    ):
+        frames.append(picture)
+        if path.suffix.lower() != ANIMATED:
+            frame_path = path.with_stem(f"{path.stem}-{count:0{width}d}")
+            save_picture(picture, frame_path)
+            report(options, f"{frame_path}: {token_count_title(count)}")
+    if path.suffix.lower() == ANIMATED:
+        save_animation(frames, path, options.frame_ms)
+        report(options, f"{path}: {len(frames)} frame{'s'[: len(frames) > 1]}, up to {token_count_title(count)}")
+
+
+def sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of prior and decoder that all drawing shares, under the names of the pipeline's call."""
+    names = ("num_inference_steps", "guidance_scale", "prior_guidance_scale", "temperature", "top_k", "top_p")
+    return {name: getattr(options, name) for name in names}
 
 
 def tokenize(options: argparse.Namespace) -> None:
@@ -99,6 +123,19 @@ def reconstruct(options: argparse.Namespace) -> None:
     sheet = contact_sheet(rows, titles, cell_size=cell_size)
     save_picture(sheet, options.output)
     report(options, f"{options.output}: {len(rows)} row{'s'[: len(rows) > 1]}, {', '.join(titles)}")
+
+
+def demo(options: argparse.Namespace) -> None:
+    """Serve the page of the demo until it is interrupted."""
+    try:
+        from .demo.layout import build_demo, launch_options
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise ValueError('the demo needs Gradio; install it: pip install "flextok_hf[demo]"') from error
+    is_embedded = options.model == embedded_model()
+    page = build_demo(load_pipeline(options), "the embedded model" if is_embedded else options.model)
+    page.launch(server_name=options.host, server_port=options.port, quiet=options.quiet, **launch_options())
 
 
 def convert(options: argparse.Namespace) -> None:
@@ -247,9 +284,11 @@ def report(options: argparse.Namespace, line: str) -> None:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "generate": generate,
+    "stream": stream,
     "tokenize": tokenize,
     "detokenize": detokenize,
     "reconstruct": reconstruct,
+    "demo": demo,
     "convert": convert,
     "info": info,
 }

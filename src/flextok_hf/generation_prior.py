@@ -149,7 +149,8 @@ class PriorGenerationMixin(GenerationMixin):
         is_guided = sampling.guidance_scale != 1.0
         first_unconditional = None
         if is_guided:
-            if sampling.class_zero_guidance:
+            given = model_kwargs.get(CACHE_NAME)
+            if sampling.class_zero_guidance and (given is None or given.get_seq_length() == 0):  # the first new token
                 no_class = torch.full_like(model_kwargs["class_labels"], UNCONDITIONAL_LABEL)
                 first = self(input_ids, class_labels=no_class, use_cache=False, logits_to_keep=1)
                 first_unconditional = first.logits[:, -1].float()  # (B, V)

@@ -220,15 +220,11 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
         return registers
 
     def bias_of_merged(
-        self,
-        codes: Tensor,
-        num_tokens: Tensor | None,
-        is_unconditional: Tensor | None,
-        num_slots: int,
-        num_patches: int,
+        self, codes: Tensor, num_tokens: Tensor | None, is_unconditional: Tensor | None, num_patches: int
     ) -> Tensor | None:
-        """Return the bias per key, (B, N + S), that lets S slots stand for all registers, if they have to."""
+        """Return the bias per key, (B, N + S), of slots that stand for dropped registers; `None` if all count once."""
         num_registers = self.register_positions.shape[0]
+        num_slots = min(codes.shape[1] + 1, num_registers)
         if num_slots == num_registers and not self.config.remove_dropped:
             return None
         kept = count_kept(codes, num_tokens, is_unconditional)  # (B,)
@@ -299,8 +295,7 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
         else:
             registers = self.embed_codes(codes, num_tokens, is_unconditional)  # (B, S, D)
             hidden_states = torch.cat([patches, registers.to(patches.dtype)], dim=1)  # (B, N + S, D)
-            num_slots = registers.shape[1]
-            key_bias = self.bias_of_merged(codes, num_tokens, is_unconditional, num_slots, num_patches)
+            key_bias = self.bias_of_merged(codes, num_tokens, is_unconditional, num_patches)
 
         temb = self.time_embedder(sigma) if modulation is None else None  # (B, D)
         *for_blocks, for_head = self.split_modulation(modulation)

@@ -34,11 +34,15 @@ def sample_num_tokens(
     device = generator.device if generator is not None else None
     if mode not in KEEP_MODES:
         raise ValueError(f"`mode` must be one of {', '.join(KEEP_MODES)}, got {mode!r}.")
-    powers = torch.tensor(token_ladder(num_registers), device=device)
     if mode == "powers_of_two":
-        return powers[torch.randint(len(powers), (batch_size,), generator=generator, device=device)]
+        ladder_length = len(token_ladder(num_registers))
+        powers = 2 ** torch.randint(ladder_length, (batch_size,), generator=generator, device=device)
+        return powers.clamp(max=num_registers)
     num_tokens = torch.randint(1, num_registers + 1, (batch_size,), generator=generator, device=device)
-    return num_tokens if mode == "uniform" else powers[torch.searchsorted(powers, num_tokens)]
+    if mode == "uniform":
+        return num_tokens
+    _, num_bits = torch.frexp((num_tokens - 1).float())  # of the largest number below, so that powers stay
+    return (2 ** num_bits.long()).clamp(max=num_registers)
 
 
 def mask_tail(registers: Tensor, num_tokens: Tensor, mask_token: Tensor) -> Tensor:

@@ -2,13 +2,14 @@
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image
 
 
 PICTURE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+ANIMATED = ".webp"  # the kind of file that can hold several pictures in turn
 
 
 def check_output_path(path: str | os.PathLike, extensions: tuple[str, ...]) -> Path:
@@ -93,6 +94,24 @@ def save_picture(picture: Image.Image, path: str | os.PathLike) -> None:
         path: its ending is one of `PICTURE_EXTENSIONS`.
     """
     write_atomically(path, picture.save)
+
+
+def save_animation(frames: Sequence[Image.Image], path: str | os.PathLike, frame_ms: int) -> None:
+    """Write pictures as one lossless animated WebP that plays without end and rests on the last picture.
+
+    Args:
+        frames: pictures of one size, at least one.
+        path: ends in `ANIMATED`.
+        frame_ms: how long each is shown, in milliseconds; the last one three times as long.
+    """
+    durations = [frame_ms] * (len(frames) - 1) + [3 * frame_ms]
+
+    def write(temporary: str) -> None:
+        frames[0].save(
+            temporary, save_all=True, append_images=frames[1:], duration=durations, loop=0, lossless=True, method=6
+        )
+
+    write_atomically(path, write)
 
 
 def numbered_paths(path: str | os.PathLike, count: int) -> list[Path]:

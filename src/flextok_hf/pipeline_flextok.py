@@ -23,10 +23,12 @@ from .flow import euler_sigmas
 from .guided_velocity import GuidanceScale, GuidedVelocity
 from .images import OUTPUT_TYPES, prepare_images, to_output
 from .latents import decode_latents, encode_latents
+from .model_card import CardMixin
 from .modeling_decoder import FlexTokFlowDecoder
 from .modeling_encoder import FlexTokEncoder
 from .modeling_prior import FlexTokPriorForCausalLM
 from .nested_dropout import token_ladder
+from .streaming import StreamingMixin
 
 
 # Diffusers looks up how to save and load a component by the package it comes from. Without these entries a model index
@@ -49,7 +51,7 @@ class FlexTokPipelineOutput(BaseOutput):
     token_ids: Tensor | list[Tensor]
 
 
-class FlexTokPipeline(DiffusionPipeline):
+class FlexTokPipeline(StreamingMixin, CardMixin, DiffusionPipeline):
     """Pictures as 1 to K ordered tokens (Bachmann et al., 2025, https://arxiv.org/abs/2502.13967).
 
     `tokenize` and `detokenize` need the encoder and the decoder only. Calling the pipeline needs a prior, and a prior
@@ -183,11 +185,14 @@ class FlexTokPipeline(DiffusionPipeline):
         guidance: str = "apg",
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
+        image: Any = None,
+        token_ids: Tensor | None = None,
+        keep_tokens: int | None = None,
         output_type: str = "pil",
         callback_on_step_end: Callable[[Any, int, Tensor, dict], dict] | None = None,
         return_dict: bool = True,
     ) -> FlexTokPipelineOutput | tuple:
-        """Draw pictures for prompts or classes.
+        """Draw pictures for prompts or classes, from scratch or as variations of a picture.
 
         Args:
             prompt: text or texts; an empty string is no condition.
@@ -208,6 +213,10 @@ class FlexTokPipeline(DiffusionPipeline):
             guidance: rule of the decoder's guidance, "apg" or "cfg".
             generator: source of randomness; a list with one per picture makes each independent of its batch.
             latents: noise to start from, (B, C, h, w), instead of drawing it.
+            image: picture to vary, one for all prompts or a list with one each, as in `tokenize`; its first
+                `keep_tokens` tokens stay and the prior writes the others. For no wish, the prompt is "".
+            token_ids: ids to go on from instead, (1 or number of prompts, n).
+            keep_tokens: how many tokens stay, the fewer the freer; needed with `image`, all of `token_ids` otherwise.
             output_type: "pil", "np" or "pt" ([0, 1]), or "latent".
             callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": latents})` after each step; may
                 return a dictionary with new latents.
@@ -229,22 +238,15 @@ class FlexTokPipeline(DiffusionPipeline):
         counts = inputs.resolve_max_tokens(max_tokens, num_conditions, self.num_registers)
         counts = [count for count in counts for _ in range(num_images_per_prompt)]
         generator = inputs.spread_generators(generator, batch_size)
+        prefix = self.encode_prefix(image, token_ids, keep_tokens, num_conditions, num_images_per_prompt)  # (B, p)
+        inputs.check_prefix_fits(prefix.shape[1], counts)
         # The noise is drawn first: a sample's generator gives the same noise however many tokens its batch needs.
         latents = self.prepare_latents(batch_size, generator, latents)  # (B, C, h, w)
-        if prior_guidance_scale is None:
-            prior_guidance_scale = self.config.default_prior_guidance_scale
         # 2. Condition -> token ids
-        token_ids = self.prior.generate(
-            **conditions,
-            max_new_tokens=max(counts),
-            do_sample=True,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            guidance_scale=prior_guidance_scale,
-            class_zero_guidance=class_zero_guidance,
-            generator=generator,
-        )[:, 1:]  # (B, longest), without the start token
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+        sampling["class_zero_guidance"] = class_zero_guidance
+        writer = self.token_writer(conditions, prefix, prior_guidance_scale, **sampling)
+        token_ids = writer.write(max(counts))  # (B, longest)
         # 3. Token ids -> pictures
         sequences = [ids[:count] for ids, count in zip(token_ids, counts, strict=True)]
         output = self.detokenize(

@@ -11,6 +11,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging
 
+from ..card_sections import ORIGINAL_FILE
+from ..model_card import write_model_card
 from ..outputs import check_output_folder
 from ..pipeline_flextok import FlexTokPipeline
 from .components import Component
@@ -23,7 +25,6 @@ from .writing import check_space, new_folder, num_bytes, write_component
 
 
 MAX_SHARD_BYTES = 5 * 10**9
-RECORD_NAME = "original.json"
 # Of the official settings on sampling, those that are defaults of our pipeline too; strengths of guidance are saved
 SAMPLING_DEFAULTS = {
     "sample": True,
@@ -120,7 +121,9 @@ def convert_checkpoint(
         for name, component in original.components.items():
             place = folder if tokenizer is None else folder / name
             write_component(place, component, dtype, max_shard_bytes, None if is_quiet else name)
-        (folder / RECORD_NAME).write_text(json.dumps(original.record, indent=2) + "\n", encoding="utf-8")
+        (folder / ORIGINAL_FILE).write_text(json.dumps(original.record, indent=2) + "\n", encoding="utf-8")
+        if tokenizer is not None:
+            write_model_card(folder, output.name)
     return original.notes
 
 

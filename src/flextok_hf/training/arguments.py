@@ -164,10 +164,8 @@ class TokenizerArguments(TrainingArguments):
         None, "Start from this pipeline's tokenizer, folder or Hub id; its sizes and its VAE hold."
     )
     freeze_encoder: bool = option(False, "Train the decoder only: the tokens of a picture stay what they are.")
-    token_layout: str = option(
-        "registers", "Ordered `registers`, or a `grid` with a token per patch in raster order, to compare with."
-    )
-    num_registers: int = option(256, "Longest token sequence; for a grid the number of patches.")
+    token_layout: str = option("registers", "An ordered sequence, or a grid with a token per patch as the control.")
+    num_registers: int = option(256, "Longest token sequence; for a grid, its number of patches.")
     fsq_levels: list[int] = option([8, 8, 8, 5, 5, 5], "FSQ levels.")
     head_dim: int = option(64, "Width of an attention head.")
     encoder_hidden_size: int = option(768, "Width of the encoder.")
@@ -223,9 +221,9 @@ class TokenizerArguments(TrainingArguments):
         "repa_layer": (0, inf),
     }
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = TrainingArguments.CHOICES | {
-        "token_layout": TOKEN_LAYOUTS,
         "sigma_distribution": SIGMA_DISTRIBUTIONS,
         "keep_mode": KEEP_MODES,
+        "token_layout": TOKEN_LAYOUTS,
     }
 
     def __post_init__(self):

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -23,7 +24,7 @@ from .chance import Chance, draw_seed
 from .optimization import build_lr_scheduler
 from .setup import log_picture
 from .throughput import Meter, count_training_flops, measure_matmul_rate
-from .weights import AveragedWeights
+from .weights import AveragedWeights, whole
 
 
 logger = logging.getLogger(__name__)
@@ -128,7 +129,7 @@ class Trainer:
                 self.add_metrics({"loss": loss.detach(), **metrics}, 1 / num_parts)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.model.parameters(), arguments.max_grad_norm)
-                    self.add_metrics({"grad_norm": norm} if norm is not None else {}, 1.0)
+                    self.add_metrics({"grad_norm": whole(norm)} if norm is not None else {}, 1.0)
                 self.optimizer.step()
                 self.lr_scheduler.step()
                 self.optimizer.zero_grad(set_to_none=True)
@@ -189,14 +190,14 @@ class Trainer:
     def validate(self, draw: Draw | None, held_out: DataLoader | None) -> None:
         """Measure and draw with the averaged weights, without touching those in training.
 
-        All processes do the same: with sharded weights, none can compute alone.
+        All processes do the same: with sharded weights, none can compute alone, and no pictures are drawn.
         """
         figures, sheet = {}, None
         # eager: compiling for the shapes of validation takes longer than validating
         with torch.no_grad(), self.average.applied(), torch.compiler.set_stance("force_eager"):
             if held_out is not None:
                 figures["validation_loss"] = self.measure_loss(held_out)
-            if draw is not None:
+            if draw is not None and not isinstance(self.raw_model, FSDPModule):  # it calls parts of the model
                 drawn, sheet = draw()
                 figures |= drawn
         if figures:

@@ -31,6 +31,8 @@ class PriorForTraining(nn.Module):
         arguments: options of the stage.
     """
 
+    _no_split_modules = ["PriorBlock"]  # what FSDP shards apart
+
     def __init__(
         self,
         prior: FlexTokPriorForCausalLM,

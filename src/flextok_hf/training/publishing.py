@@ -11,11 +11,13 @@ from accelerate import PartialState
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
+from ..card_sections import RECIPE_FILE, training_facts
+from ..model_card import write_model_card
 from ..pipeline_flextok import FlexTokPipeline
 from .arguments import TrainingArguments
 from .checkpoints import finish_folder, unfinished_name
 from .loop import LOG_FILE, Trainer
-from .training_card import write_card
+from .weights import unsharded
 
 
 logger = logging.getLogger(__name__)
@@ -25,6 +27,10 @@ def export(trainer: Trainer, pipe: FlexTokPipeline, stage: str) -> Path:
     """Save the pipeline with the averaged weights, made by `stage`."""
 
     def save(folder: Path) -> None:
+        names, modules = zip(*pipe.components.items(), strict=True)
+        pipe.register_modules(**dict(zip(names, unsharded(trainer.raw_model, *modules), strict=True)))
+        if not trainer.accelerator.is_main_process:
+            return
         pipe.save_pretrained(folder)
         if trainer.arguments.export_dtype != "float32":
             dtype = getattr(torch, trainer.arguments.export_dtype)
@@ -34,20 +40,28 @@ def export(trainer: Trainer, pipe: FlexTokPipeline, stage: str) -> Path:
 
 
 def publish(trainer: Trainer, stage: str, name: str, save: Callable[[Path], None]) -> Path:
-    """Let `save` fill a folder of the output with the averaged weights; it gets its name only when complete."""
+    """Let `save` fill a folder of the output with the averaged weights; it gets its name only when complete.
+
+    Args:
+        trainer: at the end of its training.
+        stage: vae, tokenizer or prior.
+        name: of the folder.
+        save: is called by all processes; the main one writes.
+    """
     output_dir = Path(trainer.arguments.output_dir)
     folder = output_dir / name
+    unfinished = unfinished_name(folder)
+    with trainer.average.applied():
+        save(unfinished)
     if trainer.accelerator.is_main_process:
-        unfinished = unfinished_name(folder)
-        with trainer.average.applied():
-            save(unfinished)
         name_on_hub = hub_name(trainer.arguments)
+        log_file = output_dir / LOG_FILE
+        log = [json.loads(line) for line in log_file.read_text().splitlines()] if log_file.is_file() else []
+        arguments = asdict(trainer.arguments) | {"mixed_precision": trainer.accelerator.mixed_precision}
         record = {"stage": stage, "steps": trainer.step, "images_per_step": trainer.images_per_step}
-        record |= {"resolution": trainer.arguments.resolution, "arguments": asdict(trainer.arguments)}
-        (unfinished / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-        log = output_dir / LOG_FILE
-        lines = log.read_text().splitlines() if log.is_file() else []
-        write_card(unfinished, name_on_hub, [json.loads(line) for line in lines])
+        record |= {"arguments": arguments, **training_facts(arguments, log, trainer.images_per_step)}
+        (unfinished / RECIPE_FILE).write_text(json.dumps(record, indent=2) + "\n")
+        write_model_card(unfinished, name_on_hub)
         finish_folder(folder)
         if trainer.arguments.push_to_hub:
             logger.info("Uploaded: %s", upload(folder, name_on_hub))

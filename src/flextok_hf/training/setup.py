@@ -39,6 +39,12 @@ def build_accelerator(arguments: TrainingArguments) -> Accelerator:
     )
     if arguments.report_to is not None and not accelerator.log_with:  # accelerate drops it without a word
         raise ValueError(f"`report_to` {arguments.report_to!r} is not installed: install it, or leave it out.")
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        if plugin.zero_stage == 3:
+            raise ValueError("DeepSpeed's ZeRO-3 keeps no weights that could be averaged: use ZeRO-2 or FSDP2.")
+        # it cannot learn this from a data loader, which accelerate does not see here
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = arguments.train_batch_size
     torch.backends.cudnn.benchmark = True  # all batches have one shape: the search for the best kernels pays
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)

@@ -35,6 +35,7 @@ from .validation import (
     tokenizer_validation,
     vae_validation,
 )
+from .weights import unsharded
 
 
 SCALING_BATCHES = 16  # training batches from which the scale of the latents is measured
@@ -74,9 +75,13 @@ def train_vae(arguments: VaeArguments) -> Path:
     trainer.train(batches, draw, held_out_batches(arguments, held_out, accelerator))
 
     def save(folder: Path) -> None:
-        pixel_values = (batch["pixel_values"] for batch in itertools.islice(batches.start(), SCALING_BATCHES))
-        vae.register_to_config(scaling_factor=measure_scaling_factor(vae, pixel_values))
-        vae.to(getattr(torch, arguments.export_dtype)).save_pretrained(folder)
+        (trained,) = unsharded(model, vae)
+        if accelerator.is_main_process:
+            pixel_values = (batch["pixel_values"] for batch in itertools.islice(batches.start(), SCALING_BATCHES))
+            trained.register_to_config(scaling_factor=measure_scaling_factor(trained, pixel_values))
+            if arguments.export_dtype != "float32":
+                trained.to(getattr(torch, arguments.export_dtype))
+            trained.save_pretrained(folder)
 
     return publish(trainer, "vae", "vae", save)
 

@@ -4,12 +4,11 @@ Letters: B batch, C latent channels, h w latent grid, N patches, K registers, D 
 """
 
 import torch
-import torch.distributed.nn.functional
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from ..configuration_encoder import FlexTokEncoderConfig
+from ..configuration_encoder import FlexTokEncoderConfig, check_token_layout
 from ..flow import add_noise, sample_sigma, velocity_target
 from ..length_groups import LengthGroups
 from ..modeling_decoder import FlexTokFlowDecoder
@@ -28,6 +27,8 @@ FADE_SHARE = 0.4  # part of the training over which the aids against collapsed c
 
 class TokenizerForTraining(nn.Module):
     """Encoder and decoder with their loss, one module for all ways of distributing it."""
+
+    _no_split_modules = ["EncoderBlock", "DecoderBlock"]  # what FSDP shards apart
 
     def __init__(
         self,
@@ -157,11 +158,25 @@ def spread_penalty(features: Tensor) -> Tensor:
     return (mean.square() + F.relu(1 - std).square()).mean()
 
 
+class SumOverProcesses(torch.autograd.Function):
+    """Adds up the tensors of all processes; the gradient of each is the sum of all gradients."""
+
+    @staticmethod
+    def forward(context, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> Tensor:
+        return SumOverProcesses.forward(context, gradient)
+
+
 def mean_over_processes(tensor: Tensor) -> Tensor:
     """Average a tensor over the processes of a distributed training, with a gradient."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return tensor
-    return torch.distributed.nn.functional.all_reduce(tensor) / torch.distributed.get_world_size()
+    return SumOverProcesses.apply(tensor) / torch.distributed.get_world_size()
 
 
 def count_distinct(token_ids: Tensor) -> Tensor:
@@ -184,6 +199,7 @@ def build_tokenizer(
                 f"`resolution` {arguments.resolution} must be a multiple of {factor * getattr(arguments, name)},"
                 f" `{name}` times {factor}, the reduction of the VAE."
             )
+        check_token_layout(arguments.token_layout, arguments.num_registers, side // getattr(arguments, name))
     encoder = FlexTokEncoder(
         FlexTokEncoderConfig(
             in_channels=channels,
@@ -206,6 +222,8 @@ def build_tokenizer(
         head_dim=arguments.head_dim,
         token_layout=arguments.token_layout,
         num_registers=arguments.num_registers,
+        # a grid that always keeps all tokens needs no mask token
+        nested_dropout=arguments.token_layout == "registers" or arguments.full_length_probability < 1,
         code_dim=len(arguments.fsq_levels),
         remove_dropped=arguments.remove_dropped,
     )
@@ -222,6 +240,8 @@ def load_tokenizer(
 ) -> tuple[FlexTokEncoder, FlexTokFlowDecoder, AutoencoderKL | None]:
     """Load the encoder, the decoder and the VAE of `pretrained_tokenizer`; a given VAE takes the place of its own.
 
+    With `remove_dropped` a decoder that was trained with mask tokens learns to go without them.
+
     Raises:
         ValueError: if `resolution` is another one than the tokenizer's.
     """
@@ -236,4 +256,6 @@ def load_tokenizer(
             f"`resolution` is {arguments.resolution}, but `pretrained_tokenizer` {arguments.pretrained_tokenizer!r}"
             f" works at {source.resolution} pixels. Set it to that."
         )
+    if arguments.remove_dropped:
+        source.decoder.register_to_config(remove_dropped=True)
     return source.encoder, source.decoder, source.vae
