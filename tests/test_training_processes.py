@@ -6,16 +6,19 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
-from training_processes import SMALL_DATA, SMALL_TOKENIZER, assert_same_state, errors, run, start
+from training_processes import SMALL_DATA, SMALL_TOKENIZER, assert_same_state, errors, free_port, run, start
 
 from flextok_hf.training.arguments import TokenizerArguments
 from flextok_hf.training.checkpoints import list_checkpoints
@@ -234,3 +237,29 @@ def test_other_options_than_before_are_named(tmp_path, caplog):
     train_tokenizer(arguments_for(tmp_path, max_train_steps=3, resume_from_checkpoint="latest", keep_mode="uniform"))
     messages = " ".join(record.getMessage() for record in caplog.records)
     assert "max_train_steps: 2 -> 3" in messages and "keep_mode: powers_of_two -> uniform" in messages
+
+
+# The commands of the documentation
+
+
+@pytest.mark.slow
+def test_torchrun_and_accelerate_train_alike(tmp_path):
+    """Two processes of torchrun see what one process of accelerate sees, from the same file of options."""
+    options = {"train_data": ["synthetic"], "max_train_steps": 3, "logging_steps": 1, "validation_steps": 0}
+    options |= {**SMALL_DATA, **SMALL_TOKENIZER, "feature_penalty": 0.1, "train_batch_size": 4}
+    config = tmp_path / "tokenizer.yaml"
+    config.write_text(yaml.safe_dump(options))
+    script = Path(__file__).parents[1] / "scripts" / "train.py"
+    launchers = {
+        "one": ["accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--cpu"],
+        "two": ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())],
+    }
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    for name, launcher in launchers.items():
+        flags = ["--config", str(config), "--output_dir", str(tmp_path / name)]
+        flags += ["--train_batch_size", "8"] if name == "one" else []
+        command = [sys.executable, "-m", *launcher, str(script), "tokenizer", *flags]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert f"Saved {tmp_path / name / 'pipeline'}" in done.stdout
+    torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), atol=1e-5, rtol=1e-5)

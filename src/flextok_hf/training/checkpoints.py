@@ -74,8 +74,14 @@ def sync(path: Path) -> None:
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    folders = [path for path in Path(output_dir).glob(f"{CHECKPOINT_PREFIX}*") if path.suffix != UNFINISHED]
-    return sorted(folders, key=lambda path: int(path.name.removeprefix(CHECKPOINT_PREFIX)))
+    folders = [path for path in Path(output_dir).glob(f"{CHECKPOINT_PREFIX}*") if step_of(path) is not None]
+    return sorted(folders, key=lambda folder: step_of(folder) or 0)
+
+
+def step_of(folder: Path) -> int | None:
+    """Return the step in the name of a complete checkpoint, `None` for other folders."""
+    number = folder.name.removeprefix(CHECKPOINT_PREFIX)
+    return int(number) if number.isdigit() else None
 
 
 def find_checkpoint(arguments: TrainingArguments) -> Path | None:
@@ -95,7 +101,7 @@ def find_checkpoint(arguments: TrainingArguments) -> Path | None:
             " `checkpoint-<step>`, or `latest`."
         )
     step = 0 if choice is None else read_state(Path(choice))["step"]
-    later = [path.name for path in checkpoints if int(path.name.removeprefix(CHECKPOINT_PREFIX)) > step]
+    later = [path.name for path in checkpoints if (step_of(path) or 0) > step]
     if later:
         raise FileExistsError(
             f"`output_dir` {arguments.output_dir!r} holds {', '.join(later)} of an earlier run, which this one would"

@@ -30,6 +30,7 @@ from .weights import AveragedWeights, whole
 logger = logging.getLogger(__name__)
 
 LOG_FILE = "log.jsonl"
+COUNTED_PICTURES = 4  # of the first batch, from which the operations of a step are counted
 HELD_OUT_BATCHES = 8  # of the validation data, from which the loss is measured
 COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
@@ -151,14 +152,19 @@ class Trainer:
     def build_meter(self, batch: dict[str, Any]) -> Meter:
         """Count the work of a step on a first batch, and measure what the machine could do."""
         arguments, accelerator = self.arguments, self.accelerator
-        flops = count_training_flops(lambda: self.raw_model(batch, self.step, self.chance(0)))
+        count = arguments.train_batch_size
+        if accelerator.device.type != "cpu":  # few tell enough, and uncompiled code needs more memory for each
+            count = min(count, COUNTED_PICTURES)
+        part = {name: values[:count] for name, values in batch.items()}
+        flops = count_training_flops(lambda: self.raw_model(part, self.step, self.chance(0))) / count
         rate = measure_matmul_rate(accelerator.device, COMPUTE_DTYPES[accelerator.mixed_precision])
         logger.info(
             "%.3g GFLOP per picture, forward and backward; this machine multiplies matrices at %.3g TFLOP/s.",
-            flops / arguments.train_batch_size / 1e9,
+            flops / 1e9,
             rate / 1e12,
         )
-        return Meter(self.images_per_step, flops * arguments.gradient_accumulation_steps, rate)
+        images_per_process = arguments.train_batch_size * arguments.gradient_accumulation_steps
+        return Meter(self.images_per_step, flops * images_per_process, rate)
 
     # Log and validation
 

@@ -81,7 +81,7 @@ class Meter:
         matmul_rate: of one process, see `measure_matmul_rate`.
     """
 
-    def __init__(self, images_per_step: int, flops_per_step: int, matmul_rate: float):
+    def __init__(self, images_per_step: int, flops_per_step: float, matmul_rate: float):
         self.images_per_step = images_per_step
         self.flops_per_step = flops_per_step
         self.matmul_rate = matmul_rate
