@@ -15,7 +15,13 @@ INSTALLED := $(VENV)/.installed
 SOURCES := $(wildcard src scripts tests benchmarks space)
 BENCHMARKS := $(wildcard benchmarks/bench_*.py)
 
-.PHONY: help setup demo style quality test docs browser-test screenshots figures bench clean
+# Where the data of `make results` lies; see docs/evaluation.md.
+DATA ?= data
+RESULTS ?= docs/results/embedded
+EVALUATE := $(BIN)/python scripts/evaluate.py
+EVALUATION := scripts/configs/embedded_evaluation
+
+.PHONY: help setup demo style quality test docs browser-test screenshots figures bench results reproduce clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -71,6 +77,15 @@ $(VENV)/.installed-browser: $(INSTALLED)
 
 bench: setup  ## time the embedded model; the last line of each benchmark is JSON
 	for script in $(BENCHMARKS); do $(BIN)/python $$script || exit 1; done
+
+results: setup  ## measure the embedded model into docs/results/embedded: about 20 minutes on two cores
+	$(EVALUATE) reconstruction --config $(EVALUATION)/reconstruction.yaml --data $(DATA)/embedded128 --output $(RESULTS)
+	$(EVALUATE) generation --config $(EVALUATION)/generation.yaml --data $(DATA)/embedded128 --output $(RESULTS)
+	$(EVALUATE) reconstruction --config $(EVALUATION)/photos.yaml --data $(DATA)/photo_eval --output $(RESULTS)/photos
+	$(EVALUATE) reconstruction --config $(EVALUATION)/caltech.yaml --data $(DATA)/caltech101_128 --output $(RESULTS)/caltech
+
+reproduce: setup  ## run the study of docs/reproduction.md: about two hours on two cores
+	$(BIN)/python scripts/reproduce.py
 
 clean:  ## remove what the targets above made
 	rm -rf $(VENV) $(OUTPUTS) build dist site src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -9,7 +9,7 @@ from flextok_hf import FlexTokEncoder, FlexTokFlowDecoder, FlexTokPipeline
 from flextok_hf.length_groups import LengthGroups
 from flextok_hf.training.arguments import TokenizerArguments
 from flextok_hf.training.chance import Chance
-from flextok_hf.training.tokenizer import TokenizerForTraining
+from flextok_hf.training.tokenizer import TokenizerForTraining, build_tokenizer
 
 
 NUM_TOKENS = SHAPES["grid_size"] ** 2
@@ -204,3 +204,15 @@ def test_a_layout_that_does_not_fit_is_refused(make, values, message):
 def test_registers_without_nested_dropout_are_refused():
     with pytest.raises(ValueError, match="`nested_dropout` must be True for registers"):
         make_decoder(nested_dropout=False)
+
+
+def test_a_grid_is_trained_by_naming_its_layout():
+    sizes = {"resolution": 16, "encoder_patch_size": 4, "decoder_patch_size": 4, "head_dim": 16}
+    widths = {"encoder_hidden_size": 32, "decoder_hidden_size": 32, "encoder_num_layers": 1, "decoder_num_layers": 1}
+    layout = {"token_layout": "grid", "num_registers": NUM_TOKENS, "fsq_levels": FSQ_LEVELS}
+    arguments = TokenizerArguments(output_dir="unused", **sizes, **widths, **layout)
+    trained_encoder, trained_decoder = build_tokenizer(arguments, None)
+    assert trained_encoder.config.token_layout == trained_decoder.config.token_layout == "grid"
+    assert trained_encoder(LATENTS).token_ids.shape == (3, NUM_TOKENS)
+    with pytest.raises(ValueError, match="`token_layout` must be one of registers, grid, got 'circle'"):
+        TokenizerArguments(output_dir="unused", token_layout="circle")
