@@ -9,6 +9,7 @@ import platform
 import resource
 import statistics
 import tempfile
+import time
 from io import BytesIO
 from pathlib import Path
 
@@ -18,9 +19,9 @@ import torch
 import transformers
 
 from flextok_hf.synthetic import draw_scene, make_scene
+from flextok_hf.training import throughput
 from flextok_hf.training.arguments import TokenizerArguments
 from flextok_hf.training.stages import train_tokenizer
-from flextok_hf.training.throughput import measure_matmul_rate
 
 
 NUM_PICTURES = 256
@@ -87,7 +88,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes that decode pictures")
     parser.add_argument("--mixed_precision", default="no", choices=["no", "bf16", "fp16"])
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
+    parser.add_argument(
+        "--processor_time", action="store_true", help="count what the process used: on a busy machine, with one thread"
+    )
     options = parser.parse_args()
+    if options.processor_time:
+        throughput.clock = time.process_time
 
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(options, Path(folder))
@@ -96,7 +102,7 @@ def main() -> None:
     record = {
         **vars(options),
         **figures,
-        "matmul_tflops_after": round(measure_matmul_rate(device, dtype) / 1e12, 4),
+        "matmul_tflops_after": round(throughput.measure_matmul_rate(device, dtype) / 1e12, 4),
         "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "device": str(device),
         "machine": platform.machine(),
