@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CODEBOOK_SIZE, FSQ_LEVELS, NUM_REGISTERS, make_decoder, make_encoder, make_pipeline
+from diffusers import AutoencoderKL
 
 from flextok_hf import length_groups
+from flextok_hf.latents import decode_latents, encode_latents
 from flextok_hf.layers import append_bias_dimensions, attend
 from flextok_hf.length_groups import LengthGroups, group_by_length
 from flextok_hf.nested_dropout import merged_tail_bias
@@ -140,6 +142,18 @@ def test_features_are_those_of_the_plain_path(tiny_encoder):
     for num_tokens in (1, 4, NUM_REGISTERS):
         assert_same(tiny_encoder.compute_features(LATENTS, num_tokens), expected[:, :num_tokens])
     assert expected.std() > 0.1
+
+
+@torch.no_grad()
+def test_the_vae_gives_the_same_with_channels_last():
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = AutoencoderKL(**blocks, block_out_channels=(8, 16), norm_num_groups=4, latent_channels=3).eval()
+    pixel_values = torch.rand(2, 3, 16, 16, generator=seeded()) * 2 - 1
+    latents = encode_latents(vae, pixel_values)
+    assert_same(latents, vae.encode(pixel_values).latent_dist.mode() * vae.config.scaling_factor)
+    assert_same(decode_latents(vae, latents), vae.decode(latents.contiguous() / vae.config.scaling_factor).sample)
+    assert pixel_values.is_contiguous()
 
 
 def test_the_plain_path_itself_depends_on_what_it_should():
