@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CODEBOOK_SIZE, FSQ_LEVELS, NUM_REGISTERS, make_decoder, make_encoder, make_pipeline
+from conftest import CODEBOOK_SIZE, FSQ_LEVELS, NUM_REGISTERS, make_decoder, make_encoder, make_pipeline, make_prior
 from diffusers import AutoencoderKL
 
 from flextok_hf import length_groups
@@ -142,6 +142,19 @@ def test_features_are_those_of_the_plain_path(tiny_encoder):
     for num_tokens in (1, 4, NUM_REGISTERS):
         assert_same(tiny_encoder.compute_features(LATENTS, num_tokens), expected[:, :num_tokens])
     assert expected.std() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["text", "class"])
+def test_the_prior_writes_the_tokens_of_the_plain_path(kind):
+    text, no_text = torch.randn(2, 3, 32, generator=seeded()), torch.randn(1, 3, 32, generator=seeded(1))
+    conditions = {"encoder_hidden_states": text} if kind == "text" else {"class_labels": torch.tensor([0, 2])}
+    negative = {"encoder_hidden_states": no_text} if kind == "text" else {"class_labels": torch.tensor([-1])}
+    prior = make_prior(text_hidden_size=32) if kind == "text" else make_prior(text_hidden_size=None, num_classes=3)
+    expected = plain.generate(prior, NUM_REGISTERS, conditions, negative, guidance_scale=2.0)
+    for_text = {"negative_encoder_hidden_states": no_text} if kind == "text" else {}
+    written = prior.generate(**conditions, **for_text, guidance_scale=2.0, generator=seeded())
+    assert written[:, 1:].equal(expected)
+    assert expected.unique().numel() > 3
 
 
 @torch.no_grad()

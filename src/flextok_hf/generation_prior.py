@@ -17,6 +17,8 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_prior import FlexTokPriorConfig
+from .packed_linear import packed_weights
+from .prior_cache import PreallocatedLayer
 from .prior_inputs import UNCONDITIONAL_LABEL, check_generate_inputs
 
 
@@ -106,7 +108,10 @@ class PriorGenerationMixin(GenerationMixin):
             negative = pad_texts(conditions, *negative) if guidance_scale != 1.0 else (None, None)
             sampling = GuidedSampling(guidance_scale, *negative, generator, return_log_probs)
             given["custom_generate"] = partial(type(self).sample_guided, sampling=sampling)
-        return super().generate(inputs, generation_config, **through, **given, **conditions)
+        limits = [getattr(generation_config, name) for name in ("max_new_tokens", "max_length")]
+        num_steps = next((limit for limit in limits if limit is not None), self.config.max_position_embeddings)
+        with packed_weights(self, num_calls=num_steps):
+            return super().generate(inputs, generation_config, **through, **given, **conditions)
 
     def resolve_generation_options(
         self, generation_config: GenerationConfig | None, kwargs: dict
@@ -191,8 +196,12 @@ class PriorGenerationMixin(GenerationMixin):
         return {"input_ids": input_ids.contiguous(), **given}
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+        is_own = CACHE_NAME not in model_kwargs
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache, text = model_kwargs.get(CACHE_NAME), model_kwargs.get("encoder_hidden_states")
+        if is_own and cache is not None and generation_config.cache_implementation in (None, "dynamic"):
+            num_layers, capacity = self.config.num_hidden_layers, generation_config.max_length
+            cache.layers = [PreallocatedLayer(capacity) for _ in range(num_layers)]
         if isinstance(cache, StaticCache) and text is not None:
             text_cache = StaticCache(config=self.config, max_cache_len=text.shape[1])
             cache = EncoderDecoderCache(cache, text_cache)

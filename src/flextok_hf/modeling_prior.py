@@ -21,10 +21,11 @@ from .configuration_prior import FlexTokPriorConfig
 from .generation_prior import CACHE_NAME, PriorGenerationMixin, with_text_cache
 from .layers import attend
 from .loading import WholeWeightsMixin
+from .packed_linear import PackableLinear
 from .prior_inputs import UNCONDITIONAL_LABEL, check_forward_inputs
 
 
-class ResidualProjection(nn.Linear):
+class ResidualProjection(PackableLinear):
     """Last layer of a residual update; a class of its own because it starts smaller than other layers."""
 
 
@@ -35,7 +36,9 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         self.head_dim = config.hidden_size // config.num_attention_heads
-        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)  # rows: query, key, value
+        self.qkv_proj = PackableLinear(
+            config.hidden_size, 3 * config.hidden_size, bias=False
+        )  # rows: query, key, value
         self.out_proj = ResidualProjection(config.hidden_size, config.hidden_size, bias=False)
         self.query_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.key_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
@@ -57,7 +60,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         self.head_dim = config.hidden_size // config.num_attention_heads
-        self.query_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.query_proj = PackableLinear(config.hidden_size, config.hidden_size, bias=False)
         self.key_value_proj = nn.Linear(config.hidden_size, 2 * config.hidden_size, bias=False)  # rows: key, value
         self.out_proj = ResidualProjection(config.hidden_size, config.hidden_size, bias=False)
         self.query_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps) if config.cross_qk_norm else nn.Identity()
@@ -85,7 +88,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: FlexTokPriorConfig):
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)  # rows: gate, up
+        self.gate_up_proj = PackableLinear(
+            config.hidden_size, 2 * config.intermediate_size, bias=False
+        )  # rows: gate, up
         self.down_proj = ResidualProjection(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -183,7 +188,7 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
             self.text_projector = TextProjector(config)
         self.blocks = nn.ModuleList(PriorBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.codebook_size, bias=False)
+        self.head = PackableLinear(config.hidden_size, config.codebook_size, bias=False)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -26,6 +26,7 @@ from .modeling_decoder import FlexTokFlowDecoder
 from .modeling_encoder import FlexTokEncoder
 from .modeling_prior import FlexTokPriorForCausalLM
 from .nested_dropout import token_ladder
+from .packed_linear import packed_weights
 
 
 # Diffusers looks up how to save and load a component by the package it comes from. Without these entries a model index
@@ -388,7 +389,8 @@ class FlexTokPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(sigmas=euler_sigmas(num_inference_steps), device=latents.device)
         sigmas = self.scheduler.sigmas[:num_inference_steps]
         velocity_at = GuidedVelocity(self.decoder, sigmas, codes, num_tokens, guidance_scale, guidance)
-        with self.progress_bar(total=num_inference_steps) as progress_bar:
+        loop = packed_weights(self.decoder, num_calls=num_inference_steps * latents.shape[0])
+        with loop, self.progress_bar(total=num_inference_steps) as progress_bar:
             for step, timestep in enumerate(self.scheduler.timesteps):
                 latents = self.scheduler.step(velocity_at(latents, step), timestep, latents, return_dict=False)[0]
                 if callback_on_step_end is not None:

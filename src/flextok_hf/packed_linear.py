@@ -1,0 +1,75 @@
+"""Faster linear layers for loops on a CPU: weights in the order in which the kernel reads them.
+
+A step of the prior multiplies a few rows by every weight, so it lasts as long as reading them does; the usual product
+reads at half of the memory's speed or less. Larger products in float32 gain up to a quarter. Results stay the same up
+to the order of the sums.
+"""
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+MIN_CALLS = 8  # bringing a weight in order takes as long as a few products
+MIN_ROWS = 4  # the kernels for 1 to 3 rows are slower than the one for 4
+USUAL_ROWS = 64  # a hint to the library; it matters little
+MAX_SHARE_OF_MEMORY = 0.25  # of the machine's; packed weights come on top of the model's own
+
+
+class PackableLinear(nn.Linear):
+    """A linear layer that can hold a copy of its weight in the kernel's own order, see `packed_weights`."""
+
+    packed_weight: Tensor | None = None  # no buffer: it lives as long as a loop
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Multiply (..., in_features) by the weight; what needs gradients or is compiled takes the usual way."""
+        is_special = torch.is_grad_enabled() or torch.compiler.is_compiling() or hidden_states.device.type != "cpu"
+        if self.packed_weight is None or is_special:
+            return super().forward(hidden_states)
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        num_rows = rows.shape[0]
+        if num_rows < MIN_ROWS:
+            rows = F.pad(rows, (0, 0, 0, MIN_ROWS - num_rows))
+        product = torch.ops.mkldnn._linear_pointwise(rows, self.packed_weight, self.bias, "none", [], "")
+        return product[:num_rows].view(*hidden_states.shape[:-1], -1)
+
+
+@contextmanager
+def packed_weights(model: nn.Module, num_calls: int) -> Iterator[None]:
+    """Pack the weights of `model` for the length of a `with` block, if this pays and the machine has the kernels.
+
+    Args:
+        model: its `PackableLinear` layers are meant; nothing happens unless they are on the CPU.
+        num_calls: how many times the block will call the model.
+    """
+    layers = [module for module in model.modules() if isinstance(module, PackableLinear)]
+    if num_calls < MIN_CALLS or not can_pack([layer.weight for layer in layers]):
+        yield
+        return
+    try:
+        for layer in layers:
+            layer.packed_weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), USUAL_ROWS)
+        yield
+    finally:
+        for layer in layers:
+            layer.packed_weight = None
+
+
+def can_pack(weights: list[Tensor]) -> bool:
+    """Whether this build of PyTorch and this machine can pack weights of this kind and size."""
+    has_kernels = hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and torch.backends.mkldnn.enabled
+    if not (has_kernels and torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")):
+        return False
+    dtypes = {torch.float32}
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        dtypes.add(torch.bfloat16)
+    if not all(weight.device.type == "cpu" and weight.dtype in dtypes for weight in weights):
+        return False
+    num_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
+    is_small = num_bytes <= MAX_SHARE_OF_MEMORY * psutil.virtual_memory().total
+    return is_small and not torch.is_autocast_enabled("cpu")  # which wants to choose the precision of each product

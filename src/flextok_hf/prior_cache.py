@@ -1,0 +1,46 @@
+"""A cache for `generate` that reserves its memory once, so that a token costs as much at the end as at the start.
+
+Letters: B batch, S keys so far.
+"""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+
+class PreallocatedLayer(DynamicLayer):
+    """Keys and values of one layer, (B, heads, S, head_dim) each: a `DynamicLayer` that grows without being copied.
+
+    Args:
+        capacity: positions to reserve; more are possible, at the price of a copy.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, capacity: int):
+        super().__init__()
+        self.capacity = capacity
+        self.buffers: list[Tensor | None] = [None, None]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Append (B, heads, L, head_dim) to keys and values; returns all of them as views."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._append(0, self.keys, key_states)
+        self.values = self._append(1, self.values, value_states)
+        return self.keys, self.values
+
+    def _append(self, index: int, states: Tensor, new: Tensor) -> Tensor:
+        start = states.shape[-2] if states.numel() else 0
+        end = start + new.shape[-2]
+        buffer = self.buffers[index]
+        # beam search and its like put other tensors in place of the views
+        is_view = buffer is not None and (states.data_ptr(), states.shape[0]) == (buffer.data_ptr(), buffer.shape[0])
+        if buffer is None or not is_view or end > buffer.shape[-2]:
+            buffer = torch.empty(*new.shape[:-2], max(end, self.capacity), new.shape[-1]).to(new)
+            if start:
+                buffer[..., :start, :] = states
+            self.buffers[index] = buffer
+        buffer[..., start:end, :] = new
+        return buffer[..., :end, :]
