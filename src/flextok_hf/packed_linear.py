@@ -5,6 +5,7 @@ reads at half of the memory's speed or less. Larger products in float32 gain up 
 to the order of the sums.
 """
 
+import ctypes
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +59,15 @@ def packed_weights(model: nn.Module, num_calls: int) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.packed_weight = None
+        return_freed_memory()
+
+
+def return_freed_memory() -> None:
+    """Let the C library of Linux give memory back to the system; left alone, it may keep all that was packed."""
+    if platform.system() == "Linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, others need not
+        if trim is not None:
+            trim(0)
 
 
 def can_pack(weights: list[Tensor]) -> bool:
