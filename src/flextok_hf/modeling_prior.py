@@ -18,10 +18,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from .configuration_prior import FlexTokPriorConfig
-from .generation_prior import CACHE_NAME, PriorGenerationMixin, with_text_cache
+from .generation_prior import CACHE_NAME, PriorGenerationMixin
 from .layers import attend
 from .loading import WholeWeightsMixin
 from .packed_linear import PackableLinear
+from .prior_cache import with_text_cache
 from .prior_inputs import UNCONDITIONAL_LABEL, check_forward_inputs
 
 

@@ -29,8 +29,9 @@ class PackableLinear(nn.Linear):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Multiply (..., in_features) by the weight; what needs gradients or is compiled takes the usual way."""
-        is_special = torch.is_grad_enabled() or torch.compiler.is_compiling() or hidden_states.device.type != "cpu"
-        if self.packed_weight is None or is_special:
+        if torch.compiler.is_compiling() or self.packed_weight is None:  # in this order: no guard on a passing state
+            return super().forward(hidden_states)
+        if torch.is_grad_enabled() or hidden_states.device.type != "cpu":
             return super().forward(hidden_states)
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         num_rows = rows.shape[0]

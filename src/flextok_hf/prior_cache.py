@@ -1,11 +1,13 @@
-"""A cache for `generate` that reserves its memory once, so that a token costs as much at the end as at the start.
+"""Caches of the prior: one that reserves its memory once, so that the last token costs as much as the first.
 
 Letters: B batch, S keys so far.
 """
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+
+from .configuration_prior import FlexTokPriorConfig
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -44,3 +46,22 @@ class PreallocatedLayer(DynamicLayer):
             self.buffers[index] = buffer
         buffer[..., start:end, :] = new
         return buffer[..., :end, :]
+
+
+def static_shape(cache: Cache) -> tuple | None:
+    """Rows, text length, data type and device of a static cache: whether it fits; `None` while it is empty."""
+    text_cache = None
+    if isinstance(cache, EncoderDecoderCache):
+        cache, text_cache = cache.self_attention_cache, cache.cross_attention_cache
+    keys = cache.layers[0].keys
+    if not cache.layers[0].is_initialized:
+        return None
+    text_length = 0 if text_cache is None else text_cache.layers[0].keys.shape[2]
+    return keys.shape[0], text_length, keys.dtype, keys.device
+
+
+def with_text_cache(config: FlexTokPriorConfig, cache: Cache) -> Cache:
+    """Give the cache of a model with text a place for the text's keys and values, unless it has one."""
+    if config.text_hidden_size is None or isinstance(cache, EncoderDecoderCache):
+        return cache
+    return EncoderDecoderCache(cache, DynamicCache(config=config))
