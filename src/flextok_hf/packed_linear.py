@@ -50,7 +50,8 @@ def packed_weights(model: nn.Module, num_calls: int) -> Iterator[None]:
         num_calls: how many times the block will call the model.
     """
     layers = [module for module in model.modules() if isinstance(module, PackableLinear)]
-    if num_calls < MIN_CALLS or not can_pack([layer.weight for layer in layers]):
+    is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    if num_calls < MIN_CALLS or is_compiled or not can_pack([layer.weight for layer in layers]):
         yield
         return
     try:

@@ -86,6 +86,7 @@ class FlexTokPipeline(DiffusionPipeline):
             text_encoder=text_encoder,
             tokenizer=tokenizer,
         )
+        self.prior_options: dict[str, Any] = {}  # for the prior's `generate`; `compile` sets them
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -118,6 +119,21 @@ class FlexTokPipeline(DiffusionPipeline):
         """Side of the square pictures, in pixels."""
         factor = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
         return self.latent_size * factor
+
+    def compile(self, **options) -> None:
+        """Compile encoder, decoder and prior in place, for accelerators; the first calls that follow take a while.
+
+        One compilation of a block serves all blocks and numbers of tokens, and one all batch sizes above 1. The prior
+        keeps its keys and values in memory of fixed size, for which Transformers compiles its steps as CUDA graphs.
+
+        Args:
+            options: of `torch.compile`, for encoder and decoder; `fullgraph=True` and `dynamic=True` unless given.
+        """
+        options = {"fullgraph": True, "dynamic": True, **options}
+        self.decoder.compile_repeated_blocks(**options)
+        for block in self.encoder.blocks:
+            block.compile(**options)
+        self.prior_options = {"cache_implementation": "static"}
 
     @torch.no_grad()
     def __call__(
@@ -193,6 +209,7 @@ class FlexTokPipeline(DiffusionPipeline):
             top_p=top_p,
             guidance_scale=prior_guidance_scale,
             generator=generator,
+            **self.prior_options,
         )[:, 1:]  # (B, longest), without the start token
         # 3. Token ids -> pictures
         sequences = [ids[:count] for ids, count in zip(token_ids, counts, strict=True)]
