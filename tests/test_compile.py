@@ -48,10 +48,11 @@ def test_a_compiled_block_serves_all_blocks_lengths_and_batches():
 def test_the_whole_decoder_compiles_for_all_lengths():
     plain, decoder = make_decoder(), make_decoder()
     decoder.compile(dynamic=True, **OPTIONS)
-    for num_tokens in range(len(FSQ_LEVELS) + 1, NUM_REGISTERS + 1):  # equal sizes would count as one size
+    for num_tokens in range(2, NUM_REGISTERS + 1):
         inputs = decoder_inputs(4, num_tokens)
         torch.testing.assert_close(decoder(*inputs).velocity, plain(*inputs).velocity)
-    assert num_graphs() == 2
+    # with and without dropped registers; and a third where the first count equals the size of the codes by chance
+    assert num_graphs() <= 3
 
 
 @torch.no_grad()
