@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import pipeline_inputs as inputs
-from .flow import euler_sigmas
+from .flow import set_noise_levels
 from .guided_velocity import GuidanceScale, GuidedVelocity
 from .images import OUTPUT_TYPES, prepare_images, to_output
 from .latents import decode_latents, encode_latents
@@ -403,12 +403,12 @@ class FlexTokPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, Tensor, dict], dict] | None = None,
     ) -> Tensor:
         """Follow the velocity from noise (B, C, h, w) at sigma 1 to latents at sigma 0."""
-        self.scheduler.set_timesteps(sigmas=euler_sigmas(num_inference_steps), device=latents.device)
-        sigmas = self.scheduler.sigmas[:num_inference_steps]
+        sigmas = set_noise_levels(self.scheduler, num_inference_steps, latents.device)
+        timesteps = self.scheduler.timesteps
         velocity_at = GuidedVelocity(self.decoder, sigmas, codes, num_tokens, guidance_scale, guidance)
-        loop = packed_weights(self.decoder, num_calls=num_inference_steps * latents.shape[0])
-        with loop, self.progress_bar(total=num_inference_steps) as progress_bar:
-            for step, timestep in enumerate(self.scheduler.timesteps):
+        loop = packed_weights(self.decoder, num_calls=len(timesteps) * latents.shape[0])
+        with loop, self.progress_bar(total=len(timesteps)) as progress_bar:
+            for step, timestep in enumerate(timesteps):
                 latents = self.scheduler.step(velocity_at(latents, step), timestep, latents, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     changes = callback_on_step_end(self, step, timestep, {"latents": latents}) or {}
