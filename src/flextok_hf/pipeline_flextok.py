@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from . import pipeline_inputs as inputs
 from .flow import set_noise_levels
 from .guided_velocity import GuidanceScale, GuidedVelocity
-from .images import OUTPUT_TYPES, prepare_images, to_output
+from .images import OUTPUT_TYPES, pixels_to_values, prepare_images, to_output
 from .latents import decode_latents, encode_latents
 from .modeling_decoder import FlexTokFlowDecoder
 from .modeling_encoder import FlexTokEncoder
@@ -235,12 +235,20 @@ class FlexTokPipeline(DiffusionPipeline):
         Returns:
             Token ids, (B, k) int64 in [0, codebook_size), coarsest first.
         """
-        num_tokens = inputs.resolve_max_tokens(max_tokens, 1, self.num_registers)[0]
-        pixel_values = prepare_images(images, self.resolution, self._execution_device)  # (B, 3, R, R)
-        latents = encode_latents(self.vae, pixel_values)  # (B, C, h, w)
-        token_ids = self.encoder(latents.to(self.encoder.dtype), num_tokens).token_ids  # (B, k)
+        token_ids = self.tokenize_pixels(prepare_images(images, self.resolution, self._execution_device), max_tokens)
         self.maybe_free_model_hooks()
         return token_ids
+
+    @torch.no_grad()
+    def tokenize_pixels(self, pixels: Tensor, max_tokens: int | None = None) -> Tensor:
+        """Turn pixels (B, 3, R, R), uint8 or float32 in [-1, 1], on the pipeline's device into ids (B, k).
+
+        What `tokenize` does once it has read the pictures; `serving.tokenize_batches` is faster for many batches.
+        """
+        num_tokens = inputs.resolve_max_tokens(max_tokens, 1, self.num_registers)[0]
+        pixel_values = pixels_to_values(pixels) if pixels.dtype == torch.uint8 else pixels
+        latents = encode_latents(self.vae, pixel_values)  # (B, C, h, w)
+        return self.encoder(latents.to(self.encoder.dtype), num_tokens).token_ids
 
     @torch.no_grad()
     def detokenize(
