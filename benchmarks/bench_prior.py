@@ -35,8 +35,8 @@ class Clock(LogitsProcessor):
         return scores
 
 
-def write(prior: FlexTokPriorForCausalLM, num_tokens: int, batch_size: int, device: str) -> list[float]:
-    """Write sequences; returns the seconds of every token after the first."""
+def write(prior: FlexTokPriorForCausalLM, num_tokens: int, batch_size: int, device: str, **options) -> list[float]:
+    """Write sequences with more `options` of `generate`; returns the seconds of every token after the first."""
     conditions, negative = models.text_conditions(prior, batch_size)
     clock = Clock(device)
     prior.generate(
@@ -45,7 +45,8 @@ def write(prior: FlexTokPriorForCausalLM, num_tokens: int, batch_size: int, devi
         guidance_scale=GUIDANCE_SCALE,
         max_new_tokens=num_tokens,
         do_sample=True,
-        generator=torch.Generator().manual_seed(0),
+        generator=torch.Generator(device).manual_seed(0),
+        **options,
         logits_processor=LogitsProcessorList([clock]),
     )
     return [later - earlier for earlier, later in itertools.pairwise(clock.times)]

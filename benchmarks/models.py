@@ -21,8 +21,9 @@ from flextok_hf import (
 
 
 # Depth of encoder and decoder; the width is 64 times the depth in all of them (Bachmann et al., arXiv 2502.13967).
-TOKENIZERS = {"d12-d12": (12, 12), "d18-d18": (18, 18), "d18-d28": (18, 28)}
-PRIORS = {"113M": (12, 2048), "382M": (18, 3072), "3B": (36, 6144)}  # depth, and width inside the feed-forward layers
+TOKENIZERS = {"d12-d12": (12, 12), "d18-d18": (18, 18), "d18-d28": (18, 28), "tiny": (2, 2)}
+# Depth, and width inside the feed-forward layers.
+PRIORS = {"113M": (12, 2048), "382M": (18, 3072), "3B": (36, 6144), "tiny": (2, 256)}
 NUM_PATCHES, NUM_REGISTERS = 256, 256
 
 
@@ -33,7 +34,7 @@ def build_tokenizer(size: str, device: str = "cpu", dtype: torch.dtype = torch.f
     with torch.device(device):
         encoder = FlexTokEncoder(FlexTokEncoderConfig(hidden_size=64 * encoder_depth, num_hidden_layers=encoder_depth))
         decoder = FlexTokFlowDecoder(hidden_size=64 * decoder_depth, num_layers=decoder_depth)
-        vae = build_vae() if with_vae else None
+        vae = build_vae(32 if size == "tiny" else 128) if with_vae else None
     fill_zeros(decoder)
     pipe = FlexTokPipeline(encoder.eval(), decoder.eval(), FlowMatchEulerDiscreteScheduler(), vae=vae)
     for module in (encoder, decoder, vae):
@@ -43,10 +44,10 @@ def build_tokenizer(size: str, device: str = "cpu", dtype: torch.dtype = torch.f
     return pipe
 
 
-def build_vae() -> AutoencoderKL:
-    """The published VAE: 16 channels, 1/8 of the side."""
+def build_vae(width: int = 128) -> AutoencoderKL:
+    """The published VAE: latents of 16 channels and 1/8 of the side; `width` is that of its first layers."""
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
-    channels = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 16}
+    channels = {"block_out_channels": [width, 2 * width, 4 * width, 4 * width], "latent_channels": 16}
     return AutoencoderKL(**blocks, **channels, layers_per_block=2, sample_size=256).eval()
 
 
