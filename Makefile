@@ -9,16 +9,23 @@ PHOTO ?= docs/assets/parrots.jpg
 PROMPT ?= a cat
 
 BIN := $(VENV)/bin
+SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 # Made again when the list of dependencies changes.
 INSTALLED := $(VENV)/.installed
-SOURCES := $(wildcard src scripts tests benchmarks)
+SOURCES := $(wildcard src scripts tests benchmarks space)
 BENCHMARKS := $(wildcard benchmarks/bench_*.py)
 
-.PHONY: help setup demo style quality test bench clean
+# Where the data of `make results` lies; see docs/evaluation.md.
+DATA ?= data
+RESULTS ?= docs/results/embedded
+EVALUATE := $(BIN)/python scripts/evaluate.py
+EVALUATION := scripts/configs/embedded_evaluation
+
+.PHONY: help setup demo style quality test docs browser-test screenshots figures bench results reproduce clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
 
 setup: $(INSTALLED)  ## create .venv and install the package with its development tools
 
@@ -45,8 +52,40 @@ quality: setup  ## check lint, format and types
 test: setup  ## run the whole test suite
 	$(BIN)/python -m pytest
 
+docs: $(VENV)/.installed-docs  ## build the documentation site into site/, with every warning an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+browser-test: $(VENV)/.installed-browser  ## use the demo in a headless Chromium, which is installed if there is none
+	$(BIN)/python -m pytest -s tests/test_demo.py tests/browser
+
+screenshots: $(VENV)/.installed-browser  ## the same, keeping pictures of the pages in docs/assets
+	SCREENSHOTS=docs/assets $(BIN)/python -m pytest -s tests/browser
+
+figures: setup  ## draw the figures of README and documentation again, with the embedded model
+	$(BIN)/python scripts/draw_figures.py
+
+# Extras of the targets above, installed when first needed.
+$(VENV)/.installed-docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
+	touch $@
+
+$(VENV)/.installed-browser: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[browser]"
+	command -v chromium chromium-browser google-chrome > /dev/null || \
+		{ $(SUDO) apt-get update -qq && $(SUDO) apt-get install --yes -qq chromium; }
+	touch $@
+
 bench: setup  ## time the embedded model; the last line of each benchmark is JSON
 	for script in $(BENCHMARKS); do $(BIN)/python $$script || exit 1; done
 
+results: setup  ## measure the embedded model into docs/results/embedded: about 20 minutes on two cores
+	$(EVALUATE) reconstruction --config $(EVALUATION)/reconstruction.yaml --data $(DATA)/embedded128 --output $(RESULTS)
+	$(EVALUATE) generation --config $(EVALUATION)/generation.yaml --data $(DATA)/embedded128 --output $(RESULTS)
+	$(EVALUATE) reconstruction --config $(EVALUATION)/photos.yaml --data $(DATA)/photo_eval --output $(RESULTS)/photos
+	$(EVALUATE) reconstruction --config $(EVALUATION)/caltech.yaml --data $(DATA)/caltech101_128 --output $(RESULTS)/caltech
+
+reproduce: setup  ## run the study of docs/reproduction.md: about two hours on two cores
+	$(BIN)/python scripts/reproduce.py
+
 clean:  ## remove what the targets above made
-	rm -rf $(VENV) $(OUTPUTS) build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(OUTPUTS) build dist site src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

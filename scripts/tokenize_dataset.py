@@ -32,7 +32,7 @@ from flextok_hf.outputs import write_atomically
 from flextok_hf.serving import tokenize_batches
 from flextok_hf.training.batches import draw_seed
 from flextok_hf.training.data import ImageDataset, load_training_dataset
-from flextok_hf.training.rows import ImageTransform, UnreadableRow, read_picture
+from flextok_hf.training.rows import Columns, ImageTransform, UnreadableRow, read_picture
 
 
 logger = logging.getLogger(__name__)
@@ -261,9 +261,7 @@ def main(argv: list[str] | None = None) -> None:
         options.train_data[0] if len(options.train_data) == 1 else options.train_data,
         options.split,
         transform=ImageTransform(pipe.resolution),
-        image_column=options.image_column,
-        caption_column=options.caption_column,
-        class_column=options.class_column,
+        columns=Columns(options.image_column, options.caption_column, options.class_column),
         max_samples=options.max_train_samples,
         seed=options.seed,
     )

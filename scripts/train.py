@@ -1,5 +1,6 @@
 """Train a stage of FlexTok.
 
+accelerate launch scripts/train.py vae --config scripts/configs/embedded_vae.yaml
 accelerate launch scripts/train.py tokenizer --config scripts/configs/embedded_tokenizer.yaml
 accelerate launch scripts/train.py prior --config scripts/configs/embedded_prior.yaml
 """
@@ -7,11 +8,16 @@ accelerate launch scripts/train.py prior --config scripts/configs/embedded_prior
 import logging
 import sys
 
-from flextok_hf.training.arguments import PriorArguments, TokenizerArguments, parse_arguments
-from flextok_hf.training.stages import train_prior, train_tokenizer
+from flextok_hf.training.arguments import PriorArguments, TokenizerArguments, VaeArguments
+from flextok_hf.training.parsing import parse_arguments
+from flextok_hf.training.stages import train_prior, train_tokenizer, train_vae
 
 
-STAGES = {"tokenizer": (TokenizerArguments, train_tokenizer), "prior": (PriorArguments, train_prior)}
+STAGES = {
+    "vae": (VaeArguments, train_vae),
+    "tokenizer": (TokenizerArguments, train_tokenizer),
+    "prior": (PriorArguments, train_prior),
+}
 
 
 def main(argv: list[str]) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from refusals import place, prior, text_prior, tokenizer, tokenizer_file  # noqa: F401, fixtures
 
 from flextok_hf.configuration_encoder import FlexTokEncoderConfig
 from flextok_hf.configuration_prior import FlexTokPriorConfig
@@ -20,16 +21,17 @@ SHAPES = {"in_channels": 3, "patch_size": 4, "grid_size": 4, "hidden_size": 32, 
 CAPTIONS = ["a red circle", "a blue square on white", "a small green star", "two crosses, one above the other"]
 
 
-def make_encoder() -> FlexTokEncoder:
+def make_encoder(**changes) -> FlexTokEncoder:
     torch.manual_seed(0)
-    config = FlexTokEncoderConfig(**SHAPES, num_hidden_layers=2, num_registers=NUM_REGISTERS, fsq_levels=FSQ_LEVELS)
-    return FlexTokEncoder(config).eval()
+    config = {**SHAPES, "num_hidden_layers": 2, "num_registers": NUM_REGISTERS, "fsq_levels": FSQ_LEVELS, **changes}
+    return FlexTokEncoder(FlexTokEncoderConfig(**config)).eval()
 
 
-def make_decoder() -> FlexTokFlowDecoder:
+def make_decoder(**changes) -> FlexTokFlowDecoder:
     """A decoder whose output depends on everything; a fresh one predicts zero whatever it reads."""
     torch.manual_seed(1)
-    decoder = FlexTokFlowDecoder(**SHAPES, num_layers=2, num_registers=NUM_REGISTERS, code_dim=len(FSQ_LEVELS)).eval()
+    config = {**SHAPES, "num_layers": 2, "num_registers": NUM_REGISTERS, "code_dim": len(FSQ_LEVELS), **changes}
+    decoder = FlexTokFlowDecoder(**config).eval()
     with torch.no_grad():
         for parameter in decoder.parameters():
             if not parameter.any():
@@ -73,10 +75,10 @@ def tiny_decoder() -> FlexTokFlowDecoder:
 @pytest.fixture(scope="session")
 def tiny_pipeline() -> FlexTokPipeline:
     """Draws from prompts. Shared by all tests: do not change it."""
-    tokenizer = train_text_tokenizer(CAPTIONS, vocab_size=300, max_length=24)
+    text_tokenizer = train_text_tokenizer(CAPTIONS, vocab_size=300, max_length=24)
     torch.manual_seed(3)
-    text_encoder = build_text_encoder(tokenizer, hidden_size=32, num_layers=1, dropout=0.0).eval()
-    return make_pipeline(prior=make_prior(text_hidden_size=32), text_encoder=text_encoder, tokenizer=tokenizer)
+    text_encoder = build_text_encoder(text_tokenizer, hidden_size=32, num_layers=1, dropout=0.0).eval()
+    return make_pipeline(prior=make_prior(text_hidden_size=32), text_encoder=text_encoder, tokenizer=text_tokenizer)
 
 
 @pytest.fixture(scope="session")

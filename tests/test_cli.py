@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from official_checkpoints import write_prior, write_tokenizer
 from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -33,7 +36,7 @@ from flextok_hf.sheets import contact_sheet
 from flextok_hf.token_files import parse_token_ids, read_json, write_token_file
 
 
-COMMANDS = ("generate", "tokenize", "detokenize", "reconstruct", "info")
+COMMANDS = ("generate", "stream", "tokenize", "detokenize", "reconstruct", "convert", "demo", "info")
 PHOTO = Path(__file__).parents[1] / "docs" / "assets" / "parrots.jpg"
 
 needs_embedded_model = pytest.mark.skipif(
@@ -60,6 +63,22 @@ def model(tmp_path_factory) -> str:
     words = Tokenizer(WordLevel({"<pad>": 0, "</s>": 1, "a": 2, "cat": 3}, unk_token="<pad>"))
     words.pre_tokenizer = Whitespace()
     words.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    decoder = FlexTokFlowDecoder(
+        in_channels=3,
+        patch_size=4,
+        grid_size=4,
+        hidden_size=width,
+        num_layers=1,
+        head_dim=8,
+        num_registers=registers,
+        code_dim=2,
+    )
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            if not parameter.any():  # a fresh decoder predicts zero whatever it reads
+                parameter.normal_(std=0.2)
+            elif parameter.std() < 0.03:
+                parameter.mul_(20)
     FlexTokPipeline(
         FlexTokEncoder(
             FlexTokEncoderConfig(
@@ -73,16 +92,7 @@ def model(tmp_path_factory) -> str:
                 fsq_levels=[5, 5],
             )
         ),
-        FlexTokFlowDecoder(
-            in_channels=3,
-            patch_size=4,
-            grid_size=4,
-            hidden_size=width,
-            num_layers=1,
-            head_dim=8,
-            num_registers=registers,
-            code_dim=2,
-        ),
+        decoder,
         FlowMatchEulerDiscreteScheduler(),
         prior=FlexTokPriorForCausalLM(
             FlexTokPriorConfig(
@@ -122,6 +132,14 @@ def test_help_fits_a_screen_and_shows_an_example_that_parses(capsys, command, mo
     example = out.split("example:\n")[1].strip()
     assert example.startswith(f"flextok {command}")
     cli.build_parser().parse_args(shlex.split(example)[1:])
+
+
+def test_the_help_of_the_whole_names_every_command_and_shows_an_example(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run(capsys, "--help")
+    assert code == 0 and len(out.splitlines()) <= 40
+    assert set(COMMANDS) <= set(re.findall(r"^    (\w+)\b", out, re.MULTILINE))
+    cli.build_parser().parse_args(shlex.split(out.split("example:\n")[1])[1:])
 
 
 def test_reading_arguments_does_not_load_torch():
@@ -309,6 +327,45 @@ def test_more_pictures_than_a_batch_holds_are_all_written(capsys, tmp_path, mode
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["cat-1.png", "cat-2.png", "cat-3.png"]
 
 
+def test_a_streamed_prompt_becomes_numbered_frames_that_end_with_the_whole_picture(capsys, tmp_path, model):
+    frames = ["stream", "a cat", "--token-counts", 1, 4, 64, "--output", tmp_path / "cat.png", *fast(model)]
+    code, out, err = run(capsys, *frames)
+    assert code == 0, err
+    paths = [tmp_path / f"cat-{count}.png" for count in (1, 4, 8)]
+    assert out == "".join(f"{path}: {count}\n" for path, count in zip(paths, ("1 token", "4 tokens", "8 tokens")))
+    assert run(capsys, "generate", "a cat", "--output", tmp_path / "whole.png", *fast(model))[0] == 0
+    assert paths[-1].read_bytes() == (tmp_path / "whole.png").read_bytes()
+
+
+def test_a_streamed_prompt_becomes_an_animation(capsys, tmp_path, model):
+    path = tmp_path / "cat.webp"
+    code, out, err = run(capsys, "stream", "a cat", "--output", path, "--frame-ms", 100, *fast(model))
+    assert (code, out) == (0, f"{path}: 4 frames, up to 8 tokens\n"), err
+    with Image.open(path) as animation:
+        assert (animation.n_frames, animation.size) == (4, (16, 16))
+        animation.seek(3)
+        animation.load()
+        assert animation.info["duration"] == 300
+
+
+def test_a_photo_is_varied_and_keeps_its_first_tokens(capsys, tmp_path, model):
+    varied = ["--image", PHOTO, "--keep-tokens", 8]  # all of them: only the noise is left to chance
+    common = ["--num-images", 2, "--output", tmp_path / "cat.png", *fast(model)]
+    assert run(capsys, "generate", "", *varied, *common)[0] == 0
+    sheet = ["reconstruct", PHOTO, "--max-tokens", 8, "--output", tmp_path / "sheet.png", *fast(model)]
+    assert run(capsys, *sheet)[0] == 0
+    with Image.open(tmp_path / "sheet.png") as picture:
+        column = picture.crop((8 + 136, picture.height - 136, 8 + 136 + 128, picture.height - 8))
+    with Image.open(tmp_path / "cat-1.png") as picture:
+        assert column.tobytes() == picture.resize((128, 128), Image.Resampling.NEAREST).tobytes()
+
+
+@pytest.mark.parametrize("alone", [("--image", PHOTO), ("--keep-tokens", 3)])
+def test_half_of_a_variation_is_refused(capsys, tmp_path, alone):
+    result = run(capsys, "generate", "a cat", *alone, "--output", tmp_path / "cat.png")
+    assert_one_line_error(result, "--image", "--keep-tokens")
+
+
 def test_photos_become_ids_and_pictures_again(capsys, tmp_path, model):
     ids, out = tmp_path / "ids.json", tmp_path / "out.png"
     shared = ["--model", model, "--device", "cpu"]
@@ -351,6 +408,53 @@ def test_a_run_prints_nothing_but_its_report(tmp_path, model):
     done = subprocess.run([sys.executable, "-m", "flextok_hf.cli", *arguments], capture_output=True, text=True)
     assert done.stderr == ""
     assert done.stdout == f"{tmp_path / 'cat.png'}: 16 x 16, 8 tokens, seed 0\n"
+
+
+def test_an_official_checkpoint_becomes_a_model(capsys, tmp_path):
+    tokenizer, _, _ = write_tokenizer(tmp_path / "official")
+    prior, _, _ = write_prior(tmp_path / "prior", classes=3)
+    code, out, _ = run(capsys, "convert", tokenizer, "--prior", prior, "--output", tmp_path / "ours")
+    assert code == 0 and out.splitlines()[-1] == f"{tmp_path / 'ours'}: a pipeline"
+    code, out, _ = run(capsys, "info", "--model", tmp_path / "ours", "--json")
+    assert code == 0 and {"encoder", "decoder", "vae", "prior"} < json.loads(out)["components"].keys()
+    options = ["--output", tmp_path / "by_itself", "--dtype", "bfloat16", "--quiet"]
+    assert run(capsys, "convert", "--prior", prior, *options) == (0, "", "")
+    assert FlexTokPriorForCausalLM.from_pretrained(tmp_path / "by_itself").dtype == torch.bfloat16
+
+
+def test_the_conversion_script_is_the_command(capsys, tmp_path, monkeypatch):
+    tokenizer, _, _ = write_tokenizer(tmp_path / "official")
+    script = Path(__file__).parents[1] / "scripts" / "convert_checkpoint.py"
+    monkeypatch.setattr(sys, "argv", [str(script), str(tokenizer), "--output", str(tmp_path / "ours")])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(script), run_name="__main__")
+    assert capsys.readouterr().out == f"{tmp_path / 'ours'}: a pipeline\n"
+    assert (tmp_path / "ours" / "model_index.json").is_file()
+
+
+def test_a_setting_can_be_read_over(capsys, tmp_path):
+    tokenizer, _, _ = write_tokenizer(tmp_path / "official")
+    config = json.loads((tokenizer / "config.json").read_text())
+    config["pipeline"]["speed"] = "high"
+    (tokenizer / "config.json").write_text(json.dumps(config))
+    arguments = ["convert", tokenizer, "--output", tmp_path / "ours"]
+    code, _, err = run(capsys, *arguments)
+    assert code == 2 and "`pipeline.speed`" in err and "--ignore" in err and err.count("\n") == 1
+    assert run(capsys, *arguments, "--ignore", "pipeline.speed", "--quiet") == (0, "", "")
+
+
+@pytest.mark.parametrize("arguments, word", [
+    (["convert", "--output", "new"], "name a TOKENIZER, a --prior, or both"),
+    (["convert", "nowhere", "--output", "new"], "'nowhere' is neither a folder or file nor a Hub id"),
+    (["convert", "nowhere", "--output", "."], "exists and is not empty"),
+    (["convert", "nowhere", "--output", "missing/new"], "mkdir -p"),
+    (["convert", ".", "--output", "new", "--revision", "main"], "has no revisions"),
+])  # fmt: skip
+def test_a_conversion_that_cannot_be_gets_one_line(capsys, tmp_path, monkeypatch, arguments, word):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and word in err and err.count("\n") == 1 and out == ""
 
 
 def test_info_tells_resolution_tokens_and_parameters(capsys, model):

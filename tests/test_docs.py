@@ -4,6 +4,7 @@ import ast
 import re
 import shlex
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,31 @@ SCRIPTS = sorted([*(ROOT / "scripts").rglob("*.py"), *(ROOT / "benchmarks").rglo
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
+BLOCK = re.compile(r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```", re.M | re.S)
+
+
+@dataclass(frozen=True)
+class CodeBlock:
+    """A code block of a page; `reason` says why no test runs it, if none does."""
+
+    language: str
+    code: str
+    reason: str | None
+
+
+def all_blocks(page: Path) -> list[CodeBlock]:
+    matches = BLOCK.finditer(page.read_text(encoding="utf-8"))
+    return [CodeBlock(match["language"], match["code"], match["reason"]) for match in matches]
+
+
 def code_blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [block.code for block in all_blocks(page) if block.language == language]
+
+
+def shell_commands(code: str) -> list[list[str]]:
+    """Return the commands of a shell block as words; lines that end in a backslash go on in the next."""
+    lines = code.replace("\\\n", " ").splitlines()
+    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
 
 
 def tracked_files() -> list[Path]:
@@ -35,16 +59,35 @@ def names(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder as the pages suppose it, a checkout with a `photo.jpg`, so that results stay out of the repository."""
+    for name in ("docs", "scripts", "src", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "photo.jpg").write_bytes((ROOT / "docs" / "assets" / "parrots.jpg").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (embedded.EMBEDDED_MODEL_FOLDER / "model_index.json").is_file(), reason="the embedded model is not there yet"
 )
-def test_python_examples_of_the_readme_run(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    blocks = code_blocks(ROOT / "README.md", "python")
-    assert blocks
-    scope: dict = {}
-    for block in blocks:  # in one scope: later examples may build on earlier ones
-        exec(compile(block, "README.md", "exec"), scope)
+@pytest.mark.parametrize("page", [page for page in PAGES if all_blocks(page)], ids=names)
+def test_examples_run_or_say_why_not(page, workplace):
+    scope: dict = {}  # one for the page: later examples may build on earlier ones
+    for block in all_blocks(page):
+        if block.reason is not None:
+            assert len(block.reason) > 10
+        elif block.language == "python":
+            exec(compile(block.code, str(page), "exec"), scope)
+        elif block.language == "bash":
+            for words in shell_commands(block.code):
+                assert words[0] == "flextok", (
+                    f"{names(page)}: no test can run `{' '.join(words)}`. Put a line"
+                    " `<!-- not run: the reason -->` right before its block."
+                )
+                assert cli.main(words[1:]) == 0, words
 
 
 @pytest.mark.parametrize("page", PAGES, ids=names)
@@ -55,19 +98,21 @@ def test_python_examples_parse(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=names)
 def test_flextok_commands_of_the_docs_parse(page):
-    lines = [line for block in code_blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
-    for line in lines:
-        words = shlex.split(line, comments=True)
-        if words[:1] == ["flextok"]:
+    for words in [words for block in code_blocks(page, "bash") for words in shell_commands(block)]:
+        if words[0] == "flextok":
             cli.build_parser().parse_args(words[1:])
 
 
+def test_every_page_is_in_the_navigation_of_the_site():
+    listed = set(re.findall(r"^ +- [^:]+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert listed == {page.name for page in (ROOT / "docs").glob("*.md")}, "put new pages into `nav` of mkdocs.yml"
+
+
 def test_make_targets_of_the_readme_exist():
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for block in code_blocks(ROOT / "README.md", "bash"):
-        for line in block.splitlines():
-            words = shlex.split(line, comments=True)
-            if words[:1] == ["make"]:
+        for words in shell_commands(block):
+            if words[0] == "make":
                 assert {word for word in words[1:] if "=" not in word} <= targets
 
 

@@ -66,7 +66,7 @@ def test_merged_registers_give_the_gradients_of_separate_ones():
 
 
 def test_the_weight_of_merged_registers_is_their_number():
-    bias = merged_tail_bias(torch.tensor([0, 2, 3]), num_slots=4, num_registers=10)
+    bias = merged_tail_bias(torch.tensor([0, 2, 3]), num_slots=4, length=torch.tensor([10, 10, 10]))
     weights = torch.where(bias == 0, 0.0, bias.exp())  # the kept ones have no bias
     torch.testing.assert_close(weights.sum(dim=1), torch.tensor([10.0, 8.0, 7.0]))
 

@@ -5,8 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_decoder, make_encoder, make_prior
-from diffusers import FlowMatchEulerDiscreteScheduler
-from official_weights import load_official_tokenizer
 from safetensors.torch import load_file, save_file
 
 from flextok_hf import FlexTokPipeline
@@ -73,8 +71,7 @@ def test_a_pipeline_with_a_missing_weight_is_refused(tiny_tokenizer_pipeline, tm
 
 
 def test_a_pipeline_with_a_vae_comes_back_with_every_bit(tmp_path):
-    encoder, decoder, vae = load_official_tokenizer(Path(__file__).parent / "fixtures" / "tokenizer" / "pub_a_base")
-    pipe = FlexTokPipeline(encoder, decoder, FlowMatchEulerDiscreteScheduler(), vae=vae)
+    pipe = FlexTokPipeline.from_original(str(Path(__file__).parent / "fixtures" / "tokenizer" / "pub_a_base"))
     pipe.save_pretrained(tmp_path)
     loaded = FlexTokPipeline.from_pretrained(tmp_path)
 

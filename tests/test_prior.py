@@ -18,6 +18,19 @@ KINDS = {
     "class": {"text_hidden_size": None, "num_classes": NUM_CLASSES, "qk_norm": True},
     "text and class": {"text_hidden_size": TEXT_WIDTH, "num_classes": NUM_CLASSES, "cross_qk_norm": True},
     "unconditional": {"text_hidden_size": None},
+    "every option": {
+        "text_hidden_size": TEXT_WIDTH,
+        "norm_type": "layer_norm",
+        "norm_eps": 1e-3,
+        "use_final_norm": False,
+        "use_head_norm": True,
+        "use_bias": True,
+        "qk_norm": True,
+        "cross_qk_norm": True,
+        "qk_norm_type": "rms_norm",
+        "qk_norm_eps": 1e-2,
+        "attention_scale": 0.2,
+    },
 }
 
 
@@ -72,7 +85,7 @@ def prior(request):
     return make_prior(request.param)
 
 
-@pytest.fixture(params=["text", "class", "text and class"])
+@pytest.fixture(params=["text", "class", "text and class", "every option"])
 def guided_prior(request):
     return make_prior(request.param)
 
@@ -311,6 +324,23 @@ def test_guidance_equals_two_separate_models_of_the_distribution(guided_prior, o
     assert guided_prior.generate(**condition, **negative, guidance_scale=2.5, **options).equal(ids)
 
 
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize("prefix_length", [0, 3])
+def test_class_zero_guidance_starts_from_no_class_and_goes_on_from_class_zero(options, prefix_length):
+    prior = make_prior("class")
+    labels = torch.tensor([1, 2, 3])
+    inputs = ids = torch.cat([torch.full((3, 1), VOCABULARY), torch.arange(3 * prefix_length).view(3, -1)], dim=1)
+    for step in range(NUM_TOKENS - prefix_length):
+        with torch.no_grad():
+            on = prior(ids, class_labels=labels).logits[:, -1]
+            off = prior(ids, class_labels=torch.full((3,), -1 if step == 0 else 0)).logits[:, -1]
+        ids = torch.cat([ids, (off + 2.5 * (on - off)).argmax(-1, keepdim=True)], dim=1)
+
+    asked = {"inputs": inputs, "class_labels": labels, "guidance_scale": 2.5, **options}
+    assert prior.generate(**asked, class_zero_guidance=True).equal(ids)
+    assert not prior.generate(**asked).equal(ids)
+
+
 def test_a_list_of_generators_makes_rows_independent_of_their_batch(guided_prior):
     condition, negative = make_condition(guided_prior.config), make_negative(guided_prior.config)
     options = {**negative, "guidance_scale": 2.0, "do_sample": True}
@@ -468,6 +498,8 @@ def test_the_static_cache_of_a_compiled_call_is_used_again_unless_the_caller_has
     ({"projector_activation": "magic"}, "`projector_activation` is 'magic'"),
     ({"dropout": 1.0}, "`dropout` must lie in"),
     ({"num_classes": "ten"}, "num_classes"),
+    ({"norm_type": "batch_norm"}, "`norm_type` must be one of rms_norm, layer_norm, got 'batch_norm'"),
+    ({"qk_norm_type": "batch_norm"}, "`qk_norm_type` must be one of"),
 ])  # fmt: skip
 def test_a_config_that_does_not_fit_together_is_refused(changes, message):
     with pytest.raises((ValueError, StrictDataclassError), match=message):
@@ -477,6 +509,12 @@ def test_a_config_that_does_not_fit_together_is_refused(changes, message):
 def test_vocab_size_is_another_name_for_codebook_size():
     config = FlexTokPriorConfig(codebook_size=10)
     assert (config.vocab_size, config.bos_token_id) == (10, 10)
+
+
+def test_rms_norm_eps_is_another_name_for_norm_eps():
+    config = FlexTokPriorConfig(rms_norm_eps=1e-3)
+    assert config.norm_eps == config.rms_norm_eps == 1e-3
+    assert FlexTokPriorConfig.from_dict({"rms_norm_eps": 1e-4}).norm_eps == 1e-4
 
 
 START = torch.full((2, 1), VOCABULARY)
@@ -527,6 +565,7 @@ def test_forward_refuses_what_it_cannot_run(kind, arguments, message):
     ("class", {"class_labels": LABELS, "temprature": 2.0}, "temprature"),
     ("class", {"class_labels": LABELS, "do_sample": True, "temperature": 0.0}, "temperature"),
     ("unconditional", {"guidance_scale": 2.0}, "no condition to guide by"),
+    ("text", {"encoder_hidden_states": TEXT, "class_zero_guidance": True}, "`class_zero_guidance` is for models with"),
 ])  # fmt: skip
 def test_generate_refuses_what_it_cannot_run(kind, arguments, message):
     with pytest.raises(ValueError, match=message):

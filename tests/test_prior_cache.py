@@ -33,6 +33,12 @@ def test_it_is_not_copied_while_it_fits():
     assert len(places) == 1
 
 
+def test_it_is_copied_seldom_when_it_grows():
+    layer = PreallocatedLayer(2)
+    places = [layer.update(*states(1, step))[0].data_ptr() for step in range(32)]
+    assert sum(place != next_place for place, next_place in zip(places, places[1:])) == 4  # at 2, 4, 8 and 16
+
+
 @pytest.mark.parametrize(
     "change",
     [

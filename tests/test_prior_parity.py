@@ -5,105 +5,42 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from official_checkpoints import write_tokenizer
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, T5EncoderModel
 
-from flextok_hf.configuration_prior import FlexTokPriorConfig
-from flextok_hf.modeling_prior import FlexTokPriorForCausalLM
+from flextok_hf import FlexTokPipeline, FlexTokPriorForCausalLM
+from flextok_hf.conversion.convert import convert_checkpoint
 
 
 FIXTURES = Path(__file__).parent / "fixtures" / "prior"
 GUIDANCE_SCALE = {"t2i": 3.0, "c2i": 1.5}
-
-
-def read_config(folder):
-    """Translate an official `config.yaml`, read as data, to our configuration."""
-    models = yaml.safe_load((folder / "config.yaml").read_text())["model"]["meta_model"]["models"]
-    image_model = models["ar_image_model"]
-    preprocessor, trunk = image_model["preprocessor"], image_model["trunk"]
-    attention = trunk.get("self_attn_target") or trunk["attn_target"]
-    width, multiple_of = trunk["embed_dim"], trunk["ffn_target"].get("multiple_of", 256)
-    intermediate_size = multiple_of * -(-int(2 * trunk["mlp_ratio"] * width / 3) // multiple_of)
-    return FlexTokPriorConfig(
-        codebook_size=preprocessor["codebook_size"],
-        hidden_size=width,
-        num_hidden_layers=trunk["num_blocks"],
-        num_attention_heads=attention["num_heads"],
-        intermediate_size=intermediate_size,
-        max_position_embeddings=preprocessor["token_grid_size"][0],
-        rms_norm_eps=trunk["norm_layer"]["eps"],
-        qk_norm="qk_norm" in attention,
-        text_hidden_size=models["text_encoder"]["mlp"]["text_dim"] if "text_encoder" in models else None,
-        num_classes=preprocessor.get("num_classes"),
-    )
-
-
-def map_state_dict(official, config):
-    """Rename and join official tensors to ours; every official tensor must be used."""
-    left = dict(official)
-
-    def take(name):
-        return left.pop(f"models.{name}")
-
-    image_model = "ar_image_model"
-    start = take(f"{image_model}.preprocessor.sos_token_embed").reshape(1, -1)
-    ours = {
-        "token_embedding.weight": torch.cat([take(f"{image_model}.preprocessor.embedding.weight"), start]),
-        "position_embedding.weight": take(f"{image_model}.preprocessor.positional_embedding"),
-        "norm.weight": take(f"{image_model}.trunk.post_trunk_norm.weight"),
-        "head.weight": take(f"{image_model}.head.linear.weight"),
-    }
-    has_text = config.text_hidden_size is not None
-    if has_text:
-        for layer in ("fc1", "fc2"):
-            ours[f"text_projector.{layer}.weight"] = take(f"text_encoder.mlp.{layer}.weight")
-    if config.num_classes is not None:
-        ours["class_embedding.weight"] = take(f"{image_model}.preprocessor.cls_embedding.weight")
-    norms = ["self_attention_norm", *["cross_attention_norm"] * has_text, "mlp_norm"]
-    for index in range(config.num_hidden_layers):
-        theirs, block = f"{image_model}.trunk.blocks.{index}", f"blocks.{index}"
-        attention = f"{theirs}.self_attn" if has_text else f"{theirs}.attn"
-        if f"models.{attention}.qkv.weight" in left:
-            ours[f"{block}.self_attention.qkv_proj.weight"] = take(f"{attention}.qkv.weight")
-        else:
-            parts = [take(f"{attention}.{name}_proj.weight") for name in "qkv"]
-            ours[f"{block}.self_attention.qkv_proj.weight"] = torch.cat(parts)
-        ours[f"{block}.self_attention.out_proj.weight"] = take(f"{attention}.proj.weight")
-        if config.qk_norm:
-            ours[f"{block}.self_attention.query_norm.weight"] = take(f"{attention}.q_norm.weight")
-            ours[f"{block}.self_attention.key_norm.weight"] = take(f"{attention}.k_norm.weight")
-        if has_text:
-            ours[f"{block}.cross_attention.query_proj.weight"] = take(f"{theirs}.cross_attn.Wq.weight")
-            key_value = [take(f"{theirs}.cross_attn.{name}.weight") for name in ("Wk", "Wv")]
-            ours[f"{block}.cross_attention.key_value_proj.weight"] = torch.cat(key_value)
-            ours[f"{block}.cross_attention.out_proj.weight"] = take(f"{theirs}.cross_attn.proj.weight")
-        gate_up = [take(f"{theirs}.mlp.{name}.weight") for name in ("fc1", "fc3")]
-        ours[f"{block}.mlp.gate_up_proj.weight"] = torch.cat(gate_up)
-        ours[f"{block}.mlp.down_proj.weight"] = take(f"{theirs}.mlp.fc2.weight")
-        for number, name in enumerate(norms, start=1):
-            ours[f"{block}.{name}.weight"] = take(f"{theirs}.norm_{number}.weight")
-    assert not left, f"unused official tensors: {sorted(left)}"
-    return ours
+# A tokenizer of as many codes and tokens, to make a pipeline with
+TOKENIZERS = {"t2i": {"levels": [8, 6, 5], "registers": 24}, "c2i": {"levels": [20, 15], "registers": 20}}
 
 
 class Golden:
-    """One recorded checkpoint: our model with its weights, the expected tensors, and the conditions of both halves."""
+    """One recorded checkpoint: our model and pipeline of it, the expected tensors, the conditions of both halves."""
 
-    def __init__(self, name):
-        folder = FIXTURES / name
-        self.name, self.folder = name, folder
-        self.meta = json.loads((folder / "meta.json").read_text())
-        self.expected = load_file(folder / "expected.safetensors")
-        config = read_config(folder)
-        self.model = FlexTokPriorForCausalLM(config).eval()
-        self.model.load_state_dict(map_state_dict(load_file(folder / "model.safetensors"), config), strict=True)
+    def __init__(self, name, folder):
+        self.name = name
+        self.meta = json.loads((FIXTURES / name / "meta.json").read_text())
+        self.expected = load_file(FIXTURES / name / "expected.safetensors")
+        tokenizer, _, _ = write_tokenizer(folder / "tokenizer", **TOKENIZERS[name])
+        if name == "t2i":  # a pipeline in memory
+            self.pipe = FlexTokPipeline.from_original(str(tokenizer), str(FIXTURES / name))
+            self.model = self.pipe.prior
+        else:  # a prior by itself, converted, loaded, saved and loaded again
+            convert_checkpoint(folder / "converted", prior=str(FIXTURES / name / "model.safetensors"))
+            FlexTokPriorForCausalLM.from_pretrained(folder / "converted").save_pretrained(folder / "saved")
+            self.model = FlexTokPriorForCausalLM.from_pretrained(folder / "saved")
+            self.pipe = FlexTokPipeline.from_original(str(tokenizer), str(FIXTURES / name))
         self.tokens = self.expected["tokens"]
         self.input_ids = self.model.prepend_bos(self.tokens[:, :-1])
         self.guidance_scale = GUIDANCE_SCALE[name]
-        self.intended = "_intended" if name == "c2i" else ""
+        self.released = {"class_zero_guidance": True} if name == "c2i" else {}
 
     def condition(self, half):
+        """Arguments of the model, from the recorded text states."""
         if self.name == "c2i":
             labels = torch.tensor(self.meta["labels"])
             return {"class_labels": labels if half == "cond" else torch.full_like(labels, -1)}
@@ -113,23 +50,25 @@ class Golden:
         }
 
     def guided(self, **options):
-        """Write tokens under the recorded guidance; returns them without the start."""
-        if self.name == "t2i":
-            negative = self.condition("uncond")
-            options["negative_encoder_hidden_states"] = negative["encoder_hidden_states"]
-            options["negative_encoder_attention_mask"] = negative["encoder_attention_mask"]
-        sequences = self.model.generate(**self.condition("cond"), guidance_scale=self.guidance_scale, **options)
-        return sequences[:, 1:] if torch.is_tensor(sequences) else sequences
+        """Write tokens under the recorded guidance, prompts as the pipeline encodes them; without the start."""
+        _, conditions = self.pipe.encode_condition(self.meta["prompts"], self.meta["labels"], 1)
+        output = self.model.generate(**conditions, guidance_scale=self.guidance_scale, **options)
+        return output[:, 1:] if torch.is_tensor(output) else output
 
 
 @pytest.fixture(scope="module", params=["t2i", "c2i"])
-def golden(request):
-    return Golden(request.param)
+def golden(request, tmp_path_factory):
+    return Golden(request.param, tmp_path_factory.mktemp("official"))
 
 
 @pytest.fixture(scope="module")
-def text_golden():
-    return Golden("t2i")
+def text_golden(tmp_path_factory):
+    return Golden("t2i", tmp_path_factory.mktemp("official"))
+
+
+@pytest.fixture(scope="module")
+def class_golden(tmp_path_factory):
+    return Golden("c2i", tmp_path_factory.mktemp("official"))
 
 
 def close(actual, expected, atol):
@@ -139,16 +78,23 @@ def close(actual, expected, atol):
 @pytest.mark.parametrize("half", ["cond", "uncond"])
 @torch.no_grad()
 def test_text_encoder_and_projector_match(text_golden, half):
-    folder = text_golden.folder / "text_encoder"
     prompts = text_golden.meta["prompts"] if half == "cond" else [""] * 2
-    tokenizer, encoder = AutoTokenizer.from_pretrained(folder), T5EncoderModel.from_pretrained(folder).eval()
-    batch = tokenizer(prompts, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
+    states, mask = text_golden.pipe.encode_prompt(prompts)
 
-    states = encoder(batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-
-    assert batch.input_ids.equal(text_golden.expected[f"text_input_ids_{half}"])
-    close(states, text_golden.expected[f"t5_last_hidden_{half}"], 2e-5)
-    close(text_golden.model.project_text(states), text_golden.expected[f"text_embeddings_{half}"], 2e-5)
+    # the official code pads to a fixed length, the pipeline to the longest prompt
+    length = mask.shape[1]
+    recorded_mask = text_golden.expected[f"text_attention_mask_{half}"]
+    assert mask.equal(recorded_mask[:, :length]) and not recorded_mask[:, length:].any()
+    is_text = mask.bool()
+    recorded = text_golden.expected[f"t5_last_hidden_{half}"][:, :length]
+    close(states[is_text], recorded[is_text], 2e-5)
+    projected = text_golden.expected[f"text_embeddings_{half}"]
+    close(text_golden.model.project_text(states)[is_text], projected[:, :length][is_text], 2e-5)
+    close(text_golden.model.project_text(text_golden.expected[f"t5_last_hidden_{half}"]), projected, 2e-5)
+    ids = text_golden.pipe.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    assert ids.equal(text_golden.expected[f"text_input_ids_{half}"])
+    bias = torch.where(recorded_mask.bool(), 0.0, float("-inf"))
+    assert bias.equal(text_golden.expected[f"text_bias_row0_{half}"])
 
 
 @pytest.mark.parametrize("half", ["cond", "uncond"])
@@ -174,59 +120,115 @@ def test_every_stage_matches(golden, half):
     close(logits, golden.expected[f"logits_{half}"], 1e-4)
 
 
-@torch.no_grad()
-def test_guided_logits_match_at_every_step(golden):
-    conditional = golden.model(golden.input_ids, **golden.condition("cond")).logits
-    unconditional = golden.model(golden.input_ids, **golden.condition("uncond")).logits
+class Force:
+    """A logits processor that lets only the recorded tokens through, whatever the model prefers."""
 
-    guided = unconditional + golden.guidance_scale * (conditional - unconditional)
+    def __init__(self, tokens):
+        self.tokens = tokens
 
-    close(conditional, golden.expected["step_logits_nocfg"], 1e-4)
-    close(guided, golden.expected[f"step_logits_cfg{golden.intended}"], 1e-4)
+    def __call__(self, input_ids, scores):
+        """Leave one token per row."""
+        chosen = self.tokens[:, input_ids.shape[1] - 1 : input_ids.shape[1]]
+        return torch.full_like(scores, float("-inf")).scatter(1, chosen, 0.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize("kind", ["nocfg", "cfg", "cfg_intended"])
+def test_logits_of_forced_tokens_match_at_every_step(golden, kind, options):
+    if kind == "cfg_intended" and golden.name == "t2i":
+        kind = "cfg"  # the same where there are no classes
+    if kind == "cfg":
+        options = {**options, **golden.released}
+    if kind == "nocfg":
+        golden_scale, golden.guidance_scale = golden.guidance_scale, 1.0
+    forced = {"logits_processor": [Force(golden.tokens)], "output_logits": True, "return_dict_in_generate": True}
+    output = golden.guided(**options, **forced)
+    if kind == "nocfg":
+        golden.guidance_scale = golden_scale
+    assert output.sequences[:, 1:].equal(golden.tokens)
+    close(torch.stack(output.logits, dim=1), golden.expected[f"step_logits_{kind}"], 1e-4)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
 def test_greedy_ids_match_exactly(golden, options):
-    assert golden.guided(**options).equal(golden.expected[f"greedy_cfg{golden.intended}"])
+    assert golden.guided(**options, **golden.released).equal(golden.expected["greedy_cfg"])
     unguided = golden.model.generate(**golden.condition("cond"), **options)[:, 1:]
     assert unguided.equal(golden.expected["greedy_nocfg"])
+    if golden.name == "c2i":
+        assert golden.guided(**options).equal(golden.expected["greedy_cfg_intended"])
 
 
-def test_sampled_ids_match_exactly(text_golden):
-    generator = torch.Generator().manual_seed(0)
-    ids = text_golden.guided(do_sample=True, generator=generator)
-    assert ids.equal(text_golden.expected["sampled_t1_seed0"])
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
-def test_filtered_sampled_ids_match_exactly(text_golden):
-    generator = torch.Generator().manual_seed(0)
-    ids = text_golden.guided(do_sample=True, temperature=0.8, top_k=20, top_p=0.9, generator=generator)
-    assert ids.equal(text_golden.expected["sampled_t08_k20_p09_seed0"])
+def test_sampled_ids_match_exactly(golden):
+    ids = golden.guided(do_sample=True, generator=seeded(), **golden.released)
+    assert ids.equal(golden.expected["sampled_t1_seed0"])
 
 
-def test_a_prefix_is_continued_exactly(text_golden):
-    inputs = text_golden.model.prepend_bos(text_golden.tokens[:, :5])
-    assert text_golden.guided(inputs=inputs).equal(text_golden.expected["greedy_cfg_prefix"])
+def test_filtered_sampled_ids_match_exactly(golden):
+    filters = {"temperature": 0.8, "top_k": 20, "top_p": 0.9}
+    ids = golden.guided(do_sample=True, generator=seeded(), **filters, **golden.released)
+    assert ids.equal(golden.expected["sampled_t08_k20_p09_seed0"])
 
 
-def test_log_probabilities_of_the_best_continuation_match(text_golden):
-    output = text_golden.guided(max_new_tokens=6, return_log_probs=True)
+def test_a_prefix_is_continued_exactly(golden):
+    inputs = golden.model.prepend_bos(golden.tokens[:, :5])
+    assert golden.guided(inputs=inputs, **golden.released).equal(golden.expected["greedy_cfg_prefix"])
 
-    best = text_golden.expected["greedy_branch4_n6"][::4]  # rows are grouped by prompt, the best first
-    assert output.sequences[:, 1:].equal(best)
-    close(output.log_probs.sum(dim=1, keepdim=True), text_golden.expected["greedy_branch4_n6_logp"][::4], 1e-4)
+
+def branch(golden, scores, log_probs, sequences, chosen):
+    """Tokens and log-probabilities of sequences whose last token is replaced by each of `chosen` (B, n)."""
+    last = scores.log_softmax(dim=-1).gather(1, chosen)  # (B, n)
+    total = (log_probs[:, :-1].sum(dim=1, keepdim=True) + last).flatten()[:, None]
+    kept = sequences[:, None, 1:-1].expand(-1, chosen.shape[1], -1)
+    return torch.cat([kept, chosen[..., None]], dim=-1).flatten(0, 1), total
+
+
+def test_the_best_last_tokens_branch_as_officially(golden):
+    output = golden.guided(max_new_tokens=6, return_log_probs=True, output_scores=True, **golden.released)
+    chosen = output.scores[-1].topk(4).indices
+    tokens, log_probs = branch(golden, output.scores[-1], output.log_probs, output.sequences, chosen)
+    assert tokens.equal(golden.expected["greedy_branch4_n6"])
+    close(log_probs, golden.expected["greedy_branch4_n6_logp"], 1e-4)
+
+
+def test_drawn_last_tokens_branch_as_officially(golden):
+    """The official code draws the last token of a call several times, without replacement."""
+    options = {"do_sample": True, **golden.released}
+    generator = seeded(3)
+    golden.guided(max_new_tokens=7, generator=generator, **options)  # leaves the generator where the last draw begins
+    wanted = {"return_log_probs": True, "output_scores": True}
+    output = golden.guided(max_new_tokens=8, generator=seeded(3), **wanted, **options)
+    probabilities = output.scores[-1].softmax(dim=-1)
+    chosen = torch.multinomial(probabilities, 5, replacement=False, generator=generator)
+    tokens, log_probs = branch(golden, output.scores[-1], output.log_probs, output.sequences, chosen)
+    assert tokens.equal(golden.expected["sampled_branch5_n8_seed3"])
+    close(log_probs, golden.expected["sampled_branch5_n8_seed3_logp"], 1e-4)
+
+
+def test_the_pipeline_draws_what_its_prior_writes(class_golden):
+    """The option reaches the prior, and the strength of guidance is the one of the checkpoint."""
+    pipe, labels = class_golden.pipe, class_golden.meta["labels"]
+    pipe.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 1, "output_type": "latent", "temperature": 1e-4}
+    intended = pipe(class_labels=labels, generator=seeded(), **options).token_ids
+    released = pipe(class_labels=labels, generator=seeded(), class_zero_guidance=True, **options).token_ids
+    assert intended.equal(class_golden.expected["greedy_cfg_intended"])
+    assert released.equal(class_golden.expected["greedy_cfg"])
 
 
 @pytest.mark.parametrize("temperature, top_k, top_p", [
     (1.0, 0, 0.0), (0.7, 0, 0.0), (1.0, 10, 0.0), (1.0, 0, 0.8), (1.3, 25, 0.6), (1.0, 0, 0.0001), (1.0, 1, 0.0),
 ])  # fmt: skip
-def test_filters_leave_the_official_probabilities(text_golden, temperature, top_k, top_p):
-    model, logits = text_golden.model, text_golden.expected["filter_in"][:, 0]
+def test_filters_leave_the_official_probabilities(golden, temperature, top_k, top_p):
+    model, logits = golden.model, golden.expected["filter_in"][:, 0]
     options, _ = model.resolve_generation_options(
         None, {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     )
     processor = model._get_logits_processor(options, input_ids_seq_length=1, logits_processor=[], model_kwargs={})
 
-    probs = processor(model.prepend_bos(text_golden.tokens), logits).softmax(dim=-1)
+    probs = processor(model.prepend_bos(golden.tokens), logits).softmax(dim=-1)
 
-    close(probs, text_golden.expected[f"filter_t{temperature}_k{top_k}_p{top_p}"], 1e-6)
+    close(probs, golden.expected[f"filter_t{temperature}_k{top_k}_p{top_p}"], 1e-6)

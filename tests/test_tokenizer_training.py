@@ -3,10 +3,17 @@
 import pytest
 import torch
 from conftest import NUM_REGISTERS, make_decoder, make_encoder
+from transformers import Dinov2Config, Dinov2Model, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from flextok_hf.length_groups import LengthGroups
+from flextok_hf.modeling_decoder import FlexTokFlowDecoder
+from flextok_hf.training.alignment import FeatureAlignment
 from flextok_hf.training.arguments import TokenizerArguments
-from flextok_hf.training.tokenizer import TokenizerForTraining, count_distinct, spread_penalty
+from flextok_hf.training.chance import Chance
+from flextok_hf.training.optimization import split_by_decay
+from flextok_hf.training.stages import tokenizer_groups
+from flextok_hf.training.tokenizer import TokenizerForTraining, build_tokenizer, count_distinct, spread_penalty
+from flextok_hf.training.vision import FrozenVision
 
 
 BATCH_SIZE = 16
@@ -18,61 +25,102 @@ def seeded(seed=0):
 
 def make_model(**options):
     """Make a model in training of which no layer is left at zero, so that gradients pass everywhere."""
-    arguments = TokenizerArguments(output_dir="unused", null_condition_probability=0.3, **options)
-    return TokenizerForTraining(make_encoder(), make_decoder(), arguments).train()
+    arguments = TokenizerArguments(output_dir="unused", **{"null_condition_probability": 0.3, **options})
+    decoder = make_decoder()
+    decoder.register_to_config(remove_dropped=arguments.remove_dropped)
+    return TokenizerForTraining(make_encoder(), decoder, arguments).train()
 
 
 def batch(size=BATCH_SIZE):
     return {"pixel_values": torch.rand(size, 3, 16, 16, generator=seeded(1)) * 2 - 1}
 
 
-@pytest.mark.parametrize("options", [{}, {"unrounded_probability": 0.5, "feature_penalty": 0.1}])
-def test_every_parameter_receives_a_gradient(options):
-    model = make_model(full_length_probability=0.3, **options)
-    loss, _ = model(batch(), 0, seeded())
+@pytest.fixture
+def dinov2(tmp_path):
+    """Folder of a tiny DINOv2, whose patches have 7 pixels."""
+    torch.manual_seed(0)
+    small = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
+    Dinov2Model(Dinov2Config(**small)).save_pretrained(tmp_path / "dinov2")
+    return str(tmp_path / "dinov2")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"unrounded_probability": 0.5, "feature_penalty": 0.1}, {"joint_lengths": True}, {"repa": True}]
+)
+def test_every_parameter_receives_a_gradient(options, dinov2):
+    options = {"repa_network": dinov2} if options.pop("repa", False) else {"full_length_probability": 0.3} | options
+    if "joint_lengths" in options:
+        del options["full_length_probability"]
+    model = make_model(**options)
+    loss, _ = model(batch(), 0, Chance(0))
     loss.backward()
     without = [name for name, tensor in model.named_parameters() if tensor.grad is None or not tensor.grad.any()]
     assert without == []
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-def test_the_same_generator_gives_the_same_loss():
+def test_the_same_seed_gives_the_same_loss():
     model = make_model()
     before = torch.get_rng_state()
-    losses = [model(batch(), 0, seeded(seed))[0].item() for seed in (0, 0, 1)]
+    losses = [model(batch(), 0, Chance(seed))[0].item() for seed in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
     assert torch.get_rng_state().equal(before)
 
 
+@pytest.mark.parametrize("options", [{}, {"joint_lengths": True}, {"unrounded_probability": 0.5}])
+def test_chance_does_not_depend_on_how_a_step_is_divided(options):
+    model = make_model(**options)
+    pixel_values = batch()["pixel_values"]
+    whole, _ = model({"pixel_values": pixel_values}, 0, Chance(5))
+    parts = [
+        model({"pixel_values": pixel_values[first : first + 4]}, 0, Chance(5, first=first, total=BATCH_SIZE))[0]
+        for first in range(0, BATCH_SIZE, 4)
+    ]
+    torch.testing.assert_close(torch.stack(parts).mean(), whole)
+
+
 def test_dropped_tokens_teach_the_encoder_nothing():
-    model = make_model(keep_mode="uniform")
-    draws = model.draw(BATCH_SIZE, 0, seeded())
-    model.draw = lambda *_: (draws[0], torch.full((BATCH_SIZE,), 2), torch.zeros_like(draws[2]), draws[3])
-    model(batch(), 0, seeded())[0].backward()
+    model = make_model(keep_mode="uniform", null_condition_probability=0.0)
+    sigma, _, is_unconditional = model.draw(BATCH_SIZE, Chance(0))
+    model.draw = lambda *_, **__: (sigma, torch.full((BATCH_SIZE,), 2), is_unconditional)
+    model(batch(), 0, Chance(0))[0].backward()
     gradient = model.encoder.register_tokens.grad
     assert gradient[:2].any(dim=1).all() and not gradient[2:].any()
 
 
 def test_the_draws_follow_the_options():
     model = make_model(keep_mode="powers_of_two", full_length_probability=1.0)
-    sigma, num_tokens, is_unconditional, is_rounded = model.draw(4000, 0, seeded())
-    assert num_tokens.eq(NUM_REGISTERS).all() and is_rounded.all()
+    sigma, num_tokens, is_unconditional = model.draw(4000, Chance(0))
+    assert num_tokens.eq(NUM_REGISTERS).all()
     assert abs(is_unconditional.float().mean() - 0.3) < 0.03
     assert sigma.min() > 0 and sigma.max() < 1
 
 
-def test_the_aids_against_collapse_fade_out():
+def test_the_aids_against_collapse_fade_out(monkeypatch):
     model = make_model(unrounded_probability=1.0, max_train_steps=100)
-    shares = [model.draw(4000, step, seeded())[3].float().mean().item() for step in (0, 20, 40, 99)]
-    assert shares == pytest.approx([0, 0.5, 1, 1], abs=0.03)
+    shares = []
+    quantize = model.encoder.quantizer.forward
+
+    def spy(features, is_rounded=None):
+        if is_rounded is not None:
+            shares.append(is_rounded.float().mean().item())
+        return quantize(features, is_rounded)
+
+    monkeypatch.setattr(model.encoder.quantizer, "forward", spy)
+    with torch.no_grad():
+        for step in (0, 20, 40, 99):
+            model(batch(400), step, Chance(0))
+    assert shares == pytest.approx([0, 0.5, 1, 1], abs=0.06)
 
 
 def test_a_perfect_velocity_has_no_loss(monkeypatch):
     model = make_model()
     pixel_values = batch()["pixel_values"]
-    noise = torch.randn(pixel_values.shape, generator=seeded())
+    noise = Chance(0)
+    noise.happens(0.0, BATCH_SIZE)  # the draws before that of the noise
+    noise = noise.normal_like(pixel_values)
     monkeypatch.setattr(LengthGroups, "predict_velocity", lambda *_: noise - pixel_values)
-    assert model(batch(), 0, seeded())[0] == 0
+    assert model(batch(), 0, Chance(0))[0] == 0
 
 
 def test_the_spread_penalty_grows_when_features_collapse_or_drift():
@@ -80,8 +128,212 @@ def test_the_spread_penalty_grows_when_features_collapse_or_drift():
     spread = (spread - spread.mean(0)) / spread.std(0, unbiased=False)
     collapsed, drifted = torch.zeros_like(spread), spread + 2
     assert spread_penalty(spread) < 1e-6
-    assert spread_penalty(collapsed) == 1 and spread_penalty(drifted) == pytest.approx(4, abs=1e-3)
+    assert spread_penalty(collapsed) == pytest.approx(1, abs=1e-4)
+    assert spread_penalty(drifted) == pytest.approx(4, abs=1e-3)
 
 
 def test_distinct_ids_are_counted_per_position():
     assert count_distinct(torch.tensor([[1, 5], [1, 6], [1, 7], [1, 5]])) == 2
+
+
+# Joint lengths
+
+
+def test_joint_lengths_decode_each_picture_with_all_tokens_and_with_those_it_keeps(monkeypatch):
+    model = make_model(joint_lengths=True, keep_mode="uniform", null_condition_probability=0.0)
+    seen = {}
+
+    def spy(noisy_latents, sigma, codes, num_tokens, is_unconditional):
+        seen.update(noisy_latents=noisy_latents, codes=codes, num_tokens=num_tokens, sigma=sigma)
+        return torch.zeros_like(noisy_latents), None
+
+    monkeypatch.setattr(model, "predict", spy)
+    model(batch(), 0, Chance(0))
+    full, drawn = seen["num_tokens"].chunk(2)
+    assert (full == NUM_REGISTERS).all() and len(drawn.unique()) > 2
+    first, second = seen["codes"].chunk(2)
+    assert torch.equal(first, second) and len(first) == BATCH_SIZE
+    assert not torch.equal(*seen["noisy_latents"].chunk(2)) and not torch.equal(*seen["sigma"].chunk(2))
+
+
+# Dropped tokens that leave the sequence
+
+
+@torch.no_grad()
+def test_removed_tokens_leave_no_trace():
+    decoder = make_decoder()
+    decoder.register_to_config(remove_dropped=True)
+    codes = torch.rand(3, NUM_REGISTERS, 2, generator=seeded()) * 2 - 1
+    noisy, sigma = torch.randn(3, 3, 16, 16, generator=seeded()), torch.tensor([0.2, 0.5, 0.9])
+    num_tokens = torch.tensor([2, 2, 2])
+    padded = decoder(noisy, sigma, codes, num_tokens).velocity
+    cut = decoder(noisy, sigma, codes[:, :2], num_tokens).velocity
+    torch.testing.assert_close(padded, cut, atol=1e-5, rtol=1e-5)
+    decoder.mask_token.normal_(generator=seeded(2))
+    torch.testing.assert_close(decoder(noisy, sigma, codes, num_tokens).velocity, padded)
+
+    unconditional = decoder(noisy, sigma, codes, num_tokens, torch.ones(3).bool()).velocity
+    one_null_token = decoder(noisy, sigma, codes[:, :1], None, torch.ones(3).bool()).velocity
+    torch.testing.assert_close(unconditional, one_null_token, atol=1e-5, rtol=1e-5)
+    assert (unconditional - padded).abs().max() > 1e-3
+    decoder.null_token.normal_(generator=seeded(2))
+    assert (decoder(noisy, sigma, codes, num_tokens, torch.ones(3).bool()).velocity - unconditional).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_removing_is_another_model_than_masking_except_at_full_length():
+    masking, removing = make_decoder(), make_decoder()
+    removing.register_to_config(remove_dropped=True)
+    codes = torch.rand(2, NUM_REGISTERS, 2, generator=seeded()) * 2 - 1
+    noisy, sigma = torch.randn(2, 3, 16, 16, generator=seeded()), torch.tensor([0.2, 0.5])
+    torch.testing.assert_close(removing(noisy, sigma, codes).velocity, masking(noisy, sigma, codes).velocity)
+    few = torch.tensor([2, 2])
+    difference = removing(noisy, sigma, codes, few).velocity - masking(noisy, sigma, codes, few).velocity
+    assert difference.abs().max() > 1e-3
+
+
+def test_removing_is_kept_in_the_saved_model(tmp_path):
+    arguments = TokenizerArguments(output_dir="unused", remove_dropped=True, resolution=32, decoder_num_layers=1)
+    _, decoder = build_tokenizer(arguments, None)
+    decoder.save_pretrained(tmp_path)
+    assert FlexTokFlowDecoder.from_pretrained(tmp_path).config.remove_dropped is True
+
+
+# A frozen encoder
+
+
+def test_a_frozen_encoder_receives_no_gradient_and_the_decoder_does():
+    model = make_model(freeze_encoder=True, pretrained_tokenizer="anything")
+    model(batch(), 0, Chance(0))[0].backward()
+    assert all(weight.grad is None for weight in model.encoder.parameters())
+    assert all(weight.grad.any() for weight in model.decoder.parameters())
+    trained = [weight for group in tokenizer_groups(model.arguments, model) for weight in group["params"]]
+    assert {id(weight) for weight in trained} == {id(weight) for weight in model.decoder.parameters()}
+
+
+# REPA
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "vit"])
+def test_features_of_the_network_lie_where_the_patches_lie(kind, dinov2, tmp_path):
+    folder = dinov2
+    if kind == "vit":
+        small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32}
+        ViTModel(ViTConfig(**small, patch_size=8)).save_pretrained(tmp_path / "vit")
+        folder = str(tmp_path / "vit")
+    vision = FrozenVision(folder)
+    pixel_values = torch.zeros(1, 3, 16, 16)
+    pixel_values[:, :, 4:8, 8:12] = 1.0  # row 1, column 2 of a 4 x 4 grid
+    change = (vision.patch_features(pixel_values, 4) - vision.patch_features(torch.zeros_like(pixel_values), 4)).norm(
+        dim=-1
+    )
+    assert change.shape == (1, 16) and change.argmax() == 4 + 2
+
+
+def test_the_alignment_compares_each_picture_with_its_own_states(dinov2):
+    model = make_model(repa_network=dinov2, keep_mode="uniform")
+    pictures = batch()
+    _, metrics = model(pictures, 0, Chance(0))
+    assert 0 < metrics["repa_loss"] < 2
+    with torch.no_grad():  # one call of the decoder for all rows, in their order
+        latents, chance = pictures["pixel_values"], Chance(0)
+        is_rounded = ~chance.happens(0.0, BATCH_SIZE)
+        codes = model.encoder.quantizer(model.encoder.compute_features(latents), is_rounded)
+        noise = chance.normal_like(latents)
+        sigma, num_tokens, is_unconditional = model.draw(BATCH_SIZE, chance)
+        model.tap.clear()
+        noisy = torch.lerp(latents, noise, sigma.view(-1, 1, 1, 1))
+        model.decoder(noisy, sigma, codes, num_tokens, is_unconditional)
+        expected = model.alignment(model.tap.outputs[0][:, :16], latents)
+    torch.testing.assert_close(metrics["repa_loss"], expected)
+
+
+def test_the_network_is_neither_trained_nor_saved(dinov2):
+    model = make_model(repa_network=dinov2)
+    assert all("vision" not in name for name in model.state_dict())
+    assert any(name.startswith("alignment.projector") for name in model.state_dict())
+
+
+def test_evaluation_leaves_alignment_and_penalties_out(dinov2):
+    model = make_model(repa_network=dinov2, feature_penalty=0.5)
+    plain = make_model()
+    for each in (model, plain):
+        each.eval()
+    assert model(batch(), 0, Chance(0))[0] == plain(batch(), 0, Chance(0))[0]
+    assert model.tap.outputs == []
+
+
+def test_what_cannot_be_aligned_is_refused_by_name(tmp_path, dinov2):
+    small = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
+    small.hidden_size = 8
+    ResNetModel(small).save_pretrained(tmp_path / "resnet")
+    with pytest.raises(ValueError, match="`repa_network` .*resnet.* has no patches"):
+        FeatureAlignment(str(tmp_path / "resnet"), 32, 4)(torch.zeros(1, 16, 32), torch.zeros(1, 3, 16, 16))
+    with pytest.raises(ValueError, match="`repa_layer` is 2, but the decoder has blocks 0 to 1"):
+        make_model(repa_network=dinov2, repa_layer=2)
+
+
+# Learning rates
+
+
+def test_matrices_that_read_the_width_learn_in_inverse_proportion_to_it():
+    model = make_model(mup_base_width=8, encoder_learning_rate_scale=0.5, learning_rate=1.0)
+    rates = {
+        id(weight): group["lr"] for group in tokenizer_groups(model.arguments, model) for weight in group["params"]
+    }
+    by_name = {name: rates[id(weight)] for name, weight in model.named_parameters()}
+    assert len(by_name) == len(rates)
+    assert by_name["decoder.transformer_blocks.0.attention.to_q.weight"] == 8 / 32
+    assert by_name["decoder.transformer_blocks.0.mlp.down_proj.weight"] == 8 / 32
+    assert by_name["decoder.velocity_proj.weight"] == 8 / 32
+    for name in ("patch_embedding.proj.weight", "code_proj.weight", "time_embedder.linear_1.weight", "mask_token"):
+        assert by_name[f"decoder.{name}"] == 1.0
+    assert by_name["decoder.register_positions"] == 1.0
+    assert by_name["encoder.feature_proj.weight"] == 0.5 * 8 / 32 and by_name["encoder.register_tokens"] == 0.5
+
+
+def test_weight_decay_is_for_matrices_and_tables():
+    decayed = [
+        weight.ndim
+        for group in split_by_decay([make_decoder()], 1.0)
+        if "weight_decay" not in group
+        for weight in group["params"]
+    ]
+    plain = [
+        weight.ndim
+        for group in split_by_decay([make_decoder()], 1.0)
+        if "weight_decay" in group
+        for weight in group["params"]
+    ]
+    assert set(decayed) == {2} and set(plain) == {1}
+
+
+def test_updates_keep_their_size_at_all_widths_with_mup():
+    """The change of the decoder's states after a few steps must not grow with the width."""
+
+    def change(width, seed, **options):
+        torch.manual_seed(seed)
+        sizes = {"encoder_hidden_size": 32, "decoder_hidden_size": width, "head_dim": 16, "num_registers": 4}
+        sizes |= {"encoder_num_layers": 1, "decoder_num_layers": 2, "encoder_patch_size": 4, "decoder_patch_size": 4}
+        arguments = TokenizerArguments(
+            output_dir="unused", resolution=16, fsq_levels=[5, 3], learning_rate=1e-2, **sizes, **options
+        )
+        model = TokenizerForTraining(*build_tokenizer(arguments, None), arguments)
+        states = []
+        model.decoder.transformer_blocks[-1].register_forward_hook(lambda *call: states.append(call[-1].detach()))
+        optimizer = torch.optim.AdamW(tokenizer_groups(arguments, model), betas=(0.9, 0.95))
+        inputs = (torch.randn(4, 3, 16, 16, generator=seeded()), torch.full((4,), 0.5), torch.zeros(4, 4, 2))
+        model.decoder(*inputs)
+        for step in range(6):
+            loss, _ = model(batch(8), step, Chance(step))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        model.decoder(*inputs)
+        return (states[-1] - states[0]).square().mean().sqrt().item()
+
+    def growth(**options):
+        wide, narrow = (sum(change(width, seed, **options) for seed in range(3)) for width in (256, 32))
+        return wide / narrow
+
+    assert 0.6 < growth(mup_base_width=32) < 1.7 < 2 < growth()

@@ -2,6 +2,7 @@ import itertools
 import json
 import logging
 import pickle
+import tarfile
 from io import BytesIO
 
 import datasets
@@ -11,17 +12,19 @@ import torch
 from PIL import Image
 
 from flextok_hf.training.data import (
+    Columns,
     EpochBatchSampler,
     ImageTransform,
+    TrainingBatches,
     build_dataloader,
     collate,
     load_training_dataset,
-    training_batches,
 )
 
 
 R = 16
 TRANSFORM = ImageTransform(R)
+TEXT = Columns(caption="text")
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +70,8 @@ def take(batches, count):
 
 def test_a_parquet_file_gives_batches_with_captions_and_classes(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", text=[f"row {row}" for row in range(10)], label=list(range(10)))
-    dataset = load_training_dataset(path, transform=TRANSFORM, caption_column="text", class_column="label")
+    columns = Columns(caption="text", class_label="label", num_classes=10)
+    dataset = load_training_dataset(path, transform=TRANSFORM, columns=columns)
     batch = next(iter(build_dataloader(dataset, 4, shuffle=False)))
 
     assert batch["pixel_values"].shape == (4, 3, R, R) and batch["pixel_values"].dtype == torch.float32
@@ -110,7 +114,7 @@ def test_a_folder_of_pictures_takes_captions_from_its_metadata(tmp_path):
     lines = [json.dumps({"file_name": f"{row}.png", "text": f"picture {row}"}) for row in range(3)]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
 
-    dataset = load_training_dataset(folder, transform=TRANSFORM, caption_column="text")
+    dataset = load_training_dataset(folder, transform=TRANSFORM, columns=Columns(caption="text"))
     assert [(shade_of(sample["pixel_values"]), sample["captions"]) for sample in dataset] == [
         (row, f"picture {row}") for row in range(3)
     ]
@@ -120,7 +124,7 @@ def test_a_folder_of_class_folders_gives_classes(tmp_path):
     for row, name in enumerate(("cat", "dog")):
         (tmp_path / "animals" / name).mkdir(parents=True)
         (tmp_path / "animals" / name / "one.png").write_bytes(png(row))
-    dataset = load_training_dataset(tmp_path / "animals", transform=TRANSFORM, class_column="label")
+    dataset = load_training_dataset(tmp_path / "animals", transform=TRANSFORM, columns=Columns(class_label="label"))
     assert dataset.class_names == ["cat", "dog"]
     assert [sample["class_labels"] for sample in dataset] == [0, 1]
 
@@ -136,7 +140,7 @@ def test_a_folder_saved_to_disk_can_be_loaded(tmp_path):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_the_synthetic_set_needs_no_files(tmp_path, streaming):
     dataset = load_training_dataset(
-        "synthetic", transform=TRANSFORM, caption_column="text", max_samples=6, streaming=streaming
+        "synthetic", transform=TRANSFORM, columns=Columns(caption="text"), max_samples=6, streaming=streaming
     )
     batch = next(iter(build_dataloader(dataset, 6)))
     assert batch["pixel_values"].shape == (6, 3, R, R) and len(set(batch["captions"])) > 1
@@ -179,10 +183,23 @@ def test_random_crops_move_along_the_longer_side_only():
     assert len(set(tops)) > 10 and min(tops) < -0.8 and max(tops) > 0.3
 
 
+def test_random_crops_are_squares_of_the_allowed_sizes_inside_the_picture():
+    transform = ImageTransform(R, random_crop=True, min_crop_scale=0.5)
+    generator = torch.Generator().manual_seed(0)
+    boxes = [transform.draw_box(100, 60, generator) for _ in range(200)]
+    sides = [right - left for left, _, right, _ in boxes]
+    assert all(right - left == bottom - top for left, top, right, bottom in boxes)
+    assert min(sides) in range(30, 34) and max(sides) in range(57, 61)
+    assert all(left >= 0 and top >= 0 and right <= 100 and bottom <= 60 for left, top, right, bottom in boxes)
+    assert len({left for left, *_ in boxes}) > 20 and len({top for _, top, *_ in boxes}) > 10
+
+
 def test_one_of_several_wordings_is_drawn_each_time(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", 2, text=[["a", "b", "c"], ["d"]])
     for cached in (False, True):
-        dataset = load_training_dataset(path, transform=TRANSFORM, caption_column="text", cache_in_memory=cached)
+        dataset = load_training_dataset(
+            path, transform=TRANSFORM, columns=Columns(caption="text"), cache_in_memory=cached
+        )
         assert {dataset[0, draw]["captions"] for draw in range(30)} == {"a", "b", "c"}
         assert dataset[1]["captions"] == "d"
         assert dataset[0, 5]["captions"] == dataset[0, 5]["captions"]
@@ -221,7 +238,9 @@ def test_damaged_rows_of_a_stream_are_left_out(tmp_path):
 def test_rows_without_a_caption_are_skipped(tmp_path, captions):
     path = write_parquet(tmp_path / "a.parquet", 3, text=captions)
     for cached in (False, True):
-        dataset = load_training_dataset(path, transform=TRANSFORM, caption_column="text", cache_in_memory=cached)
+        dataset = load_training_dataset(
+            path, transform=TRANSFORM, columns=Columns(caption="text"), cache_in_memory=cached
+        )
         assert [sample["captions"] for sample in dataset if sample["captions"] == "a"] == ["a"]
         assert {sample["captions"] for sample in dataset} == {"a", "b"}
         assert set(dataset.skipped) == {1}
@@ -239,7 +258,8 @@ def test_missing_picture_files_are_skipped(tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"cache_in_memory": True}, {"streaming": True, "shuffle_buffer": 0}])
 def test_a_data_set_without_a_usable_picture_is_an_error(tmp_path, monkeypatch, options):
-    monkeypatch.setattr("flextok_hf.training.data.MAX_UNREADABLE_ROWS", 5)
+    monkeypatch.setattr("flextok_hf.training.map_data.MAX_UNREADABLE_ROWS", 5)
+    monkeypatch.setattr("flextok_hf.training.streams.MAX_UNREADABLE_ROWS", 5)
     path = write_parquet(tmp_path / "a.parquet", damaged=range(10))
     with pytest.raises(ValueError, match="No usable picture in .* Check `image_column`"):
         next(iter(load_training_dataset(path, transform=TRANSFORM, **options)))
@@ -256,8 +276,10 @@ def test_training_resumes_at_any_batch_with_the_same_draws(tmp_path, cached):
     transform = ImageTransform(R, random_flip=True)
 
     def batches(first_batch=0, num_workers=0):
-        dataset = load_training_dataset(path, transform=transform, caption_column="text", cache_in_memory=cached)
-        return training_batches(build_dataloader(dataset, 4, seed=1, num_workers=num_workers), first_batch)
+        dataset = load_training_dataset(
+            path, transform=transform, columns=Columns(caption="text"), cache_in_memory=cached
+        )
+        return TrainingBatches(build_dataloader(dataset, 4, seed=1, num_workers=num_workers)).start(first_batch)
 
     whole = take(batches(), 7)  # three epochs of two batches and one more
     for first_batch in (1, 2, 5):
@@ -266,21 +288,90 @@ def test_training_resumes_at_any_batch_with_the_same_draws(tmp_path, cached):
     assert whole[0]["captions"] != whole[2]["captions"] != whole[4]["captions"]
 
 
-def test_a_stream_resumes_at_any_batch():
-    def batches(first_batch=0):
-        dataset = load_training_dataset(
-            "synthetic",
-            transform=ImageTransform(R, random_flip=True),
-            caption_column="text",
-            max_samples=10,
-            streaming=True,
-            shuffle_buffer=5,
-        )
-        return training_batches(build_dataloader(dataset, 4), first_batch)
+STREAMS = {
+    "one reader": {},
+    "two readers": {"num_workers": 2},
+    "three readers of unequal parts": {"num_workers": 3},
+    "in order": {"shuffle_buffer": 0},
+    "only the first rows": {"max_samples": 23},
+    "only the first rows, two readers": {"max_samples": 23, "num_workers": 2},
+    "second of two processes": {"process_index": 1, "num_processes": 2},
+    "second of two processes with two readers": {"process_index": 1, "num_processes": 2, "num_workers": 2},
+}
 
-    whole = take(batches(), 5)
-    assert same_batches(take(batches(3), 2), whole[3:])
-    assert not same_batches(whole[:2], whole[2:4])
+
+def write_sharded(kind, folder):
+    """Write 40 pictures in 5 unequal files, with three that are damaged."""
+    numbers, sizes = iter(range(40)), (12, 5, 9, 6, 8)
+    for shard, size in enumerate(sizes):
+        rows = [next(numbers) for _ in range(size)]
+        pictures = [b"junk" if row in (3, 20, 21) else png(row) for row in rows]
+        path = folder / f"train-{shard}.{kind}"
+        folder.mkdir(exist_ok=True)
+        if kind == "parquet":
+            features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+            values = {"image": [{"bytes": picture, "path": None} for picture in pictures], "text": map(str, rows)}
+            datasets.Dataset.from_dict({**values, "text": list(values["text"])}, features).to_parquet(str(path))
+        else:
+            write_tar(
+                path,
+                {
+                    f"{row:03d}": {"png": picture, "txt": str(row).encode()}
+                    for row, picture in zip(rows, pictures, strict=True)
+                },
+            )
+    return folder
+
+
+def write_tar(path, samples):
+    """Write samples in the form of WebDataset: files of one sample share the name before the ending."""
+    with tarfile.open(path, "w") as archive:
+        for key, parts in samples.items():
+            for ending, content in parts.items():
+                entry = tarfile.TarInfo(f"{key}.{ending}")
+                entry.size = len(content)
+                archive.addfile(entry, BytesIO(content))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [*(("parquet", name) for name in STREAMS), ("tar", "one reader"), ("tar", "two readers")]
+)
+def test_a_stream_goes_on_after_any_batch(tmp_path, kind, name):
+    folder = write_sharded(kind, tmp_path / "data")
+    columns = Columns(caption="text") if kind == "parquet" else Columns("png", caption="txt")
+    options = dict(STREAMS[name])
+    shuffle_buffer, max_samples = options.pop("shuffle_buffer", 7), options.pop("max_samples", None)
+
+    def batches():
+        transform = ImageTransform(R, random_flip=True)
+        data = {"columns": columns, "streaming": True, "shuffle_buffer": shuffle_buffer, "max_samples": max_samples}
+        return TrainingBatches(
+            build_dataloader(load_training_dataset(folder, transform=transform, **data), 3, seed=1, **options)
+        )
+
+    source, whole, states = batches(), [], []
+    for batch in itertools.islice(source.start(), 20):
+        whole.append(batch)
+        states.append(json.dumps(source.state()))
+    for stop in range(20) if (kind, name) == ("parquet", "one reader") else (0, 5, 12, 18):
+        resumed = batches().start(state=json.loads(states[stop]))
+        assert same_batches(take(resumed, 19 - stop), whole[stop + 1 :])
+
+
+def test_epochs_of_a_stream_have_orders_of_their_own(tmp_path):
+    folder = write_sharded("parquet", tmp_path / "data")
+
+    def captions(shuffle_buffer):
+        data = {"columns": Columns(caption="text"), "streaming": True, "shuffle_buffer": shuffle_buffer}
+        batches = TrainingBatches(build_dataloader(load_training_dataset(folder, transform=TRANSFORM, **data), 37))
+        return [batch["captions"] for batch in take(batches.start(), 3)]
+
+    readable = [str(row) for row in range(40) if row not in (3, 20, 21)]
+    assert captions(0) == [readable] * 3
+    shuffled = captions(10)
+    assert all(sorted(epoch) == sorted(readable) for epoch in shuffled)
+    assert len({tuple(epoch) for epoch in [readable, *shuffled]}) == 4
+    assert {epoch[0] for epoch in shuffled} != {readable[0]}
 
 
 @pytest.mark.parametrize(("num_rows", "batch_size", "drop_last"), [(10, 3, True), (10, 3, False), (12, 4, True)])
@@ -321,7 +412,12 @@ def test_processes_read_different_parts_of_a_stream(tmp_path):
 
 def test_workers_of_a_stream_divide_its_shards():
     dataset = load_training_dataset(
-        "synthetic", transform=TRANSFORM, caption_column="text", max_samples=600, streaming=True, shuffle_buffer=0
+        "synthetic",
+        transform=TRANSFORM,
+        columns=Columns(caption="text"),
+        max_samples=600,
+        streaming=True,
+        shuffle_buffer=0,
     )
     loader = build_dataloader(dataset, 50, num_workers=2, drop_last=False)
     with_workers = [caption for batch in loader for caption in batch["captions"]]
@@ -344,16 +440,16 @@ def test_loading_leaves_the_global_generator_alone(tmp_path):
 def test_wrong_columns_are_refused_with_those_there_are(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", text=["x"] * 10, score=[0.5] * 10)
     for arguments, error, message in (
-        ({"image_column": "picture"}, ValueError, "`image_column` is 'picture', but .* columns .*text"),
-        ({"caption_column": "words"}, ValueError, "`caption_column` is 'words'"),
-        ({"class_column": "label"}, ValueError, "`class_column` is 'label'"),
-        ({"image_column": "text"}, TypeError, "not pictures"),
-        ({"caption_column": "score"}, TypeError, "must hold strings"),
-        ({"class_column": "text"}, TypeError, "class_encode_column"),
+        ({"image": "picture"}, ValueError, "`image_column` is 'picture', but .* columns .*text"),
+        ({"caption": "words"}, ValueError, "`caption_column` is 'words'"),
+        ({"class_label": "label"}, ValueError, "`class_column` is 'label'"),
+        ({"image": "text"}, TypeError, "not pictures"),
+        ({"caption": "score"}, TypeError, "must hold strings"),
+        ({"class_label": "text"}, TypeError, "class_encode_column"),
     ):
         for streaming in (False, True):
             with pytest.raises(error, match=message):
-                load_training_dataset(path, transform=TRANSFORM, streaming=streaming, **arguments)
+                load_training_dataset(path, transform=TRANSFORM, columns=Columns(**arguments), streaming=streaming)
 
 
 def test_wrong_options_are_refused(tmp_path):
@@ -376,7 +472,7 @@ def test_paths_that_do_not_exist_are_not_looked_up_on_the_hub(source):
 
 def test_files_of_another_kind_are_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("no pictures")
-    with pytest.raises(ValueError, match="not all parquet"):
+    with pytest.raises(ValueError, match="files of one kind, .parquet or .tar"):
         load_training_dataset(tmp_path / "notes.txt", transform=TRANSFORM)
 
 
@@ -388,7 +484,7 @@ def test_a_batch_larger_than_the_data_set_is_refused(tmp_path):
         build_dataloader(dataset, 0)
     stream = load_training_dataset(tmp_path / "a.parquet", transform=TRANSFORM, streaming=True, shuffle_buffer=0)
     with pytest.raises(ValueError, match="did not fill one batch"):
-        next(training_batches(build_dataloader(stream, 11)))
+        next(TrainingBatches(build_dataloader(stream, 11)).start())
 
 
 def test_collate_stacks_what_the_samples_have():

@@ -1,6 +1,5 @@
 """Training from options to a saved pipeline: checkpoints, exact resuming, and that something is learned."""
 
-import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -9,28 +8,27 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
+from test_training_data import write_parquet
+from torch.utils.data import Dataset
+from training_processes import SMALL_TOKENIZER
 
+from flextok_hf.evaluation import weights_hash
 from flextok_hf.pipeline_flextok import FlexTokPipeline
-from flextok_hf.training.arguments import PriorArguments, TokenizerArguments, parse_arguments
-from flextok_hf.training.loop import Trainer, build_accelerator, list_checkpoints, split_by_decay
+from flextok_hf.training.arguments import PriorArguments, TokenizerArguments
+from flextok_hf.training.batches import TrainingBatches, build_dataloader
+from flextok_hf.training.chance import Chance
+from flextok_hf.training.checkpoints import list_checkpoints
+from flextok_hf.training.loop import Trainer
+from flextok_hf.training.optimization import split_by_decay
+from flextok_hf.training.setup import build_accelerator
 from flextok_hf.training.stages import train_prior, train_tokenizer
 from flextok_hf.training.tokenizer import TokenizerForTraining, build_tokenizer
 
 
 SMALL_DATA = {"resolution": 16, "max_train_samples": 12, "train_batch_size": 4, "num_validation_images": 2}
-SMALL_TOKENIZER = {
-    "num_registers": 4,
-    "fsq_levels": [5, 3],
-    "head_dim": 16,
-    "encoder_hidden_size": 32,
-    "encoder_num_layers": 1,
-    "encoder_patch_size": 4,
-    "decoder_hidden_size": 32,
-    "decoder_num_layers": 1,
-    "decoder_patch_size": 4,
-}
 
 
 def tokenizer_arguments(folder, **changes):
@@ -70,6 +68,11 @@ def assert_same_weights(folder, other):
     assert [key for key in one if not torch.equal(one[key], two[key])] == []
 
 
+def read_log(folder):
+    path = Path(folder) / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
 def copy_checkpoint(source, step, target):
     """Make an output folder that looks as if the run in `source` had been stopped after `step`."""
     shutil.copytree(Path(source) / f"checkpoint-{step}", Path(target) / f"checkpoint-{step}")
@@ -89,7 +92,9 @@ def test_a_run_leaves_checkpoints_log_pictures_and_a_pipeline(whole_run):
     assert steps == [3, 6, 6]
     assert (whole_run / "validation-6.png").is_file()
     assert not list(whole_run.glob("*.partial"))
-    assert json.loads((whole_run / "pipeline" / "training.json").read_text())["steps"] == 6
+    recipe = json.loads((whole_run / "pipeline" / "training.json").read_text())
+    assert recipe["steps"] == 6 and recipe["seconds"] > 0
+    assert "Stage `tokenizer`: 6 steps of" in (whole_run / "pipeline" / "README.md").read_text()
 
 
 def test_the_saved_pipeline_reconstructs_a_picture(whole_run):
@@ -141,9 +146,22 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-11"]
 
 
+class Repeated(Dataset):
+    """The same pictures in each epoch, without chance."""
+
+    def __init__(self, pixel_values):
+        self.pixel_values, self.skipped = pixel_values, {}
+
+    def __len__(self):
+        return len(self.pixel_values)
+
+    def __getitem__(self, key):
+        return {"pixel_values": self.pixel_values[key[0]]}
+
+
 def test_a_repeated_batch_is_learned(tmp_path):
     arguments = tokenizer_arguments(
-        tmp_path, max_train_steps=60, learning_rate=5e-3, checkpointing_steps=1000, ema_decay=0.0
+        tmp_path, max_train_steps=60, learning_rate=5e-3, checkpointing_steps=1000, ema_decay=0.0, train_batch_size=8
     )
     accelerator = build_accelerator(arguments)
     torch.manual_seed(0)
@@ -153,12 +171,12 @@ def test_a_repeated_batch_is_learned(tmp_path):
 
     @torch.no_grad()
     def loss():
-        draws = [model(batch, 0, torch.Generator().manual_seed(seed))[0] for seed in range(8)]
+        draws = [model(batch, 0, Chance(seed))[0] for seed in range(8)]
         return torch.stack(draws).mean().item()
 
     before = loss()
     trainer = Trainer(arguments, accelerator, model, split_by_decay([model], arguments.learning_rate))
-    trainer.train(lambda first_batch: itertools.repeat(batch))
+    trainer.train(TrainingBatches(build_dataloader(Repeated(batch["pixel_values"]), 8)))
     assert loss() < 0.6 * before
 
 
@@ -193,6 +211,21 @@ def test_a_prior_exported_in_half_precision_has_the_rounded_weights(tiny_tokeniz
     assert pipe("a red circle", num_inference_steps=1).images[0].size == (16, 16)
 
 
+def test_a_frozen_text_encoder_is_saved_with_the_prior_and_not_in_checkpoints(tiny_pipeline, tmp_path):
+    tiny_pipeline.save_pretrained(tmp_path / "whole")
+    tiny_pipeline.text_encoder.save_pretrained(tmp_path / "t5")
+    tiny_pipeline.tokenizer.save_pretrained(tmp_path / "t5")
+    arguments = prior_arguments(tmp_path / "run", tmp_path / "whole", text_encoder=str(tmp_path / "t5"))
+    folder = train_prior(arguments)
+    before, after = all_weights(tmp_path / "t5"), all_weights(folder / "text_encoder")
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    names = load_file(tmp_path / "run" / "checkpoint-4" / "model.safetensors").keys()
+    assert {name.split(".")[0] for name in names} == {"prior"}
+    pipe = FlexTokPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a red circle", num_inference_steps=1).images[0].size == (16, 16)
+
+
 def test_validating_a_prior_draws_its_prompts(tiny_tokenizer_pipeline, tmp_path):
     tiny_tokenizer_pipeline.save_pretrained(tmp_path / "tokenizer")
     options = {"max_train_steps": 1, "validation_steps": 1, "validation_prompts": ["a red circle", "a star"]}
@@ -218,41 +251,185 @@ def test_a_prior_is_trained_on_classes(tiny_tokenizer_pipeline, tmp_path, monkey
     assert len(pipe(class_labels=[0, 1], num_inference_steps=1).images) == 2
 
 
-def test_a_prior_needs_exactly_one_condition(tmp_path):
-    with pytest.raises(ValueError, match="`caption_column` or `class_column`"):
-        train_prior(prior_arguments(tmp_path, tmp_path, class_column="label"))
+def test_a_grid_tokenizer_is_trained_and_reconstructs(tmp_path):
+    options = {"token_layout": "grid", "num_registers": 16, "full_length_probability": 1.0}
+    pipe = FlexTokPipeline.from_pretrained(train_tokenizer(tokenizer_arguments(tmp_path, **options)))
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.encoder.config.token_layout == "grid" and not pipe.decoder.config.nested_dropout
+    pictures = pipe.reconstruct(torch.rand(3, 16, 16), [16], num_inference_steps=1)
+    assert pictures[0][0].size == (16, 16)
 
 
-# Options
+# Decoders of their own
 
 
-def write_config(folder, text):
-    path = folder / "config.yaml"
-    path.write_text(text)
+def test_a_decoder_trained_alone_leaves_the_tokens_as_they_are(tiny_tokenizer_pipeline, tmp_path):
+    tiny_tokenizer_pipeline.save_pretrained(tmp_path / "tokenizer")
+    options = {"pretrained_tokenizer": str(tmp_path / "tokenizer"), "freeze_encoder": True, "weight_decay": 0.5}
+    folder = train_tokenizer(tokenizer_arguments(tmp_path / "run", learning_rate=0.01, **options))
+    before, after = all_weights(tmp_path / "tokenizer" / "encoder"), all_weights(folder / "encoder")
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    before, after = all_weights(tmp_path / "tokenizer" / "decoder"), all_weights(folder / "decoder")
+    assert {name for file, name in before if torch.equal(before[file, name], after[file, name])} == {
+        "patch_embedding.positions"
+    }
+    pictures = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    token_ids = tiny_tokenizer_pipeline.tokenize(pictures)
+    assert torch.equal(FlexTokPipeline.from_pretrained(folder).tokenize(pictures), token_ids)
+
+
+# Data that is not in order
+
+
+@pytest.mark.parametrize("data", [{}, {"dataloader_num_workers": 1}, {"streaming": True}, {"cache_in_memory": True}])
+def test_unreadable_pictures_are_counted_and_named_in_a_report(tmp_path, monkeypatch, data):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    path = write_parquet(tmp_path / "a.parquet", 12, damaged=(3, 7))
+    options = {"train_data": [str(path)], "max_train_samples": None, "logging_steps": 1, **data}
+    train_tokenizer(tokenizer_arguments(tmp_path / "run", **options))
+    # a stream does not know that it meets a row again in its next epoch
+    assert read_log(tmp_path / "run")[-1]["unreadable_rows"] in ((4, 5, 6) if "streaming" in data else (2,))
+    report = json.loads((tmp_path / "run" / "unreadable_rows.json").read_text())
+    assert all("a picture of 4 bytes is not a picture" in reason for reason in report.values())
+    if "streaming" not in data:
+        assert report.keys() == {"3", "7"}
+
+
+@pytest.mark.parametrize("data", [{}, {"streaming": True}, {"cache_in_memory": True}])
+def test_an_unreadable_picture_stops_training_if_asked_to(tmp_path, monkeypatch, data):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    path = write_parquet(tmp_path / "a.parquet", 12, damaged=(3,))
+    options = {"train_data": [str(path)], "max_train_samples": None, "fail_on_unreadable": True, **data}
+    with pytest.raises(ValueError, match="Row .* cannot be used: .* `fail_on_unreadable` is set"):
+        train_tokenizer(tokenizer_arguments(tmp_path / "run", **options))
+
+
+# Token ids instead of pictures
+
+
+def write_token_ids(path, num_rows=16, num_crops=3, num_tokens=6, largest=7):
+    """Write a data set as scripts/tokenize_dataset.py does, with ids that follow from the class."""
+    rows = {"token_ids": [], "text": [], "label": []}
+    for row in range(num_rows):
+        label = row % 2
+        rows["token_ids"].append([[label * largest] * num_tokens for _ in range(num_crops)])
+        rows["text"].append(["a star", "a circle"][label])
+        rows["label"].append(label)
+    features = datasets.Features(
+        {
+            "token_ids": datasets.List(datasets.List(datasets.Value("uint16"))),
+            "text": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["star", "circle"]),
+        }
+    )
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(path))
     return str(path)
 
 
-def test_an_unknown_option_in_a_file_is_refused_by_name(tmp_path):
-    config = write_config(tmp_path, "output_dir: x\nlearning_rat: 0.1\n")
-    with pytest.raises(ValueError, match="unknown options: learning_rat"):
-        parse_arguments(TokenizerArguments, ["--config", config])
+@pytest.mark.parametrize("streaming", [False, True], ids=["rows", "stream"])
+@pytest.mark.parametrize("column", ["text", "label"])
+def test_a_prior_learns_from_token_ids_without_the_tokenizer(
+    tiny_tokenizer_pipeline, tmp_path, monkeypatch, streaming, column
+):
+    if streaming and column == "text":
+        pytest.skip("a text tokenizer is not learned from a stream")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    tiny_tokenizer_pipeline.save_pretrained(tmp_path / "tokenizer")
+    data = write_token_ids(tmp_path / "ids.parquet")
+    options = {"train_data": [data], "max_train_samples": None, "token_column": "token_ids", "streaming": streaming}
+    options |= {"max_train_steps": 80, "learning_rate": 1e-2, "dropout": 0.0, "checkpointing_steps": 80}
+    options |= {"validation_data": [data], "validation_steps": 80, "train_batch_size": 8, "lr_warmup_steps": 5}
+    options |= {"caption_column": None, "class_column": "label"} if column == "label" else {}
 
+    loaded = []
+    load = FlexTokPipeline.from_pretrained.__func__
 
-def test_flags_win_over_the_file(tmp_path):
-    config = write_config(tmp_path, "output_dir: x\nlearning_rate: 1e-2\nfsq_levels: [8, 5]\ncompile: true\n")
-    arguments = parse_arguments(TokenizerArguments, ["--config", config, "--output_dir", "y"])
-    assert (arguments.output_dir, arguments.learning_rate) == ("y", 0.01)
-    assert (arguments.fsq_levels, arguments.compile) == ([8, 5], True)
+    def note(kind, *arguments, **options):
+        loaded.append(len(read_log(tmp_path / "run")))
+        return load(kind, *arguments, **options)
+
+    monkeypatch.setattr(FlexTokPipeline, "from_pretrained", classmethod(note))
+    folder = train_prior(prior_arguments(tmp_path / "run", tmp_path / "tokenizer", **options))
+    assert loaded == [len(read_log(tmp_path / "run"))]  # once, after the last entry of the log
+
+    assert read_log(tmp_path / "run")[-1]["validation_loss"] < 0.2
+    pipe = FlexTokPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    condition = {"class_labels": [0, 1]} if column == "label" else {"prompt": ["a star", "a circle"]}
+    token_ids = pipe(**condition, num_inference_steps=1, temperature=0.05).token_ids
+    assert token_ids.tolist() == [[0] * 6, [7] * 6]
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("max_train_steps", 0), ("export_dtype", "float8"), ("ema_decay", 1.0), ("resolution", 0)]
+    ("change", "message"), [({"num_tokens": 5}, "holds 5 ids"), ({"largest": 15}, "ids up to 15, .* below 15")]
 )
-def test_an_option_out_of_range_is_refused_by_name(name, value, tmp_path):
-    with pytest.raises(ValueError, match=f"`{name}`"):
-        tokenizer_arguments(tmp_path, **{name: value})
+def test_token_ids_of_another_tokenizer_are_refused(tiny_tokenizer_pipeline, tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    tiny_tokenizer_pipeline.save_pretrained(tmp_path / "tokenizer")
+    data = write_token_ids(tmp_path / "ids.parquet", **change)
+    options = {"train_data": [data], "max_train_samples": None, "token_column": "token_ids"}
+    with pytest.raises(ValueError, match=message):
+        train_prior(prior_arguments(tmp_path / "run", tmp_path / "tokenizer", **options))
 
 
-def test_a_resolution_that_patches_do_not_divide_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="`resolution` 18 .*`encoder_patch_size`"):
-        build_tokenizer(tokenizer_arguments(tmp_path, resolution=18), vae=None)
+def test_token_ids_of_other_weights_are_refused(tiny_tokenizer_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    tiny_tokenizer_pipeline.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "ids").mkdir()
+    data = write_token_ids(tmp_path / "ids" / "train-00000-of-00001.parquet")
+    options = {"train_data": [data], "max_train_samples": None, "token_column": "token_ids", "max_train_steps": 1}
+    settings = {"dtype": "float32", "model": "elsewhere"}
+    digest = weights_hash({"encoder": tiny_tokenizer_pipeline.encoder})
+    for name, value in (("other", "0" * 64), ("same", digest)):
+        (tmp_path / "ids" / "settings.json").write_text(json.dumps({**settings, "weights_sha256": value}))
+        arguments = prior_arguments(tmp_path / name, tmp_path / "tokenizer", **options)
+        if name == "other":
+            with pytest.raises(ValueError, match="were made by 'elsewhere' with other weights"):
+                train_prior(arguments)
+        else:
+            train_prior(arguments)
+
+
+def test_a_prior_of_classes_shows_them_by_name(tiny_tokenizer_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    tiny_tokenizer_pipeline.save_pretrained(tmp_path / "tokenizer")
+    options = {"train_data": [write_token_ids(tmp_path / "ids.parquet")], "max_train_samples": None}
+    options |= {"token_column": "token_ids", "caption_column": None, "class_column": "label", "max_train_steps": 1}
+    options |= {"validation_prompts": ["circle", "star"], "validation_steps": 1}
+    train_prior(prior_arguments(tmp_path / "run", tmp_path / "tokenizer", **options))
+    assert (tmp_path / "run" / "validation-1.png").is_file()
+
+
+# What is logged and left behind
+
+
+def test_the_log_says_how_fast_training_is(whole_run):
+    entry = next(entry for entry in read_log(whole_run) if "images_per_s" in entry)
+    assert entry["images_per_s"] > 0 and entry["tflops_per_process"] > 0
+    assert 0 < entry["matmul_share"] < 1 and 0 <= entry["data_wait_share"] < 1
+    assert {"loss", "flow_loss", "grad_norm", "lr", "distinct_ids", "unreadable_rows"} < entry.keys()
+    assert 0 < read_log(whole_run)[-1]["validation_loss"] < 5
+
+
+def test_the_model_is_left_with_a_card(whole_run):
+    card = ModelCard.load(whole_run / "pipeline" / "README.md")
+    assert card.data.library_name == "flextok_hf" and "arxiv:2502.13967" in card.data.tags
+    assert "6 steps of 8 pictures" in card.text and "precision float32" in card.text
+
+
+def test_the_learning_rate_ends_where_it_should(tmp_path):
+    options = {"max_train_steps": 9, "lr_warmup_steps": 3, "lr_end_ratio": 0.1, "learning_rate": 1.0}
+    train_tokenizer(tokenizer_arguments(tmp_path, logging_steps=1, **options))
+    rates = [entry["lr"] for entry in read_log(tmp_path)]
+    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert rates[-1] == pytest.approx(0.1) and rates[3:] == sorted(rates[3:], reverse=True)
+
+
+def test_trackers_receive_figures_and_pictures(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train_tokenizer(tokenizer_arguments(tmp_path, report_to="tensorboard", validation_steps=6, logging_steps=2))
+    events = EventAccumulator(str(next((tmp_path / "logs").rglob("events*")).parent)).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [2, 4, 6]
+    assert [event.step for event in events.Images("validation")] == [6]

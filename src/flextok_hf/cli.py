@@ -1,4 +1,4 @@
-"""The command line: `flextok generate | tokenize | detokenize | reconstruct | info`.
+"""The command line: `flextok generate | stream | tokenize | detokenize | reconstruct | convert | demo | info`.
 
 This module reads and checks arguments. What the commands do is in `commands.py`, imported once the arguments are known
 to be good, so that a mistake costs no wait for PyTorch.
@@ -18,9 +18,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 EPILOGS = {
     "generate": 'example:\n  flextok generate "a cat" --max-tokens 64 --output cat.png',
+    "stream": 'example:\n  flextok stream "a cat" --token-counts 1 4 16 --output cat.webp',
     "tokenize": "example:\n  flextok tokenize photo.jpg --max-tokens 8 --output ids.json",
     "detokenize": "example:\n  flextok detokenize ids.json --output out.png",
     "reconstruct": "example:\n  flextok reconstruct photo.jpg --max-tokens 1 4 16 --output sheet.png",
+    "demo": "example:\n  flextok demo --port 7860",
+    "convert": "example:\n  flextok convert EPFL-VILAB/flextok_d18_d28_dfn --output flextok_d18_d28",
     "info": "example:\n  flextok info --json",
 }
 
@@ -45,15 +48,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineErrorParser(
         prog="flextok",
         description="Pictures as ordered token sequences of any length, and back.",
-        epilog="`flextok COMMAND --help` explains one command and shows an example.",
+        epilog=f"`flextok COMMAND --help` explains one command.\n\n{EPILOGS['generate']}",
         formatter_class=WideHelpFormatter,
     )
     parser.add_argument("--version", action=PrintVersion, help="print the installed version and leave")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_generate(commands)
+    _add_stream(commands)
     _add_tokenize(commands)
     _add_detokenize(commands)
     _add_reconstruct(commands)
+    _add_demo(commands)
+    _add_convert(commands)
     _add_info(commands)
     return parser
 
@@ -98,11 +104,19 @@ def check_files(options: argparse.Namespace) -> None:
         FileNotFoundError: there is no such photo or file of ids.
     """
     from .embedded import resolve_model
-    from .outputs import PICTURE_EXTENSIONS, check_output_path
+    from .outputs import PICTURE_EXTENSIONS, check_output_folder, check_output_path
 
+    if options.command == "convert":
+        check_output_folder(options.output)
+        if options.tokenizer is None and options.prior is None:
+            raise ValueError("name a TOKENIZER, a --prior, or both")
+        return
     if "output" in options:
         check_output_path(options.output, (".json",) if options.command == "tokenize" else PICTURE_EXTENSIONS)
-    for path in getattr(options, "photos", ()):
+    if (getattr(options, "image", None) is None) != (getattr(options, "keep_tokens", None) is None):
+        raise ValueError("`--image` and `--keep-tokens` go together: a photo to vary, and how many of its tokens stay")
+    photos = [*getattr(options, "photos", ()), *filter(None, [getattr(options, "image", None)])]
+    for path in photos:
         if not os.path.isfile(path):
             raise FileNotFoundError(f"there is no photo {path!r}; check the path")
     if "ids" in options and not os.path.isfile(options.ids):
@@ -131,6 +145,11 @@ def positive_int(text: str) -> int:
 def non_negative_int(text: str) -> int:
     """Read an integer of at least 0."""
     return _bounded(int, text, "an integer of at least 0", lambda value: value >= 0)
+
+
+def port(text: str) -> int:
+    """Read the number of a port."""
+    return _bounded(int, text, "an integer from 1 to 65535", lambda value: 1 <= value < 2**16)
 
 
 def seed(text: str) -> int:
@@ -181,6 +200,10 @@ def _add_shared(parser: argparse.ArgumentParser, has_seed: bool = True) -> None:
     parser.add_argument(
         "--dtype", metavar="TYPE", choices=DTYPES, default="float32", help="or bfloat16, float16 (float32)"
     )
+    _add_talk(parser)
+
+
+def _add_talk(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bars and no report")
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
 
@@ -192,9 +215,8 @@ def _add_decoding(parser: argparse.ArgumentParser, steps: int) -> None:
     parser.add_argument(
         "--guidance-scale",
         type=non_negative_float,
-        default=7.5,
         metavar="X",
-        help="guidance of the decoder, 1 is off (7.5)",
+        help="guidance of the decoder, 1 is off (the model's)",
     )
 
 
@@ -206,12 +228,36 @@ def _add_generate(commands) -> None:
     )
     parser.add_argument("--max-tokens", type=positive_int, metavar="N", help="at most so many tokens (all)")
     parser.add_argument("--num-images", type=positive_int, default=1, metavar="N", help="pictures to draw (1)")
+    parser.add_argument("--image", metavar="PHOTO", help="vary this photo")
+    parser.add_argument("--keep-tokens", type=positive_int, metavar="K", help="keep its first K tokens")
+    _add_prior(parser)
+    _add_decoding(parser, steps=25)
+    _add_shared(parser)
+
+
+def _add_stream(commands) -> None:
+    parser = _add_command(commands, "stream", "draw a picture and show it while its tokens are being written")
+    parser.add_argument("prompt", help='what to draw, such as "a cat"')
+    parser.add_argument(
+        "--output", required=True, metavar="FILE", help=".webp: one animation; others get numbers: cat-04.png"
+    )
+    parser.add_argument(
+        "--token-counts", type=positive_int, nargs="+", metavar="N", help="when to show it, growing (1 2 4 ... all)"
+    )
+    parser.add_argument(
+        "--frame-ms", type=positive_int, default=700, metavar="N", help="milliseconds per frame of a .webp (700)"
+    )
+    _add_prior(parser)
+    _add_decoding(parser, steps=25)
+    _add_shared(parser)
+
+
+def _add_prior(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prior-guidance-scale",
         type=non_negative_float,
-        default=3.0,
         metavar="X",
-        help="guidance of the prior, 1 is off (3)",
+        help="guidance of the prior, 1 is off (the model's)",
     )
     parser.add_argument(
         "--temperature", type=positive_float, default=1.0, metavar="X", help="below 1 typical, above 1 varied (1)"
@@ -222,8 +268,6 @@ def _add_generate(commands) -> None:
     parser.add_argument(
         "--top-p", type=probability, default=1.0, metavar="P", help="draw from the likeliest mass P (1)"
     )
-    _add_decoding(parser, steps=25)
-    _add_shared(parser)
 
 
 def _add_tokenize(commands) -> None:
@@ -258,6 +302,30 @@ def _add_reconstruct(commands) -> None:
     )
     _add_decoding(parser, steps=20)
     _add_shared(parser)
+
+
+def _add_demo(commands) -> None:
+    parser = _add_command(commands, "demo", "show a model in the browser (needs the extra: flextok_hf[demo])")
+    parser.add_argument(
+        "--host", default="127.0.0.1", metavar="NAME", help="0.0.0.0 lets other machines in (127.0.0.1)"
+    )
+    parser.add_argument("--port", type=port, default=7860, metavar="N", help="where to listen (7860)")
+    _add_shared(parser, has_seed=False)
+
+
+def _add_convert(commands) -> None:
+    parser = _add_command(commands, "convert", "turn official checkpoints into a model of this package")
+    parser.add_argument("tokenizer", nargs="?", metavar="TOKENIZER", help="Hub id, folder or safetensors file")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to make")
+    parser.add_argument("--prior", metavar="PRIOR", help="Hub id, folder or safetensors file; also by itself")
+    parser.add_argument("--text-encoder", metavar="NAME", help="Hub id or folder (what the prior names)")
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the tokenizer on the Hub")
+    parser.add_argument("--prior-revision", metavar="NAME", help="the same of the prior")
+    parser.add_argument("--dtype", metavar="TYPE", choices=DTYPES, help="float32, bfloat16, float16 (as stored)")
+    parser.add_argument(
+        "--ignore", action="append", default=[], metavar="KEY", help="read over a setting: --ignore pipeline.new_key"
+    )
+    _add_talk(parser)
 
 
 def _add_info(commands) -> None:

@@ -13,9 +13,10 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
+from .embedded import embedded_model
 from .images import load_image, prepare_images, resize_and_crop
 from .nested_dropout import token_ladder
-from .outputs import numbered_paths, save_picture
+from .outputs import ANIMATED, numbered_paths, save_animation, save_picture
 from .pipeline_flextok import FlexTokPipeline
 from .serving import tokenize_batches
 from .sheets import contact_sheet, token_count_title
@@ -36,18 +37,41 @@ def generate(options: argparse.Namespace) -> None:
             options.prompt,
             max_tokens=options.max_tokens,
             num_images_per_prompt=len(batch),
-            num_inference_steps=options.num_inference_steps,
-            guidance_scale=options.guidance_scale,
-            prior_guidance_scale=options.prior_guidance_scale,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
+            image=options.image,
+            keep_tokens=options.keep_tokens,
+            **sampling(options),
             generator=[seeded(options.seed + start + number) for number in range(len(batch))],
         )
         for number, (path, picture, token_ids) in enumerate(zip(batch, result.images, result.token_ids)):
             save_picture(picture, path)
             size, length = f"{picture.width} x {picture.height}", token_count_title(len(token_ids))
             report(options, f"{path}: {size}, {length}, seed {options.seed + start + number}")
+
+
+def stream(options: argparse.Namespace) -> None:
+    """Write the pictures of a growing number of tokens, as files or as one animation."""
+    pipe = load_pipeline(options)
+    pipe.set_progress_bar_config(disable=True if options.quiet else None, leave=False)
+    path = Path(options.output)
+    width = len(str(pipe.num_registers))
+    frames = []
+    for count, picture in pipe.stream(
+        options.prompt, options.token_counts, generator=seeded(options.seed), **sampling(options)
+    ):
+        frames.append(picture)
+        if path.suffix.lower() != ANIMATED:
+            frame_path = path.with_stem(f"{path.stem}-{count:0{width}d}")
+            save_picture(picture, frame_path)
+            report(options, f"{frame_path}: {token_count_title(count)}")
+    if path.suffix.lower() == ANIMATED:
+        save_animation(frames, path, options.frame_ms)
+        report(options, f"{path}: {len(frames)} frame{'s'[: len(frames) > 1]}, up to {token_count_title(count)}")
+
+
+def sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of prior and decoder that all drawing shares, under the names of the pipeline's call."""
+    names = ("num_inference_steps", "guidance_scale", "prior_guidance_scale", "temperature", "top_k", "top_p")
+    return {name: getattr(options, name) for name in names}
 
 
 def tokenize(options: argparse.Namespace) -> None:
@@ -107,6 +131,40 @@ def reconstruct(options: argparse.Namespace) -> None:
     report(options, f"{options.output}: {len(rows)} row{'s'[: len(rows) > 1]}, {', '.join(titles)}")
 
 
+def demo(options: argparse.Namespace) -> None:
+    """Serve the page of the demo until it is interrupted."""
+    try:
+        from .demo.layout import build_demo, launch_options
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise ValueError('the demo needs Gradio; install it: pip install "flextok_hf[demo]"') from error
+    is_embedded = options.model == embedded_model()
+    page = build_demo(load_pipeline(options), "the embedded model" if is_embedded else options.model)
+    page.launch(server_name=options.host, server_port=options.port, quiet=options.quiet, **launch_options())
+
+
+def convert(options: argparse.Namespace) -> None:
+    """Turn official checkpoints into a folder of ours."""
+    from .conversion.convert import convert_checkpoint  # here, because the other commands need not wait for it
+
+    set_verbosity(options)
+    notes = convert_checkpoint(
+        options.output,
+        options.tokenizer,
+        options.prior,
+        options.text_encoder,
+        dtype=None if options.dtype is None else getattr(torch, options.dtype),
+        revision=options.revision,
+        prior_revision=options.prior_revision,
+        ignore=options.ignore,
+        is_quiet=options.quiet,
+    )
+    for note in notes:
+        report(options, f"note: {note}")
+    report(options, f"{options.output}: {'a prior' if options.tokenizer is None else 'a pipeline'}")
+
+
 def info(options: argparse.Namespace) -> None:
     """Print what a model consists of."""
     pipe = load_pipeline(options)
@@ -157,12 +215,7 @@ def load_pipeline(options: argparse.Namespace) -> FlexTokPipeline:
     Raises:
         ValueError: there is no such device, or the model cannot be read.
     """
-    if options.quiet:
-        diffusers_logging.set_verbosity_error()
-        transformers_logging.set_verbosity_error()
-    # Loading bars of both libraries would bury the bars that say how long the work takes.
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
+    set_verbosity(options)
     device = choose_device(options.device)
     try:
         pipe = FlexTokPipeline.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
@@ -171,6 +224,16 @@ def load_pipeline(options: argparse.Namespace) -> FlexTokPipeline:
             raise
         raise ValueError(f"`model` {options.model!r} cannot be loaded; fetch or save it again: {error}") from error
     return pipe.to(device)
+
+
+def set_verbosity(options: argparse.Namespace) -> None:
+    """Let the libraries say no more than the user wants."""
+    if options.quiet:
+        diffusers_logging.set_verbosity_error()
+        transformers_logging.set_verbosity_error()
+    # Loading bars of both libraries would bury the bars that say how long the work takes.
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -227,8 +290,11 @@ def report(options: argparse.Namespace, line: str) -> None:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "generate": generate,
+    "stream": stream,
     "tokenize": tokenize,
     "detokenize": detokenize,
     "reconstruct": reconstruct,
+    "demo": demo,
+    "convert": convert,
     "info": info,
 }

@@ -4,6 +4,9 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 
+TOKEN_LAYOUTS = ("registers", "grid")
+
+
 @strict
 class FlexTokEncoderConfig(PreTrainedConfig):
     """Configuration of `FlexTokEncoder`; the defaults are the published d12 size (Bachmann et al., arXiv 2502.13967).
@@ -12,7 +15,9 @@ class FlexTokEncoderConfig(PreTrainedConfig):
     patch_size (`int`): side of a square patch, in latent cells.
     grid_size (`int`): side of the position grid, in patches; latents have `grid_size * patch_size` cells at most.
     hidden_size (`int`): width; a multiple of `head_dim` and of 4.
-    num_registers (`int`): longest token sequence of a picture; every prefix of it is valid too.
+    token_layout (`str`): "registers", an ordered sequence whose every prefix describes the whole picture; or "grid", a
+        token per patch in raster order, the two-dimensional control of the paper.
+    num_registers (`int`): longest token sequence of a picture; `grid_size ** 2` for a grid.
     fsq_levels (`list[int]`): levels per code dimension; their product is the codebook size.
     """
 
@@ -24,6 +29,7 @@ class FlexTokEncoderConfig(PreTrainedConfig):
     hidden_size: int = 768
     num_hidden_layers: int = 12
     head_dim: int = 64
+    token_layout: str = "registers"
     num_registers: int = 256
     fsq_levels: list[int] | tuple[int, ...] = (8, 8, 8, 5, 5, 5)
 
@@ -40,5 +46,17 @@ class FlexTokEncoderConfig(PreTrainedConfig):
             raise ValueError(
                 f"`hidden_size` ({self.hidden_size}) must be a multiple of `head_dim` ({self.head_dim}) and of 4."
             )
+        check_token_layout(self.token_layout, self.num_registers, self.grid_size)
         if not self.fsq_levels or min(self.fsq_levels) < 2:
             raise ValueError(f"`fsq_levels` must hold two or more levels per dimension, got {self.fsq_levels}.")
+
+
+def check_token_layout(token_layout: str, num_registers: int, grid_size: int) -> None:
+    """Raise an error if there is no such layout, or if a grid has more or fewer tokens than patches."""
+    if token_layout not in TOKEN_LAYOUTS:
+        raise ValueError(f"`token_layout` must be one of {', '.join(TOKEN_LAYOUTS)}, got {token_layout!r}.")
+    if token_layout == "grid" and num_registers != grid_size**2:
+        raise ValueError(
+            f"`num_registers` is {num_registers}, but a grid has a token per patch: with `grid_size` {grid_size}, set"
+            f" it to {grid_size**2}."
+        )

@@ -5,6 +5,9 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 
+NORM_TYPES = ("rms_norm", "layer_norm")
+
+
 @strict
 class FlexTokPriorConfig(PreTrainedConfig):
     """Configuration of `FlexTokPriorForCausalLM`; the defaults are the smallest published one, FlexAR-113M-T2I.
@@ -13,9 +16,16 @@ class FlexTokPriorConfig(PreTrainedConfig):
     hidden_size (`int`): width; a multiple of `num_attention_heads`.
     intermediate_size (`int`): width inside the gated feed-forward layers.
     max_position_embeddings (`int`): longest token sequence of a picture, `num_registers` of the tokenizer.
-    rms_norm_eps (`float`): added to the mean square in every normalization.
+    norm_type (`str`): "rms_norm" (gain) or "layer_norm" (gain and shift), in front of every layer.
+    norm_eps (`float`): added to the mean square or variance in every normalization; also called `rms_norm_eps`.
+    use_final_norm (`bool`): normalize after the last block.
+    use_head_norm (`bool`): normalize once more in front of the output layer, always by a layer norm.
+    use_bias (`bool`): give every linear layer a bias.
     qk_norm (`bool`): normalize queries and keys per head in self-attention.
     cross_qk_norm (`bool`): the same in cross-attention.
+    qk_norm_type (`str`): kind of both, as `norm_type`, which `None` means.
+    qk_norm_eps (`float`): added in both; `None` means `norm_eps`.
+    attention_scale (`float`): factor on the logits of self-attention; `None` means one over the root of the head size.
     text_hidden_size (`int`): width of the text encoder's states; `None` for a model without text.
     projector_activation (`str`): activation between the two layers that fit text states to `hidden_size`.
     num_classes (`int`): size of the class table; `None` for a model without classes.
@@ -25,7 +35,7 @@ class FlexTokPriorConfig(PreTrainedConfig):
     """
 
     model_type = "flextok_prior"
-    attribute_map = {"vocab_size": "codebook_size"}
+    attribute_map = {"vocab_size": "codebook_size", "rms_norm_eps": "norm_eps"}
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     codebook_size: int = 64000
@@ -34,9 +44,16 @@ class FlexTokPriorConfig(PreTrainedConfig):
     num_attention_heads: int = 12
     intermediate_size: int = 2048
     max_position_embeddings: int = 256
-    rms_norm_eps: float = 1e-6
+    norm_type: str = "rms_norm"
+    norm_eps: float = 1e-6
+    use_final_norm: bool = True
+    use_head_norm: bool = False
+    use_bias: bool = False
     qk_norm: bool = False
     cross_qk_norm: bool = False
+    qk_norm_type: str | None = None
+    qk_norm_eps: float | None = None
+    attention_scale: float | None = None
     text_hidden_size: int | None = 2048
     projector_activation: str = "gelu_pytorch_tanh"
     num_classes: int | None = None
@@ -63,6 +80,10 @@ class FlexTokPriorConfig(PreTrainedConfig):
                 f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads`"
                 f" ({self.num_attention_heads})."
             )
+        for name in ("norm_type", "qk_norm_type"):
+            value = getattr(self, name)
+            if value not in NORM_TYPES and not (value is None and name == "qk_norm_type"):
+                raise ValueError(f"`{name}` must be one of {', '.join(NORM_TYPES)}, got {value!r}.")
         if self.projector_activation not in ACT2FN:
             raise ValueError(
                 f"`projector_activation` is {self.projector_activation!r}, which Transformers does not know. Use one"

@@ -31,14 +31,15 @@ def sample_sigma(
         logit_std: its standard deviation.
         mode_scale: strength of the "mode" warp towards the middle.
         is_stratified: spread the draws of a batch evenly, which lowers the variance of the loss.
-        generator: source of randomness, on the CPU.
+        generator: source of randomness; the result is on its device.
 
     Returns:
         Noise levels, (B,) float32 in [0, 1].
     """
-    uniform = torch.rand(batch_size, generator=generator)
+    device = generator.device if generator is not None else None
+    uniform = torch.rand(batch_size, generator=generator, device=device)
     if is_stratified:
-        uniform = (torch.randperm(batch_size, generator=generator) + uniform) / batch_size
+        uniform = (torch.randperm(batch_size, generator=generator, device=device) + uniform) / batch_size
     if distribution == "uniform":
         return uniform
     if distribution == "mode":

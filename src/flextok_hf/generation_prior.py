@@ -48,6 +48,7 @@ class GuidedSampling:
     negative_attention_mask: Tensor | None
     generator: torch.Generator | list[torch.Generator] | None
     return_log_probs: bool
+    class_zero_guidance: bool
 
 
 class PriorGenerationMixin(GenerationMixin):
@@ -65,6 +66,7 @@ class PriorGenerationMixin(GenerationMixin):
         negative_encoder_attention_mask: Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_log_probs: bool = False,
+        class_zero_guidance: bool = False,
         **kwargs,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """Write token sequences for texts or classes.
@@ -77,14 +79,16 @@ class PriorGenerationMixin(GenerationMixin):
             inputs: start of the sequences, `[BOS, t0, ...]`, (B, 1 or more); also `input_ids`. `None` is `[BOS]`.
             generation_config: options of Transformers' `generate`, which may also be passed one by one.
             guidance_scale: s in `unconditional + s * (conditional - unconditional)` on the logits (Ho and Salimans,
-                2022, https://arxiv.org/abs/2207.12598); 1 is no guidance and costs half. Unconditional is class -1 at
-                every step (the official code uses class 0 from the second step on), and the negative text.
+                2022, https://arxiv.org/abs/2207.12598); 1 is no guidance and costs half. Unconditional is class -1,
+                or the negative text.
             negative_encoder_hidden_states: text states of the unconditional rows, (B or 1, M, text_hidden_size),
                 usually of the empty string; needed by models with text under guidance.
             negative_encoder_attention_mask: their mask, (B or 1, M).
             generator: source of randomness. A list with one per row makes every row independent of its batch; a single
                 one draws for the whole batch. `None` uses PyTorch's global one; otherwise that one is left alone.
             return_log_probs: return a `PriorGenerateOutput` with `log_probs`.
+            class_zero_guidance: take class 0 for unconditional from the second new token on, as the official code does
+                by mistake, to reproduce what it samples; for models with classes and without text.
             kwargs: conditions as in `forward` (`encoder_hidden_states`, `encoder_attention_mask`, `class_labels`) and
                 options such as `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`, `num_return_sequences`,
                 `cache_implementation="static"`, `use_cache`.
@@ -102,16 +106,19 @@ class PriorGenerationMixin(GenerationMixin):
             guidance_scale = next(value for value in stored if value is not None)
         generation_config.guidance_scale = 1.0  # guided here: Transformers' own would drop the conditions
         negative = (negative_encoder_hidden_states, negative_encoder_attention_mask)
-        check_generate_inputs(self.config, inputs, conditions, guidance_scale, negative)
+        check_generate_inputs(self.config, inputs, conditions, guidance_scale, negative, class_zero_guidance)
         if guidance_scale != 1.0 or generator is not None or return_log_probs:
             if given or (generation_config.num_beams or 1) > 1:
                 raise ValueError(
                     f"`guidance_scale`, `generator` and `return_log_probs` do not go together with {sorted(given)} or"
                     " `num_beams` above 1. Leave one side out."
                 )
-            multiple = STATIC_TEXT_MULTIPLE if generation_config.cache_implementation == "static" else 1
+            given_cache = conditions.get(CACHE_NAME)
+            is_static = generation_config.cache_implementation == "static"
+            is_static |= given_cache is not None and given_cache.is_compileable
+            multiple = STATIC_TEXT_MULTIPLE if is_static else 1
             negative = pad_texts(conditions, *negative, multiple) if guidance_scale != 1.0 else (None, None)
-            sampling = GuidedSampling(guidance_scale, *negative, generator, return_log_probs)
+            sampling = GuidedSampling(guidance_scale, *negative, generator, return_log_probs, class_zero_guidance)
             given["custom_generate"] = partial(type(self).sample_guided, sampling=sampling)
         limits = [getattr(generation_config, name) for name in ("max_new_tokens", "max_length")]
         num_steps = next((limit for limit in limits if limit is not None), self.config.max_position_embeddings)
@@ -153,7 +160,13 @@ class PriorGenerationMixin(GenerationMixin):
                 " per row, or a single one."
             )
         is_guided = sampling.guidance_scale != 1.0
+        first_unconditional = None
         if is_guided:
+            given = model_kwargs.get(CACHE_NAME)
+            if sampling.class_zero_guidance and (given is None or given.get_seq_length() == 0):  # the first new token
+                no_class = torch.full_like(model_kwargs["class_labels"], UNCONDITIONAL_LABEL)
+                first = self(input_ids, class_labels=no_class, use_cache=False, logits_to_keep=1)
+                first_unconditional = first.logits[:, -1].float()  # (B, V)
             double_batch(model_kwargs, sampling, batch_size)
         compiled = self._valid_auto_compile_criteria(model_kwargs, generation_config)
         if compiled:
@@ -169,6 +182,8 @@ class PriorGenerationMixin(GenerationMixin):
             logits = output.logits[:, -1].to(torch.float32, copy=True)  # (2 B or B, V); a graph would write over it
             if is_guided:
                 conditional, unconditional = logits.chunk(2)
+                if first_unconditional is not None:
+                    unconditional, first_unconditional = first_unconditional, None
                 logits = unconditional + sampling.guidance_scale * (conditional - unconditional)
             step_scores = logits_processor(input_ids, logits)  # (B, V)
             next_ids = choose(step_scores, generation_config.do_sample, sampling.generator)  # (B, 1)
@@ -184,7 +199,7 @@ class PriorGenerationMixin(GenerationMixin):
                 break
 
         if not (generation_config.return_dict_in_generate or sampling.return_log_probs):
-            self.kept_cache = cache if compiled else None
+            self.keep_cache(cache)
             return input_ids
         return PriorGenerateOutput(
             sequences=input_ids,
@@ -220,17 +235,22 @@ class PriorGenerationMixin(GenerationMixin):
             model_kwargs[CACHE_NAME] = with_text_cache(self.config, cache)
 
     def recall_cache(self, model_kwargs: dict, num_rows: int) -> Cache:
-        """Return the static cache of the last call if it has the right shape, else the fresh one.
+        """Return the static cache of the last call if it has the right shape, else the one of this call.
 
         A CUDA graph holds the addresses of its cache, so a new one would have to be captured for another cache.
         """
-        fresh, kept, self.kept_cache = model_kwargs[CACHE_NAME], self.kept_cache, None
+        cache, kept, self.kept_cache = model_kwargs[CACHE_NAME], self.kept_cache, None
+        is_empty = int(cache.get_seq_length()) == 0  # and does not go on from an earlier call
         text = model_kwargs.get("encoder_hidden_states")
         shape = (num_rows, 0 if text is None else text.shape[1], self.dtype, self.device)
-        if kept is not None and static_shape(kept) == shape:
+        if is_empty and kept is not None and static_shape(kept) == shape:
             kept.reset()
             return kept
-        return fresh
+        return cache
+
+    def keep_cache(self, cache: Cache | None) -> None:
+        """Keep a static cache that nobody needs any more for the next call."""
+        self.kept_cache = cache if cache is not None and cache.is_compileable else None
 
     def _validate_generated_length(self, generation_config, input_ids_length: int, *args, **kwargs) -> None:
         super()._validate_generated_length(generation_config, input_ids_length, *args, **kwargs)
@@ -303,4 +323,5 @@ def double_batch(model_kwargs: dict, sampling: GuidedSampling, batch_size: int) 
             model_kwargs[name] = torch.cat([model_kwargs[name], rows.to(model_kwargs[name])])
     labels = model_kwargs.get("class_labels")
     if labels is not None:
-        model_kwargs["class_labels"] = torch.cat([labels, torch.full_like(labels, UNCONDITIONAL_LABEL)])
+        unconditional = 0 if sampling.class_zero_guidance else UNCONDITIONAL_LABEL
+        model_kwargs["class_labels"] = torch.cat([labels, torch.full_like(labels, unconditional)])

@@ -45,7 +45,8 @@ class LengthGroups:
         lengths = torch.where(is_unconditional.cpu(), 0, num_tokens.cpu())
         config, device = decoder.config, codes.device
         call_cost = CALL_COST.get(device.type, CALL_COST_OF_ACCELERATORS)
-        groups = group_by_length(lengths.tolist(), config.grid_size**2, config.num_registers, call_cost)
+        num_registers = config.num_registers if config.token_layout == "registers" else 0
+        groups = group_by_length(lengths.tolist(), config.grid_size**2, num_registers, call_cost)
         self.groups = []
         for rows in map(torch.tensor, groups):
             kept_codes = codes[rows.to(device), : max(1, int(lengths[rows].max()))]
@@ -75,7 +76,7 @@ def group_by_length(lengths: Sequence[int], num_patches: int, num_registers: int
     Args:
         lengths: registers that each row keeps.
         num_patches: N, which every row has besides.
-        num_registers: K; a call has one slot more than its longest row keeps, at most K.
+        num_registers: K; a call has one slot more than its longest row keeps, at most K. 0 if all rows cost the same.
         call_cost: cost of a call of its own, in positions.
 
     Returns:

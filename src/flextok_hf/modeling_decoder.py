@@ -18,6 +18,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
+from .configuration_encoder import check_token_layout
 from .layers import Attention, GatedMLP, PatchEmbedding, TimestepEmbedder, layer_norm, unpatchify
 from .loading import WholeWeightsMixin
 from .nested_dropout import count_kept, mask_tail, merged_tail_bias
@@ -36,9 +37,9 @@ class DecoderBlock(nn.Module):
     Patches and registers share all weights except the modulation, which has one half for each.
     """
 
-    def __init__(self, hidden_size: int, head_dim: int):
+    def __init__(self, hidden_size: int, head_dim: int, has_registers: bool = True):
         super().__init__()
-        self.modulation = nn.Linear(hidden_size, 12 * hidden_size)
+        self.modulation = nn.Linear(hidden_size, (12 if has_registers else 6) * hidden_size)
         self.attention = Attention(hidden_size, head_dim)
         self.mlp = GatedMLP(hidden_size)
 
@@ -53,18 +54,18 @@ class DecoderBlock(nn.Module):
         """Refine the sequence.
 
         Args:
-            hidden_states: patches, then registers, (B, N + S, D).
+            hidden_states: patches, then registers if there are any, (B, N + S, D).
             temb: embedding of the noise level, (B or 1, D); not read if its `modulation` is given.
             num_patches: N, where the registers begin.
             key_bias: added to the attention logits of each key, (B, N + S).
-            modulation: (B or 1, 12 D); `None` computes it.
+            modulation: (B or 1, 12 D), without registers (B or 1, 6 D); `None` computes it.
 
         Returns:
             New hidden states, (B, N + S, D).
         """
         if modulation is None:
             modulation = self.modulation(F.silu(temb))
-        modulation = modulation.unflatten(-1, (2, 6, -1))  # (B, 2, 6, D), for patches and for registers
+        modulation = modulation.unflatten(-1, (-1, 6, hidden_states.shape[-1]))  # (B, 2, 6, D): patches and registers
         gate_attn, gate_mlp, shift_attn, scale_attn, shift_mlp, scale_mlp = modulation.unbind(2)  # (B, 2, D)
         attention_input = norm_and_modulate(hidden_states, shift_attn, scale_attn, num_patches)
         update = self.attention(attention_input, key_bias=key_bias)
@@ -74,11 +75,12 @@ class DecoderBlock(nn.Module):
 
 
 # The next two work on patches and registers in turn: a modulation vector per position would be larger than the states.
+# Where the vectors are of one kind, there are no registers.
 
 
 def norm_and_modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor, num_patches: int) -> Tensor:
     """Normalize (B, N + S, D), then scale and shift; (B or 1, 2, D) holds the vectors of patches and of registers."""
-    parts = hidden_states[:, :num_patches], hidden_states[:, num_patches:]
+    parts = (hidden_states[:, :num_patches], hidden_states[:, num_patches:])[: scale.shape[1]]
     if scale.shape[0] == 1:  # one noise level for the batch: the kernel of the normalization scales on the way
         outputs = [layer_norm(part, 1 + scale[0, kind], shift[0, kind]) for kind, part in enumerate(parts)]
     else:
@@ -90,7 +92,7 @@ def norm_and_modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor, num_p
 
 def add_gated(hidden_states: Tensor, update: Tensor, gate: Tensor, num_patches: int) -> Tensor:
     """Add an update (B, N + S, D) times its gate; (B or 1, 2, D) holds those of patches and of registers."""
-    parts = slice(num_patches), slice(num_patches, None)
+    parts = (slice(num_patches), slice(num_patches, None))[: gate.shape[1]]
     outputs = [
         torch.addcmul(hidden_states[:, part], gate[:, kind, None], update[:, part]) for kind, part in enumerate(parts)
     ]
@@ -107,10 +109,13 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
         hidden_size: width D; a multiple of `head_dim` and of 4.
         num_layers: number of blocks.
         head_dim: width of an attention head.
-        num_registers: longest token sequence K.
+        token_layout: "registers", tokens beside the patches; or "grid", one per patch in raster order, added to it.
+        num_registers: longest token sequence K; `grid_size ** 2` for a grid.
+        nested_dropout: a learned mask token stands in for missing tokens; a grid may go without and takes id 0.
         code_dim: dimensions Q of a code.
         frequency_embedding_size: sinusoidal features of the noise level.
         max_timestep: scale of these features; read it from a checkpoint, never assume it.
+        remove_dropped: dropped registers leave the sequence, instead of a mask token for each as published.
     """
 
     _supports_gradient_checkpointing = True
@@ -127,21 +132,32 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
         hidden_size: int = 768,
         num_layers: int = 12,
         head_dim: int = 64,
+        token_layout: str = "registers",
         num_registers: int = 256,
+        nested_dropout: bool = True,
         code_dim: int = 6,
         frequency_embedding_size: int = 256,
         max_timestep: float = 1.0,
+        remove_dropped: bool = False,
     ):
         super().__init__()
         if hidden_size % head_dim or hidden_size % 4:
             raise ValueError(f"`hidden_size` ({hidden_size}) must be a multiple of `head_dim` ({head_dim}) and of 4.")
+        check_token_layout(token_layout, num_registers, grid_size)
+        has_registers = token_layout == "registers"
+        if has_registers and not nested_dropout:
+            raise ValueError("`nested_dropout` must be True for registers; only a grid can go without.")
         self.code_proj = nn.Linear(code_dim, hidden_size)
-        self.register_positions = nn.Parameter(torch.empty(num_registers, hidden_size))  # (K, D)
-        self.mask_token = nn.Parameter(torch.empty(hidden_size))  # (D,)
+        if has_registers:
+            self.register_positions = nn.Parameter(torch.empty(num_registers, hidden_size))  # (K, D)
+        if nested_dropout:
+            self.mask_token = nn.Parameter(torch.empty(hidden_size))  # (D,)
         self.null_token = nn.Parameter(torch.empty(hidden_size))  # (D,)
         self.patch_embedding = PatchEmbedding(in_channels, patch_size, grid_size, hidden_size)
         self.time_embedder = TimestepEmbedder(hidden_size, frequency_embedding_size, max_timestep)
-        self.transformer_blocks = nn.ModuleList(DecoderBlock(hidden_size, head_dim) for _ in range(num_layers))
+        self.transformer_blocks = nn.ModuleList(
+            DecoderBlock(hidden_size, head_dim, has_registers) for _ in range(num_layers)
+        )
         self.final_modulation = nn.Linear(hidden_size, 2 * hidden_size)
         self.velocity_proj = nn.Linear(hidden_size, in_channels * patch_size**2)
         self.gradient_checkpointing = False
@@ -154,7 +170,7 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for vector in (self.register_positions, self.mask_token, self.null_token):
+        for vector in self.parameters(recurse=False):  # positions of registers, mask token, null token
             nn.init.trunc_normal_(vector, std=0.02)
         for layer in self.modulation_layers():
             nn.init.zeros_(layer.weight)
@@ -214,6 +230,50 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
             registers = torch.where(is_unconditional.view(-1, 1, 1), self.null_token, registers)
         return registers
 
+    def bias_of_merged(
+        self, codes: Tensor, num_tokens: Tensor | None, is_unconditional: Tensor | None, num_patches: int
+    ) -> Tensor | None:
+        """Return the bias per key, (B, N + S), of slots that stand for dropped registers; `None` if all count once."""
+        num_registers = self.register_positions.shape[0]
+        num_slots = min(codes.shape[1] + 1, num_registers)
+        if num_slots == num_registers and not self.config.remove_dropped:
+            return None
+        kept = count_kept(codes, num_tokens, is_unconditional)  # (B,)
+        length = torch.full_like(kept, num_registers)
+        if self.config.remove_dropped:  # without any code, one mask or null token remains
+            length = kept.clamp(min=1)
+        return F.pad(merged_tail_bias(kept, num_slots, length), (num_patches, 0))
+
+    def embed_grid(
+        self, codes: Tensor, num_patches: int, num_tokens: Tensor | None, is_unconditional: Tensor | None
+    ) -> Tensor:
+        """Turn codes of a grid into what is added to its patches.
+
+        Args:
+            codes: (B, k, Q) in raster order, with k <= N.
+            num_patches: N.
+            num_tokens: tokens to keep per sample, (B,) in [0, k]; `None` keeps all k.
+            is_unconditional: (B,) boolean; samples where it is true forget their codes altogether.
+
+        Returns:
+            Tokens, (B, N, D).
+        """
+        num_codes = codes.shape[1]
+        if num_codes > num_patches:
+            raise ValueError(
+                f"`codes` has {num_codes} tokens per picture, but these latents have {num_patches} patches, a token"
+                " each. Cut them with `codes[:, :n]`, or give larger latents."
+            )
+        kept = count_kept(codes, num_tokens)  # (B,)
+        codes = F.pad(codes.to(self.code_proj.weight.dtype), (0, 0, 0, num_patches - num_codes))
+        if self.config.nested_dropout:
+            tokens = mask_tail(self.code_proj(codes), kept, self.mask_token)  # (B, N, D)
+        else:  # the code of id 0 is -1 in every dimension
+            tokens = self.code_proj(mask_tail(codes, kept, codes.new_tensor(-1.0)))
+        if is_unconditional is not None:
+            tokens = torch.where(is_unconditional.view(-1, 1, 1), self.null_token, tokens)
+        return tokens
+
     def forward(
         self,
         noisy_latents: Tensor,
@@ -240,14 +300,13 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
             The velocity, (B, C, h, w).
         """
         patches = self.patch_embedding(noisy_latents)  # (B, N, D)
-        registers = self.embed_codes(codes, num_tokens, is_unconditional)  # (B, S, D)
-        num_patches, num_slots = patches.shape[1], registers.shape[1]
-        hidden_states = torch.cat([patches, registers.to(patches.dtype)], dim=1)  # (B, N + S, D)
-        key_bias = None
-        if num_slots < self.register_positions.shape[0]:
-            kept = count_kept(codes, num_tokens, is_unconditional)
-            tail_bias = merged_tail_bias(kept, num_slots, self.register_positions.shape[0])
-            key_bias = F.pad(tail_bias, (num_patches, 0))  # (B, N + S)
+        num_patches, key_bias = patches.shape[1], None
+        if self.config.token_layout == "grid":
+            hidden_states = patches + self.embed_grid(codes, num_patches, num_tokens, is_unconditional)  # (B, N, D)
+        else:
+            registers = self.embed_codes(codes, num_tokens, is_unconditional)  # (B, S, D)
+            hidden_states = torch.cat([patches, registers.to(patches.dtype)], dim=1)  # (B, N + S, D)
+            key_bias = self.bias_of_merged(codes, num_tokens, is_unconditional, num_patches)
 
         temb = self.time_embedder(sigma) if modulation is None else None  # (B, D)
         *for_blocks, for_head = self.split_modulation(modulation)

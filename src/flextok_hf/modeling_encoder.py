@@ -36,12 +36,14 @@ class EncoderAttention(Attention):
     """Self-attention in which patches see all patches, and registers see all patches and the registers before them."""
 
     def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, register_mask: Tensor, num_patches: int, is_last: bool = False
+        self, hidden_states: Tensor, register_mask: Tensor | None, num_patches: int, is_last: bool = False
     ) -> Tensor:
         """Mix patches and registers, (B, N + K, D); only the registers come back, (B, K, D), if `is_last`.
 
-        `register_mask` (K, N + K) is true where a register may look.
+        `register_mask` (K, N + K) is true where a register may look; `None` where there are only patches.
         """
+        if register_mask is None:
+            return super().forward(hidden_states)
         if is_last:
             context = self.processor(self, *self.project(hidden_states, num_patches), register_mask)
             return self.to_out(context.flatten(-2))
@@ -60,7 +62,7 @@ class EncoderBlock(GradientCheckpointingLayer):
         self.attention = EncoderAttention(config.hidden_size, config.head_dim)
         self.mlp = GatedMLP(config.hidden_size)
 
-    def forward(self, hidden_states: Tensor, register_mask: Tensor, num_patches: int, is_last: bool) -> Tensor:
+    def forward(self, hidden_states: Tensor, register_mask: Tensor | None, num_patches: int, is_last: bool) -> Tensor:
         """Refine patches and registers, (B, N + K, D); the last block leaves out the patches, which nobody reads."""
         update = self.attention(layer_norm(hidden_states), register_mask, num_patches, is_last)
         hidden_states = (hidden_states[:, num_patches:] if is_last else hidden_states) + update
@@ -83,7 +85,8 @@ class FlexTokEncoder(WholeWeightsMixin, PreTrainedModel):
         self.patch_embedding = PatchEmbedding(
             config.in_channels, config.patch_size, config.grid_size, config.hidden_size
         )
-        self.register_tokens = nn.Parameter(torch.empty(config.num_registers, config.hidden_size))  # (K, D)
+        if config.token_layout == "registers":
+            self.register_tokens = nn.Parameter(torch.empty(config.num_registers, config.hidden_size))  # (K, D)
         self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.num_hidden_layers))
         self.feature_proj = nn.Linear(config.hidden_size, len(config.fsq_levels))
         self.quantizer = FiniteScalarQuantizer(config.fsq_levels)
@@ -97,22 +100,29 @@ class FlexTokEncoder(WholeWeightsMixin, PreTrainedModel):
         elif isinstance(module, PatchEmbedding):
             table = sincos_position_table(self.config.hidden_size, self.config.grid_size)
             init.copy_(module.positions, table)
-        elif module is self:
+        elif module is self and self.config.token_layout == "registers":
             # std 1, not the usual 0.02: registers that start almost alike give every picture the same few codes
             init.normal_(self.register_tokens, std=1.0)
 
     def compute_features(self, latents: Tensor, num_tokens: int | None = None) -> Tensor:
-        """Summarize pictures in their registers.
+        """Summarize pictures in their registers, or in a grid of tokens.
 
         Args:
             latents: (B, C, h, w), about unit variance.
-            num_tokens: stop after this many registers; they are the same as in the full sequence, at less work.
+            num_tokens: stop after this many tokens; they are the same as in the full sequence, with registers at less
+                work.
 
         Returns:
-            Features before quantization, (B, K, Q), coarsest first.
+            Features before quantization, (B, K, Q): coarsest first, or in raster order.
         """
         num_tokens = self.check_num_tokens(num_tokens)
         patches = self.patch_embedding(latents)  # (B, N, D)
+        if self.config.token_layout == "grid":
+            hidden_states = patches
+            for block in self.blocks:
+                hidden_states = block(hidden_states, None, patches.shape[1], is_last=False)
+            return self.feature_proj(layer_norm(hidden_states[:, :num_tokens]))  # (B, K, Q)
+
         registers = self.register_tokens[:num_tokens].expand(latents.shape[0], -1, -1)  # (B, K, D)
         hidden_states = torch.cat([patches, registers.to(patches.dtype)], dim=1)  # (B, N + K, D)
 

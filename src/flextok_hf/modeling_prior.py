@@ -26,23 +26,41 @@ from .prior_cache import with_text_cache
 from .prior_inputs import UNCONDITIONAL_LABEL, check_forward_inputs
 
 
+HEAD_NORM_EPS = 1e-6  # of the norm in front of the output layer, which the published models may have
+
+
+def make_norm(config: FlexTokPriorConfig) -> nn.Module:
+    """Return a normalization of the width of the model."""
+    norm_class = nn.LayerNorm if config.norm_type == "layer_norm" else nn.RMSNorm
+    return norm_class(config.hidden_size, config.norm_eps)
+
+
+def make_qk_norm(config: FlexTokPriorConfig, is_used: bool) -> nn.Module:
+    """Return a normalization of queries or keys over the width of a head, or the identity."""
+    if not is_used:
+        return nn.Identity()
+    norm_class = nn.LayerNorm if (config.qk_norm_type or config.norm_type) == "layer_norm" else nn.RMSNorm
+    eps = config.norm_eps if config.qk_norm_eps is None else config.qk_norm_eps
+    return norm_class(config.hidden_size // config.num_attention_heads, eps)
+
+
 class ResidualProjection(PackableLinear):
     """Last layer of a residual update; a class of its own because it starts smaller than other layers."""
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head self-attention over the tokens so far, without biases."""
+    """Multi-head self-attention over the tokens so far."""
 
     def __init__(self, config: FlexTokPriorConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
         self.head_dim = config.hidden_size // config.num_attention_heads
-        self.qkv_proj = PackableLinear(
-            config.hidden_size, 3 * config.hidden_size, bias=False
-        )  # rows: query, key, value
-        self.out_proj = ResidualProjection(config.hidden_size, config.hidden_size, bias=False)
-        self.query_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.key_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.scale = config.attention_scale
+        # rows: query, key, value
+        self.qkv_proj = PackableLinear(config.hidden_size, 3 * config.hidden_size, bias=config.use_bias)
+        self.out_proj = ResidualProjection(config.hidden_size, config.hidden_size, bias=config.use_bias)
+        self.query_norm = make_qk_norm(config, config.qk_norm)
+        self.key_norm = make_qk_norm(config, config.qk_norm)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, is_causal: bool, cache: Cache | None):
         """Mix (B, L, D) with the cached positions; `attention_mask` (1, 1, L, S): who may look where."""
@@ -50,22 +68,23 @@ class CausalSelfAttention(nn.Module):
         query, key = self.query_norm(query), self.key_norm(key)  # (B, L, heads, head_dim)
         if cache is not None:
             key, value = update_cache(cache, key, value, self.layer_idx)  # (B, S, heads, head_dim)
-        context = attend(query, key, value, attention_mask, is_causal=is_causal)  # (B, L, heads, head_dim)
+        context = attend(query, key, value, attention_mask, self.scale, is_causal)  # (B, L, heads, head_dim)
         return self.out_proj(context.flatten(-2))  # (B, L, D)
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of the tokens to the projected text, without biases; text keys and values are made once."""
+    """Multi-head attention of the tokens to the projected text, whose keys and values are made once."""
 
     def __init__(self, config: FlexTokPriorConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
         self.head_dim = config.hidden_size // config.num_attention_heads
-        self.query_proj = PackableLinear(config.hidden_size, config.hidden_size, bias=False)
-        self.key_value_proj = nn.Linear(config.hidden_size, 2 * config.hidden_size, bias=False)  # rows: key, value
-        self.out_proj = ResidualProjection(config.hidden_size, config.hidden_size, bias=False)
-        self.query_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps) if config.cross_qk_norm else nn.Identity()
-        self.key_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps) if config.cross_qk_norm else nn.Identity()
+        self.query_proj = PackableLinear(config.hidden_size, config.hidden_size, bias=config.use_bias)
+        # rows: key, value
+        self.key_value_proj = nn.Linear(config.hidden_size, 2 * config.hidden_size, bias=config.use_bias)
+        self.out_proj = ResidualProjection(config.hidden_size, config.hidden_size, bias=config.use_bias)
+        self.query_norm = make_qk_norm(config, config.cross_qk_norm)
+        self.key_norm = make_qk_norm(config, config.cross_qk_norm)
 
     def forward(
         self, hidden_states: Tensor, text_states: Tensor | None, text_mask: Tensor | None, cache: Cache | None
@@ -85,14 +104,13 @@ class CrossAttention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """SwiGLU feed-forward layer (Shazeer, 2020, https://arxiv.org/abs/2002.05202), without biases."""
+    """SwiGLU feed-forward layer (Shazeer, 2020, https://arxiv.org/abs/2002.05202)."""
 
     def __init__(self, config: FlexTokPriorConfig):
         super().__init__()
-        self.gate_up_proj = PackableLinear(
-            config.hidden_size, 2 * config.intermediate_size, bias=False
-        )  # rows: gate, up
-        self.down_proj = ResidualProjection(config.intermediate_size, config.hidden_size, bias=False)
+        # rows: gate, up
+        self.gate_up_proj = PackableLinear(config.hidden_size, 2 * config.intermediate_size, bias=config.use_bias)
+        self.down_proj = ResidualProjection(config.intermediate_size, config.hidden_size, bias=config.use_bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Transform every position of (B, L, D) by itself."""
@@ -101,13 +119,13 @@ class GatedMLP(nn.Module):
 
 
 class TextProjector(nn.Module):
-    """Two layers without biases that fit the text encoder's states to the width of the prior."""
+    """Two layers that fit the text encoder's states to the width of the prior."""
 
     def __init__(self, config: FlexTokPriorConfig):
         super().__init__()
-        self.fc1 = nn.Linear(config.text_hidden_size, config.text_hidden_size, bias=False)
+        self.fc1 = nn.Linear(config.text_hidden_size, config.text_hidden_size, bias=config.use_bias)
         self.activation = ACT2FN[config.projector_activation]
-        self.fc2 = nn.Linear(config.text_hidden_size, config.hidden_size, bias=False)
+        self.fc2 = nn.Linear(config.text_hidden_size, config.hidden_size, bias=config.use_bias)
 
     def forward(self, encoder_hidden_states: Tensor) -> Tensor:
         """Project (B, M, text_hidden_size) to (B, M, D)."""
@@ -120,13 +138,13 @@ class PriorBlock(GradientCheckpointingLayer):
     def __init__(self, config: FlexTokPriorConfig, layer_idx: int):
         super().__init__()
         self.dropout = config.dropout
-        self.self_attention_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attention_norm = make_norm(config)
         self.self_attention = CausalSelfAttention(config, layer_idx)
         self.reads_text = config.text_hidden_size is not None
         if self.reads_text:
-            self.cross_attention_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.cross_attention_norm = make_norm(config)
             self.cross_attention = CrossAttention(config, layer_idx)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp_norm = make_norm(config)
         self.mlp = GatedMLP(config)
 
     def forward(
@@ -188,8 +206,9 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
         if config.text_hidden_size is not None:
             self.text_projector = TextProjector(config)
         self.blocks = nn.ModuleList(PriorBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head = PackableLinear(config.hidden_size, config.codebook_size, bias=False)
+        self.norm = make_norm(config) if config.use_final_norm else nn.Identity()
+        self.head_norm = nn.LayerNorm(config.hidden_size, HEAD_NORM_EPS) if config.use_head_norm else nn.Identity()
+        self.head = PackableLinear(config.hidden_size, config.codebook_size, bias=config.use_bias)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -199,8 +218,10 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
             init.normal_(module.weight, std=std / (2 * self.config.num_hidden_layers) ** 0.5)
         elif isinstance(module, (nn.Linear, nn.Embedding)):
             init.normal_(module.weight, std=std)
-        elif isinstance(module, nn.RMSNorm):
+        elif isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
             init.ones_(module.weight)
+        if getattr(module, "bias", None) is not None:
+            init.zeros_(module.bias)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.token_embedding
@@ -286,7 +307,7 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
             hidden_states = block(hidden_states, text_states, **masks, cache=cache)
 
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.head(self.norm(hidden_states[:, kept]))  # (B, L, V)
+        logits = self.head(self.head_norm(self.norm(hidden_states[:, kept])))  # (B, L, V)
         loss = None
         if labels is not None:
             loss = self.loss_function(

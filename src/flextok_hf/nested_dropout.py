@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 
+INVISIBLE = -1e4  # added to a logit, it leaves nothing of its key; finite in every precision
 KEEP_MODES = ("uniform", "powers_of_two", "uniform_rounded_up")
 
 
@@ -25,18 +26,23 @@ def sample_num_tokens(
         batch_size: number of samples B.
         num_registers: longest sequence K.
         mode: "uniform" in 1..K, "powers_of_two" among 1, 2, 4, ... and K, or "uniform_rounded_up" to one of these.
-        generator: source of randomness, on the CPU.
+        generator: source of randomness; the result is on its device.
 
     Returns:
         Counts, (B,) int64 in [1, K].
     """
+    device = generator.device if generator is not None else None
     if mode not in KEEP_MODES:
         raise ValueError(f"`mode` must be one of {', '.join(KEEP_MODES)}, got {mode!r}.")
-    powers = torch.tensor(token_ladder(num_registers))
     if mode == "powers_of_two":
-        return powers[torch.randint(len(powers), (batch_size,), generator=generator)]
-    num_tokens = torch.randint(1, num_registers + 1, (batch_size,), generator=generator)
-    return num_tokens if mode == "uniform" else powers[torch.searchsorted(powers, num_tokens)]
+        ladder_length = len(token_ladder(num_registers))
+        powers = 2 ** torch.randint(ladder_length, (batch_size,), generator=generator, device=device)
+        return powers.clamp(max=num_registers)
+    num_tokens = torch.randint(1, num_registers + 1, (batch_size,), generator=generator, device=device)
+    if mode == "uniform":
+        return num_tokens
+    _, num_bits = torch.frexp((num_tokens - 1).float())  # of the largest number below, so that powers stay
+    return (2 ** num_bits.long()).clamp(max=num_registers)
 
 
 def mask_tail(registers: Tensor, num_tokens: Tensor, mask_token: Tensor) -> Tensor:
@@ -65,7 +71,7 @@ def count_kept(codes: Tensor, num_tokens: Tensor | None, is_unconditional: Tenso
     return kept if is_unconditional is None else torch.where(is_unconditional, 0, kept)
 
 
-def merged_tail_bias(kept: Tensor, num_slots: int, num_registers: int) -> Tensor:
+def merged_tail_bias(kept: Tensor, num_slots: int, length: Tensor) -> Tensor:
     """Bias on the attention logits that lets the slots after the kept registers stand for all that were dropped.
 
     Dropped registers are identical: they hold the same token and no position. As keys, n of them in m slots weigh as
@@ -73,13 +79,14 @@ def merged_tail_bias(kept: Tensor, num_slots: int, num_registers: int) -> Tensor
 
     Args:
         kept: registers that each sample keeps, (B,).
-        num_slots: length S of the shortened register sequence; more than any sample keeps, at most K.
-        num_registers: K, which the sequence stands for.
+        num_slots: length S of the register sequence; more than any sample keeps, or as many.
+        length: registers that the sequence stands for, per sample, (B,); at least as many as it keeps.
 
     Returns:
         Bias per slot, (B, S) float32; zero for what is kept.
     """
-    kept = kept.unsqueeze(1)
+    kept, length = kept.unsqueeze(1), length.unsqueeze(1)
     is_tail = torch.arange(num_slots, device=kept.device) >= kept  # (B, S)
-    ratio = (num_registers - kept) / (num_slots - kept)  # (B, 1), at least 1
-    return torch.where(is_tail, ratio.float().log(), 0.0)
+    ratio = (length - kept).float() / (num_slots - kept)  # (B, 1)
+    bias = torch.where(ratio > 0, ratio.log(), INVISIBLE)
+    return torch.where(is_tail, bias, 0.0)

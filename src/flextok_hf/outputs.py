@@ -2,13 +2,14 @@
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image
 
 
 PICTURE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+ANIMATED = ".webp"  # the kind of file that can hold several pictures in turn
 
 
 def check_output_path(path: str | os.PathLike, extensions: tuple[str, ...]) -> Path:
@@ -29,6 +30,29 @@ def check_output_path(path: str | os.PathLike, extensions: tuple[str, ...]) -> P
         raise ValueError(
             f"`output` {str(path)!r} is a folder; name a file in it, such as {path / ('out' + path.suffix)}"
         )
+    if not path.parent.is_dir():
+        raise ValueError(
+            f"`output` {str(path)!r} lies in a folder that does not exist; create it: mkdir -p {path.parent}"
+        )
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"the folder of `output` {str(path)!r} cannot be written to; choose another one")
+    return path
+
+
+def check_output_folder(path: str | os.PathLike) -> Path:
+    """Return `path` if a new folder can be made there; made to be called early.
+
+    Args:
+        path: must not exist, or be an empty folder.
+
+    Raises:
+        ValueError: something is there already, or the folder around it is missing or read-only.
+    """
+    path = Path(path)
+    if path.is_dir() and any(path.iterdir()):
+        raise ValueError(f"`output` {str(path)!r} exists and is not empty; choose another name, or remove it first")
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"`output` {str(path)!r} is a file; choose the name of a new folder")
     if not path.parent.is_dir():
         raise ValueError(
             f"`output` {str(path)!r} lies in a folder that does not exist; create it: mkdir -p {path.parent}"
@@ -70,6 +94,24 @@ def save_picture(picture: Image.Image, path: str | os.PathLike) -> None:
         path: its ending is one of `PICTURE_EXTENSIONS`.
     """
     write_atomically(path, picture.save)
+
+
+def save_animation(frames: Sequence[Image.Image], path: str | os.PathLike, frame_ms: int) -> None:
+    """Write pictures as one lossless animated WebP that plays without end and rests on the last picture.
+
+    Args:
+        frames: pictures of one size, at least one.
+        path: ends in `ANIMATED`.
+        frame_ms: how long each is shown, in milliseconds; the last one three times as long.
+    """
+    durations = [frame_ms] * (len(frames) - 1) + [3 * frame_ms]
+
+    def write(temporary: str) -> None:
+        frames[0].save(
+            temporary, save_all=True, append_images=frames[1:], duration=durations, loop=0, lossless=True, method=6
+        )
+
+    write_atomically(path, write)
 
 
 def numbered_paths(path: str | os.PathLike, count: int) -> list[Path]:

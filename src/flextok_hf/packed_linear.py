@@ -25,7 +25,7 @@ MAX_SHARE_OF_MEMORY = 0.25  # of the machine's; packed weights come on top of th
 class PackableLinear(nn.Linear):
     """A linear layer that can hold a copy of its weight in the kernel's own order, see `packed_weights`."""
 
-    packed_weight: Tensor | None = None  # no buffer: it lives as long as a loop
+    packed_weight: Tensor | None = None  # no buffer: it is there as long as a loop
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Multiply (..., in_features) by the weight; what needs gradients or is compiled takes the usual way."""
@@ -49,19 +49,50 @@ def packed_weights(model: nn.Module, num_calls: int) -> Iterator[None]:
         model: its `PackableLinear` layers are meant; nothing happens unless they are on the CPU.
         num_calls: how many times the block will call the model.
     """
-    layers = [module for module in model.modules() if isinstance(module, PackableLinear)]
-    is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
-    if num_calls < MIN_CALLS or is_compiled or not can_pack([layer.weight for layer in layers]):
-        yield
-        return
+    weights = PackedWeights(model, num_calls)
     try:
-        for layer in layers:
-            layer.packed_weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), USUAL_ROWS)
-        yield
+        with weights.in_use():
+            yield
     finally:
-        for layer in layers:
-            layer.packed_weight = None
-        return_freed_memory()
+        weights.free()
+
+
+class PackedWeights:
+    """Packed copies of weights, for a loop that is interrupted: the model has them only where they are `in_use`.
+
+    Empty if packing does not pay or cannot work, or if an enclosing block has packed the model already.
+
+    Args:
+        model, num_calls: as for `packed_weights`.
+    """
+
+    def __init__(self, model: nn.Module, num_calls: int):
+        layers = [module for module in model.modules() if isinstance(module, PackableLinear)]
+        is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
+        is_packed = any(layer.packed_weight is not None for layer in layers)
+        is_offloaded = hasattr(model, "_hf_hook")  # its weights are elsewhere during a call
+        pays = num_calls >= MIN_CALLS and not (is_compiled or is_packed or is_offloaded)
+        self.weights: dict[PackableLinear, Tensor] = {}
+        if pays and can_pack([layer.weight for layer in layers]):
+            for layer in layers:
+                self.weights[layer] = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), USUAL_ROWS)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Let the model multiply by the packed weights within a `with` block."""
+        try:
+            for layer, weight in self.weights.items():
+                layer.packed_weight = weight
+            yield
+        finally:
+            for layer in self.weights:
+                layer.packed_weight = None
+
+    def free(self) -> None:
+        """Give the memory back; the model takes the usual way from now on."""
+        if self.weights:
+            self.weights.clear()
+            return_freed_memory()
 
 
 def return_freed_memory() -> None:

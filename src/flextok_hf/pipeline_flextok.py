@@ -3,6 +3,7 @@
 Letters: B batch, C latent channels, h w latent grid, K registers, Q code dimensions.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,11 +23,13 @@ from .flow import set_noise_levels
 from .guided_velocity import GuidanceScale, GuidedVelocity
 from .images import OUTPUT_TYPES, pixels_to_values, prepare_images, to_output
 from .latents import decode_latents, encode_latents
+from .model_card import CardMixin
 from .modeling_decoder import FlexTokFlowDecoder
 from .modeling_encoder import FlexTokEncoder
 from .modeling_prior import FlexTokPriorForCausalLM
 from .nested_dropout import token_ladder
 from .packed_linear import packed_weights
+from .streaming import StreamingMixin
 
 
 # Diffusers looks up how to save and load a component by the package it comes from. Without these entries a model index
@@ -49,7 +52,7 @@ class FlexTokPipelineOutput(BaseOutput):
     token_ids: Tensor | list[Tensor]
 
 
-class FlexTokPipeline(DiffusionPipeline):
+class FlexTokPipeline(StreamingMixin, CardMixin, DiffusionPipeline):
     """Pictures as 1 to K ordered tokens (Bachmann et al., 2025, https://arxiv.org/abs/2502.13967).
 
     `tokenize` and `detokenize` need the encoder and the decoder only. Calling the pipeline needs a prior, and a prior
@@ -98,6 +101,53 @@ class FlexTokPipeline(DiffusionPipeline):
         if "dtype" not in kwargs and "torch_dtype" not in kwargs:
             kwargs["dtype"] = torch.float32
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_original(
+        cls,
+        tokenizer: str | os.PathLike,
+        prior: str | os.PathLike | None = None,
+        text_encoder: str | os.PathLike | None = None,
+        revision: str | None = None,
+        prior_revision: str | None = None,
+        dtype: torch.dtype | None = torch.float32,
+        ignore: Sequence[str] = (),
+        cache_dir: str | os.PathLike | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> "FlexTokPipeline":
+        """Load checkpoints in the official format; `flextok convert` makes a folder for `from_pretrained` of them.
+
+        Args:
+            tokenizer: Hub id, folder or safetensors file, such as "EPFL-VILAB/flextok_d18_d28_dfn".
+            prior: the same, such as "EPFL-VILAB/FlexAR-3B-T2I", trained with this tokenizer.
+            text_encoder: Hub id or folder of the prior's text encoder; `None` for the one that the prior names.
+            revision: branch, tag or commit of the tokenizer on the Hub.
+            prior_revision: the same of the prior.
+            dtype: of the weights; `None` keeps what is stored.
+            ignore: names of settings to read over, if you are sure that they do not change what the model computes.
+            cache_dir, token, local_files_only: as in `from_pretrained`, for all that comes from the Hub.
+
+        Raises:
+            ValueError: if a checkpoint is damaged, incomplete, unknown or not supported; the message says where.
+            OSError: if files are missing, or the Hub cannot be reached.
+        """
+        from .conversion.convert import load_original  # which builds on this module
+
+        return cls(
+            **load_original(
+                tokenizer,
+                prior,
+                text_encoder,
+                dtype,
+                revision=revision,
+                prior_revision=prior_revision,
+                ignore=ignore,
+                cache_dir=cache_dir,
+                token=token,
+                local_files_only=local_files_only,
+            )
+        )
 
     @property
     def num_registers(self) -> int:
@@ -148,14 +198,18 @@ class FlexTokPipeline(DiffusionPipeline):
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        class_zero_guidance: bool = False,
         guidance: str = "apg",
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
+        image: Any = None,
+        token_ids: Tensor | None = None,
+        keep_tokens: int | None = None,
         output_type: str = "pil",
         callback_on_step_end: Callable[[Any, int, Tensor, dict], dict] | None = None,
         return_dict: bool = True,
     ) -> FlexTokPipelineOutput | tuple:
-        """Draw pictures for prompts or classes.
+        """Draw pictures for prompts or classes, from scratch or as variations of a picture.
 
         Args:
             prompt: text or texts; an empty string is no condition.
@@ -171,9 +225,15 @@ class FlexTokPipeline(DiffusionPipeline):
             temperature: of the prior; below 1 is more typical, above 1 more varied.
             top_k: let the prior choose among this many best tokens; 0 is all.
             top_p: let the prior choose among the best tokens of this total probability; 1 is all.
+            class_zero_guidance: guide classes as the official code does by mistake, away from class 0 after the first
+                token; to reproduce its pictures.
             guidance: rule of the decoder's guidance, "apg" or "cfg".
             generator: source of randomness; a list with one per picture makes each independent of its batch.
             latents: noise to start from, (B, C, h, w), instead of drawing it.
+            image: picture to vary, one for all prompts or a list with one each, as in `tokenize`; its first
+                `keep_tokens` tokens stay and the prior writes the others. For no wish, the prompt is "".
+            token_ids: ids to go on from instead, (1 or number of prompts, n).
+            keep_tokens: how many tokens stay, the fewer the freer; needed with `image`, all of `token_ids` otherwise.
             output_type: "pil", "np" or "pt" ([0, 1]), or "latent".
             callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": latents})` after each step; may
                 return a dictionary with new latents.
@@ -195,22 +255,15 @@ class FlexTokPipeline(DiffusionPipeline):
         counts = inputs.resolve_max_tokens(max_tokens, num_conditions, self.num_registers)
         counts = [count for count in counts for _ in range(num_images_per_prompt)]
         generator = inputs.spread_generators(generator, batch_size)
+        prefix = self.encode_prefix(image, token_ids, keep_tokens, num_conditions, num_images_per_prompt)  # (B, p)
+        inputs.check_prefix_fits(prefix.shape[1], counts)
         # The noise is drawn first: a sample's generator gives the same noise however many tokens its batch needs.
         latents = self.prepare_latents(batch_size, generator, latents)  # (B, C, h, w)
-        if prior_guidance_scale is None:
-            prior_guidance_scale = self.config.default_prior_guidance_scale
         # 2. Condition -> token ids
-        token_ids = self.prior.generate(
-            **conditions,
-            max_new_tokens=max(counts),
-            do_sample=True,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            guidance_scale=prior_guidance_scale,
-            generator=generator,
-            **self.prior_options,
-        )[:, 1:]  # (B, longest), without the start token
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+        sampling["class_zero_guidance"] = class_zero_guidance
+        writer = self.token_writer(conditions, prefix, max(counts), prior_guidance_scale, **sampling)
+        token_ids = writer.write(max(counts))  # (B, longest)
         # 3. Token ids -> pictures
         sequences = [ids[:count] for ids, count in zip(token_ids, counts, strict=True)]
         output = self.detokenize(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .guidance import GUIDANCE_METHODS
+from .nested_dropout import token_ladder
 
 
 def is_whole_number(value: Any) -> bool:
@@ -43,6 +44,39 @@ def resolve_max_tokens(max_tokens: int | Sequence[int] | None, batch_size: int, 
                 f" leave `max_tokens` out to use all {num_registers}."
             )
     return [min(bound, num_registers) for bound in bounds]
+
+
+def check_token_counts(token_counts: Any, num_registers: int) -> list[int]:
+    """Return growing token counts, each at most `num_registers`; `None` is 1, 2, 4, ... up to all.
+
+    Raises:
+        ValueError: if there is none, one is not a whole number of 1 or more, or they do not grow.
+    """
+    if token_counts is None:
+        return token_ladder(num_registers)
+    asked = list(token_counts) if isinstance(token_counts, list | tuple | range) else [token_counts]
+    counts = resolve_max_tokens(asked, len(asked), num_registers)
+    if not asked or asked != sorted(set(asked)):
+        raise ValueError(f"`token_counts` must be growing numbers, such as [1, 4, 16], got {token_counts!r}.")
+    return list(dict.fromkeys(counts))
+
+
+def check_keep_tokens(keep_tokens: Any, limit: int, reason: str) -> None:
+    """Raise a ValueError unless `keep_tokens` is a whole number from 1 to `limit`."""
+    if not is_whole_number(keep_tokens) or not 1 <= keep_tokens <= limit:
+        raise ValueError(
+            f"`keep_tokens` must be a whole number from 1 to {limit} ({reason}), got {keep_tokens!r}. It says how many"
+            " tokens of the picture stay; the prior writes the others."
+        )
+
+
+def check_prefix_fits(prefix_length: int, counts: Sequence[int]) -> None:
+    """Raise a ValueError if a picture is to have fewer tokens than it begins with."""
+    if prefix_length > min(counts):
+        raise ValueError(
+            f"{prefix_length} tokens are kept, but a picture may have only {min(counts)}. Keep fewer (`keep_tokens`),"
+            " or allow more (`max_tokens`, `token_counts`)."
+        )
 
 
 def pad_token_ids(

@@ -14,7 +14,7 @@ class PreallocatedLayer(DynamicLayer):
     """Keys and values of one layer, (B, heads, S, head_dim) each: a `DynamicLayer` that grows without being copied.
 
     Args:
-        capacity: positions to reserve; more are possible, at the price of a copy.
+        capacity: positions to reserve first; when they are full, everything moves to twice the memory.
     """
 
     keys: Tensor
@@ -40,7 +40,8 @@ class PreallocatedLayer(DynamicLayer):
         # beam search and its like put other tensors in place of the views
         is_view = buffer is not None and (states.data_ptr(), states.shape[0]) == (buffer.data_ptr(), buffer.shape[0])
         if buffer is None or not is_view or end > buffer.shape[-2]:
-            buffer = torch.empty(*new.shape[:-2], max(end, self.capacity), new.shape[-1]).to(new)
+            capacity = max(self.capacity, 2 * start, end)
+            buffer = torch.empty(*new.shape[:-2], capacity, new.shape[-1]).to(new)
             if start:
                 buffer[..., :start, :] = states
             self.buffers[index] = buffer

@@ -49,6 +49,7 @@ def check_generate_inputs(
     conditions: dict,
     guidance_scale: float,
     negative: tuple[Tensor | None, Tensor | None],
+    class_zero_guidance: bool = False,
 ) -> None:
     """Raise an error if `generate` cannot run on these arguments; values are read, once per call."""
     text, mask = conditions.get("encoder_hidden_states"), conditions.get("encoder_attention_mask")
@@ -64,6 +65,11 @@ def check_generate_inputs(
                 " For token ids alone, pass `model.prepend_bos(token_ids)`."
             )
         check_range("inputs", inputs[:, 1:], 0, config.codebook_size, "Only the first may be `bos_token_id`.")
+    if class_zero_guidance and (config.num_classes is None or config.text_hidden_size is not None):
+        raise ValueError(
+            "`class_zero_guidance` is for models with classes and without text, the only ones it was ever done with."
+            " Leave it out."
+        )
     if guidance_scale == 1.0:
         return
     if text is None and labels is None:

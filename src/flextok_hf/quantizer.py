@@ -3,6 +3,7 @@
 Letters: B batch, K registers, Q code dimensions, V codebook size.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -31,7 +32,7 @@ class FiniteScalarQuantizer(nn.Module):
     def bound(self, features: Tensor) -> Tensor:
         """Squash features (B, K, Q) into the range of the levels, in float32: dimension q spans its L_q integers."""
         features = features.float()
-        levels = features.new_tensor(self.levels)  # (Q,)
+        levels = constant(tuple(self.levels), features.dtype, features.device)  # (Q,)
         half_range = (levels - 1) * (1 + BOUND_MARGIN) / 2
         offset = torch.where(levels % 2 == 0, 0.5, 0.0)  # an even number of levels has no middle one
         shift = torch.atanh(offset / half_range)
@@ -51,21 +52,29 @@ class FiniteScalarQuantizer(nn.Module):
         rounded = bounded + (bounded.round() - bounded).detach()  # straight-through estimator
         if is_rounded is not None:
             rounded = torch.where(is_rounded.view(-1, 1, 1), rounded, bounded)
-        return rounded / rounded.new_tensor(self.half_widths)
+        return rounded / constant(tuple(self.half_widths), rounded.dtype, rounded.device)
 
     def codes_to_ids(self, codes: Tensor) -> Tensor:
         """Number codes (B, K, Q) in [-1, 1] as token ids (B, K) in [0, V), int64."""
-        half_widths = codes.new_tensor(self.half_widths)
+        half_widths = constant(tuple(self.half_widths), codes.dtype, codes.device)
         # round, not truncate: a code is stored as k / 13 for 27 levels, and k / 13 * 13 can land just below k
         digits = (codes * half_widths + half_widths).round().long()  # (B, K, Q)
-        return (digits * digits.new_tensor(self.place_values)).sum(dim=-1)
+        return (digits * constant(tuple(self.place_values), digits.dtype, digits.device)).sum(dim=-1)
 
     def ids_to_codes(self, token_ids: Tensor) -> Tensor:
         """Look up token ids (B, K) as codes (B, K, Q) float32; the inverse of `codes_to_ids`."""
-        place_values, levels = token_ids.new_tensor(self.place_values), token_ids.new_tensor(self.levels)
+        place_values = constant(tuple(self.place_values), token_ids.dtype, token_ids.device)
+        levels = constant(tuple(self.levels), token_ids.dtype, token_ids.device)
         digits = token_ids.unsqueeze(-1) // place_values % levels  # (B, K, Q)
         half_widths = levels // 2
         return (digits - half_widths).float() / half_widths
 
     def extra_repr(self) -> str:
         return f"levels={self.levels}, codebook_size={self.codebook_size}"
+
+
+@functools.lru_cache(maxsize=64)
+def constant(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return whole numbers as a tensor (Q,), made once: to copy them at each call would make an accelerator wait."""
+    with torch.inference_mode(False):  # a tensor made in inference mode could not be used in training later
+        return torch.tensor(values, dtype=dtype, device=device)

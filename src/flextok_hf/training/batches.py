@@ -1,28 +1,19 @@
 """The order of training: which rows form batch number n, for any number of workers and processes.
 
-A batch of a map-style data set is a pure function of (seed, epoch, batch number), so that a run that resumes sees
-exactly what an uninterrupted one would have seen, without keeping or replaying any state.
+A batch of a map-style data set is a pure function of (seed, epoch, batch number), so that a run that goes on sees
+exactly what an uninterrupted one would have seen, without keeping any state. A stream keeps the places of its readers.
 """
 
-import hashlib
 import itertools
-import logging
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from flextok_hf.training.rows import collate
-
-
-logger = logging.getLogger(__name__)
-
-
-def draw_seed(*numbers: int) -> int:
-    """Mix whole numbers (seed, epoch, row ...) into one seed of 63 bits, the same on every machine."""
-    digest = hashlib.blake2b(" ".join(map(str, numbers)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+from .chance import draw_seed
+from .rows import collate
+from .streams import Place, StreamBatches, StreamedImageDataset
 
 
 class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
@@ -116,9 +107,12 @@ def build_dataloader(
         raise ValueError(f"`process_index` must lie in [0, `num_processes` = {num_processes}), got {process_index}.")
     options: dict[str, Any] = {"num_workers": num_workers, "collate_fn": collate, "pin_memory": pin_memory}
     options["generator"] = torch.Generator().manual_seed(seed)  # leaves the global generator alone
-    if isinstance(dataset, IterableDataset):
+    if isinstance(dataset, StreamedImageDataset):
         dataset.set_processes(process_index, num_processes)
-        return DataLoader(dataset, batch_size=batch_size, drop_last=drop_last, **options)
+        options["collate_fn"] = None
+        return DataLoader(StreamBatches(dataset, batch_size, drop_last), batch_size=None, **options)
+    if len(dataset) == 0:
+        raise ValueError("The data set is empty. Check `train_data` and its split.")
     sampler = EpochBatchSampler(len(dataset), batch_size, shuffle, seed, drop_last, process_index, num_processes)
     if len(sampler) == 0:
         raise ValueError(
@@ -128,29 +122,75 @@ def build_dataloader(
     return DataLoader(dataset, batch_sampler=sampler, persistent_workers=num_workers > 0, **options)
 
 
-def training_batches(dataloader: DataLoader, first_batch: int = 0) -> Iterator[dict[str, Any]]:
-    """Yield batches without end, epoch after epoch, from number `first_batch` of the whole training on.
+class TrainingBatches:
+    """Batches without end, epoch after epoch.
 
     Args:
         dataloader: from `build_dataloader`.
-        first_batch: batches already trained on, counted over all epochs; with gradient accumulation these are
-            micro-batches. Found at once in a map-style data set; a streamed one must be read again up to there.
     """
-    sampler = dataloader.batch_sampler
-    if isinstance(sampler, EpochBatchSampler):
+
+    def __init__(self, dataloader: DataLoader):
+        self.dataloader = dataloader
+        self._state: dict[str, Any] | None = None
+
+    @property
+    def skipped(self) -> dict[int | str, str]:
+        """Reasons by row, for the rows that could not be used so far."""
+        return self._dataset().skipped
+
+    def _dataset(self) -> Any:
+        dataset = self.dataloader.dataset
+        return dataset.dataset if isinstance(dataset, StreamBatches) else dataset
+
+    def state(self) -> dict[str, Any] | None:
+        """Return where a stream stands after the last batch, for JSON; `None` for a map-style data set."""
+        return self._state
+
+    def start(self, first_batch: int = 0, state: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+        """Yield batches on from a place.
+
+        Args:
+            first_batch: for a map-style data set, batches already trained on, counted over all epochs; with gradient
+                accumulation these are micro-batches.
+            state: for a stream, what `state` returned after them.
+        """
+        is_stream = isinstance(self.dataloader.dataset, StreamBatches)
+        batches = self._stream(state) if is_stream else self._map_style(first_batch)
+        for batch in batches:
+            # what a worker found out is known in this process only now
+            self.skipped.update(batch.pop("unreadable", {}))
+            yield batch
+
+    def _map_style(self, first_batch: int) -> Iterator[dict[str, Any]]:
+        sampler = self.dataloader.batch_sampler
+        assert isinstance(sampler, EpochBatchSampler)
         first_epoch, offset = divmod(first_batch, len(sampler))
         for epoch in itertools.count(first_epoch):
             sampler.set_position(epoch, offset if epoch == first_epoch else 0)
-            yield from dataloader
-    num_read = 0
-    if first_batch > 0:
-        logger.warning("Reading %d streamed batches again to find the place where training stopped.", first_batch)
-    for epoch in itertools.count():
-        dataloader.dataset.set_epoch(epoch)
-        num_before = num_read
-        for batch in dataloader:
-            num_read += 1
-            if num_read > first_batch:
-                yield batch
-        if num_read == num_before:
-            raise ValueError("The stream did not fill one batch. Lower `batch_size` or set `drop_last=False`.")
+            yield from self.dataloader
+
+    def _stream(self, state: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+        """Read epochs; workers deliver in turns, and a state holds their places at the start of the current round."""
+        state = state or {"epoch": 0, "places": {}, "num_in_round": 0}
+        places: dict[str, Place] = dict(state["places"])
+        num_to_skip, is_whole_epoch = state["num_in_round"], not places
+        for epoch in itertools.count(state["epoch"]):
+            self.dataloader.dataset.set_position(epoch, dict(places))
+            round_places, num_in_round, last_reader, num_read = dict(places), 0, "", 0
+            for batch in self.dataloader:
+                reader, place = batch.pop("reader"), batch.pop("place")
+                if not batch.keys() - {"unreadable"}:  # an end of the stream with nothing but a report
+                    self.skipped.update(batch["unreadable"])
+                    continue
+                if last_reader and int(reader) <= int(last_reader):
+                    round_places, num_in_round = dict(places), 0
+                last_reader, places[reader] = reader, place
+                num_in_round, num_read = num_in_round + 1, num_read + 1
+                self._state = {"epoch": epoch, "places": round_places, "num_in_round": num_in_round}
+                if num_to_skip > 0:
+                    num_to_skip -= 1
+                else:
+                    yield batch
+            if num_read == 0 and is_whole_epoch:
+                raise ValueError("The stream did not fill one batch. Lower `batch_size` or set `drop_last=False`.")
+            places, is_whole_epoch = {}, True

@@ -1,13 +1,8 @@
-"""The loop around a training step: schedule, weight average, checkpoints, resume, progress.
+"""The loop around a training step: schedule, weight average, log, validation, checkpoints, going on from them."""
 
-A checkpoint gets its name only when it is complete, so a kill at any moment leaves the last one usable.
-"""
-
+import itertools
 import json
 import logging
-import os
-import shutil
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -15,20 +10,32 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
+from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..outputs import save_picture
+from . import checkpoints
 from .arguments import TrainingArguments
-from .batches import draw_seed
+from .batches import TrainingBatches
+from .chance import Chance, draw_seed
+from .optimization import build_lr_scheduler
+from .run_folder import RunFolder
+from .setup import log_picture
+from .throughput import Meter, count_training_flops, measure_matmul_rate
+from .weights import AveragedWeights, whole
 
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT_PREFIX = "checkpoint-"
+COUNTED_PICTURES = 4  # of the first batch, from which the operations of a step are counted
+HELD_OUT_BATCHES = 8  # of the validation data, from which the loss is measured
+COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+
+# Draws what has been learned so far: figures, and a sheet of pictures
+Draw = Callable[[], tuple[dict[str, float], Image.Image | None]]
 
 
 class Trainer:
@@ -36,7 +43,8 @@ class Trainer:
 
     Args:
         arguments: options of the stage.
-        model: computes the loss in its `forward(batch, step, generator)`; returns (loss, metrics).
+        accelerator: devices, precision and processes.
+        model: computes the loss in its `forward(batch, step, chance)`; returns (loss, metrics).
         parameter_groups: for the optimizer, as `torch.optim.AdamW` takes them.
     """
 
@@ -50,32 +58,40 @@ class Trainer:
             lr=arguments.learning_rate,
             betas=(arguments.adam_beta1, arguments.adam_beta2),
             weight_decay=arguments.weight_decay,
+            fused=accelerator.device.type == "cuda",
         )
-        # the prepared scheduler steps once per process, so its lengths are counted in process steps
-        lr_scheduler = get_scheduler(
-            arguments.lr_scheduler,
-            optimizer,
-            num_warmup_steps=arguments.lr_warmup_steps * accelerator.num_processes,
-            num_training_steps=arguments.max_train_steps * accelerator.num_processes,
-        )
+        lr_scheduler = build_lr_scheduler(arguments, optimizer, accelerator.num_processes)
         self.raw_model = model
         self.model, self.optimizer, self.lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
-        self.ema = EMAModel(model.parameters(), decay=arguments.ema_decay) if arguments.ema_decay else None
+        self.average = AveragedWeights(model, arguments.ema_decay)
+        self.folder = RunFolder(arguments.output_dir, accelerator.process_index)
         self.step = 0
+        self.stream_state: dict[str, Any] | None = None
+        self.batches: TrainingBatches | None = None
+        self.sums: dict[str, Tensor] = {}
 
-    def train(
-        self,
-        batches: Callable[[int], Iterator[dict[str, Any]]],
-        validate: Callable[[int], dict[str, float]] | None = None,
-    ) -> None:
+    @property
+    def images_per_step(self) -> int:
+        """Pictures of an optimizer step, in all its micro-batches and processes."""
+        arguments = self.arguments
+        return arguments.train_batch_size * arguments.gradient_accumulation_steps * self.accelerator.num_processes
+
+    def train(self, batches: TrainingBatches, draw: Draw | None = None, held_out: DataLoader | None = None) -> None:
         """Train to the end.
 
         Args:
-            batches: gives micro-batches without end, from this number on.
-            validate: draws validation pictures with the averaged weights and returns figures to log.
+            batches: the training data.
+            draw: makes the validation pictures, with the averaged weights.
+            held_out: batches whose loss is measured when pictures are drawn.
         """
         arguments, accelerator = self.arguments, self.accelerator
-        micro_batches = batches(self.step * arguments.gradient_accumulation_steps)
+        if self.step == arguments.max_train_steps:
+            return
+        self.batches = batches
+        micro_batches = batches.start(self.step * arguments.gradient_accumulation_steps, self.stream_state)
+        first = next(micro_batches)
+        meter = self.build_meter(first)
+        micro_batches = meter.waiting(itertools.chain([first], micro_batches))
         progress = tqdm(
             total=arguments.max_train_steps,
             initial=self.step,
@@ -83,169 +99,189 @@ class Trainer:
             disable=not accelerator.is_local_main_process,
             mininterval=2,
         )
-        images_per_step = (
-            arguments.train_batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
-        )
-        last_time, last_step = time.perf_counter(), self.step
         while self.step < arguments.max_train_steps:
-            metrics = self.train_step(micro_batches)
+            self.train_step(micro_batches)
+            meter.steps += 1
             progress.update()
-            if self.step % 20 == 0 or self.step == arguments.max_train_steps:
-                now = time.perf_counter()
-                figures = {name: value.item() for name, value in metrics.items()}
-                figures["lr"] = self.lr_scheduler.get_last_lr()[0]
-                figures["images_per_s"] = images_per_step * (self.step - last_step) / (now - last_time)
-                last_time, last_step = now, self.step
-                progress.set_postfix({name: f"{value:.4g}" for name, value in figures.items()}, refresh=False)
-                accelerator.log(figures, step=self.step)
-                self.write_log(figures)
             is_last = self.step == arguments.max_train_steps
+            if self.step % arguments.logging_steps == 0 or is_last:
+                figures = {**self.mean_metrics(), **meter.read()}
+                progress.set_postfix({name: f"{value:.4g}" for name, value in figures.items()}, refresh=False)
+                self.log(figures)
             if self.step % arguments.checkpointing_steps == 0 or is_last:
                 self.save_checkpoint()
-            if validate is not None and arguments.validation_steps:
-                if self.step % arguments.validation_steps == 0 or is_last:
-                    self.run_validation(validate)
-                    last_time, last_step = time.perf_counter(), self.step
+                meter.restart()
+            if arguments.validation_steps and (self.step % arguments.validation_steps == 0 or is_last):
+                self.validate(draw, held_out)
+                meter.restart()
         progress.close()
-        accelerator.end_training()
 
-    def train_step(self, micro_batches: Iterator[dict[str, Any]]) -> dict[str, Tensor]:
-        """Run one optimizer step over its micro-batches; chance depends on (seed, step, part, process) only."""
+    def train_step(self, micro_batches: Iterator[dict[str, Any]]) -> None:
+        """Run one optimizer step over its micro-batches; chance depends on (seed, step) and the place in the step."""
         arguments, accelerator = self.arguments, self.accelerator
         self.model.train()
-        for part in range(arguments.gradient_accumulation_steps):
+        num_parts = arguments.gradient_accumulation_steps
+        for part in range(num_parts):
             batch = next(micro_batches)
-            seed = draw_seed(arguments.seed, self.step, part, accelerator.process_index)
-            generator = torch.Generator().manual_seed(seed)
-            torch.manual_seed(seed)  # for dropout inside the model
+            # for dropout inside the model, which depends on the process as well
+            torch.manual_seed(draw_seed(arguments.seed, self.step, part, accelerator.process_index))
             with accelerator.accumulate(self.model):
-                loss, metrics = self.model(batch, self.step, generator)
+                loss, metrics = self.model(batch, self.step, self.chance(part))
                 accelerator.backward(loss)
+                self.add_metrics({"loss": loss.detach(), **metrics}, 1 / num_parts)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.model.parameters(), arguments.max_grad_norm)
-                    metrics = {"loss": loss.detach(), "grad_norm": norm, **metrics}
+                    if norm is not None:  # DeepSpeed has none before its first step, and then a plain number
+                        self.add_metrics({"grad_norm": torch.as_tensor(whole(norm), device=accelerator.device)}, 1.0)
                 self.optimizer.step()
                 self.lr_scheduler.step()
                 self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        if self.ema is not None:
-            self.ema.step(self.raw_model.parameters())
-        return metrics
+        self.average.step()
 
-    def run_validation(self, validate: Callable[[int], dict[str, float]]) -> None:
-        """Validate on the main process, without touching the weights in training."""
-        if self.accelerator.is_main_process:
-            with torch.no_grad(), AveragedWeights(self):
-                figures = validate(self.step)
-            self.accelerator.log(figures, step=self.step)
-            self.write_log(figures)
+    def chance(self, part: int) -> Chance:
+        """Make the draws of micro-batch `part` of the current step."""
+        arguments, accelerator = self.arguments, self.accelerator
+        share = arguments.train_batch_size
+        stride = share * accelerator.num_processes
+        return Chance(
+            draw_seed(arguments.seed, self.step),
+            accelerator.device,
+            first=part * stride + accelerator.process_index * share,
+            total=arguments.gradient_accumulation_steps * stride,
+        )
+
+    def build_meter(self, batch: dict[str, Any]) -> Meter:
+        """Count the work of a step on a first batch, and measure what the machine could do."""
+        arguments, accelerator = self.arguments, self.accelerator
+        count = arguments.train_batch_size
+        if accelerator.device.type != "cpu":  # few tell enough, and uncompiled code needs more memory for each
+            count = min(count, COUNTED_PICTURES)
+        part = {name: values[:count] for name, values in batch.items()}
+        flops = count_training_flops(lambda: self.raw_model(part, self.step, self.chance(0))) / count
+        rate = measure_matmul_rate(accelerator.device, COMPUTE_DTYPES[accelerator.mixed_precision])
+        logger.info(
+            "%.3g GFLOP per picture, forward and backward; this machine multiplies matrices at %.3g TFLOP/s.",
+            flops / 1e9,
+            rate / 1e12,
+        )
+        images_per_process = arguments.train_batch_size * arguments.gradient_accumulation_steps
+        return Meter(self.images_per_step, flops * images_per_process, rate)
+
+    # Log and validation
+
+    def add_metrics(self, metrics: dict[str, Tensor], weight: float) -> None:
+        """Add figures of a micro-batch to those since the last entry of the log, without waiting for them."""
+        for name, value in metrics.items():
+            entry = torch.stack([value.float() * weight, torch.full_like(value, weight, dtype=torch.float32)])
+            self.sums[name] = self.sums.get(name, 0) + entry
+
+    def mean_metrics(self) -> dict[str, float]:
+        """Means since the last call, over all processes."""
+        names = list(self.sums)
+        totals = self.accelerator.reduce(torch.stack([self.sums[name] for name in names]))
+        self.sums = {}
+        figures = {name: (total / count).item() for name, (total, count) in zip(names, totals, strict=True)}
+        figures["lr"] = self.lr_scheduler.get_last_lr()[0]
+        assert self.batches is not None
+        skipped = torch.tensor(len(self.batches.skipped), device=self.accelerator.device)
+        figures["unreadable_rows"] = self.accelerator.reduce(skipped).item()
+        return figures
+
+    def log(self, figures: dict[str, float]) -> None:
+        """Append figures to the log and send them to the tracker."""
+        self.accelerator.log(figures, step=self.step)
+        self.folder.log(self.step, figures)
+
+    def validate(self, draw: Draw | None, held_out: DataLoader | None) -> None:
+        """Measure and draw with the averaged weights, without touching those in training.
+
+        All processes do the same: with sharded weights, none can compute alone, and no pictures are drawn.
+        """
+        figures, sheet = {}, None
+        # eager: compiling for the shapes of validation takes longer than validating
+        with torch.no_grad(), self.average.applied(), torch.compiler.set_stance("force_eager"):
+            if held_out is not None:
+                figures["validation_loss"] = self.measure_loss(held_out)
+            if draw is not None and not isinstance(self.raw_model, FSDPModule):  # it calls parts of the model
+                drawn, sheet = draw()
+                figures |= drawn
+        if figures:
+            self.log(figures)
             logger.info("Step %d: %s", self.step, figures)
+        if sheet is not None and self.accelerator.is_main_process:
+            save_picture(sheet, self.folder.path / f"validation-{self.step}.png")
+            log_picture(self.accelerator, sheet, self.step)
         self.accelerator.wait_for_everyone()
 
-    def write_log(self, figures: dict[str, float]) -> None:
-        """Append figures to `log.jsonl` in the output folder."""
-        if self.accelerator.is_main_process:
-            with open(Path(self.arguments.output_dir) / "log.jsonl", "a") as file:
-                file.write(json.dumps({"step": self.step, **figures}) + "\n")
+    def measure_loss(self, held_out: DataLoader) -> float:
+        """Mean loss of the first batches, with the same draws each time and without the aids of early training."""
+        losses = []
+        for number, batch in enumerate(itertools.islice(held_out, HELD_OUT_BATCHES)):
+            batch.pop("unreadable", None)
+            chance = Chance(draw_seed(number, self.accelerator.process_index), self.accelerator.device)
+            losses.append(self.raw_model(batch, self.arguments.max_train_steps, chance)[0].float())
+        return self.accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
+
+    # Checkpoints
 
     def save_checkpoint(self) -> None:
-        """Save everything a resumed run needs; older checkpoints beyond the limit are removed afterwards."""
-        folder = Path(self.arguments.output_dir) / f"{CHECKPOINT_PREFIX}{self.step}"
-        unfinished = folder.with_suffix(".partial")
-        if self.accelerator.is_main_process:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        """Save everything a run needs to go on; older checkpoints beyond the limit are removed afterwards."""
+        output_dir = self.folder.path
+        folder = output_dir / f"{checkpoints.CHECKPOINT_PREFIX}{self.step}"
+        self.folder.report_skipped({} if self.batches is None else self.batches.skipped)
+        checkpoints.write_checkpoint(folder, self.fill_checkpoint)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(unfinished))
         if self.accelerator.is_main_process:
-            if self.ema is not None:
-                shadow = {str(index): tensor.contiguous() for index, tensor in enumerate(self.ema.shadow_params)}
-                save_file(shadow, unfinished / "ema.safetensors")
-            state = {"step": self.step, "arguments": asdict(self.arguments)}
-            (unfinished / "training_state.json").write_text(json.dumps(state, indent=2))
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(unfinished, folder)
-            for old in list_checkpoints(self.arguments.output_dir)[: -self.arguments.checkpoints_total_limit]:
-                shutil.rmtree(old)
+            checkpoints.finish_folder(folder)
+            for old in checkpoints.list_checkpoints(output_dir)[: -self.arguments.checkpoints_total_limit]:
+                checkpoints.remove_folder(old)
         self.accelerator.wait_for_everyone()
+
+    def fill_checkpoint(self, folder: Path) -> None:
+        """Write what this process has to keep."""
+        accelerator = self.accelerator
+        accelerator.save_state(str(folder))
+        self.average.save(folder, accelerator.is_main_process)
+        stream_state = None if self.batches is None else self.batches.state()
+        if stream_state is not None:
+            (folder / f"stream_{accelerator.process_index}.json").write_text(json.dumps(stream_state))
+        if accelerator.is_main_process:
+            state = {
+                "step": self.step,
+                "num_processes": accelerator.num_processes,
+                "arguments": asdict(self.arguments),
+            }
+            (folder / checkpoints.STATE_FILE).write_text(json.dumps(state, indent=2))
 
     def resume(self) -> None:
-        """Continue from the checkpoint that the options name, if any."""
-        choice = self.arguments.resume_from_checkpoint
-        if choice is None:
+        """Go on from the checkpoint that the options name, if any."""
+        folder = checkpoints.find_checkpoint(self.arguments)
+        if self.accelerator.is_main_process:
+            checkpoints.clear_unfinished(self.folder.path)
+        self.accelerator.wait_for_everyone()
+        if folder is None:
+            if self.arguments.resume_from_checkpoint == "latest":
+                logger.warning("No checkpoint in %s yet: starting from the beginning.", self.folder.path)
+            self.begin_record()
             return
-        checkpoints = list_checkpoints(self.arguments.output_dir)
-        if choice == "latest" and not checkpoints:
-            logger.warning("No checkpoint in %s yet: starting from the beginning.", self.arguments.output_dir)
-            return
-        folder = checkpoints[-1] if choice == "latest" else Path(choice)
-        if not (folder / "training_state.json").is_file():
-            raise FileNotFoundError(
-                f"`resume_from_checkpoint` {choice!r} is no complete checkpoint: {folder} has no training_state.json."
-                " Name a folder `checkpoint-<step>`, or `latest`."
-            )
+        state = checkpoints.read_state(folder)
+        options = asdict(self.arguments)
+        for line in checkpoints.compare_options(state, options, self.accelerator.num_processes):
+            logger.warning("Going on with other options than before: %s", line)
         self.accelerator.load_state(str(folder))
-        if self.ema is not None:
-            shadow = load_file(folder / "ema.safetensors")
-            self.ema.shadow_params = [shadow[str(index)] for index in range(len(shadow))]
-        self.step = json.loads((folder / "training_state.json").read_text())["step"]
-        if self.ema is not None:
-            self.ema.to(self.accelerator.device)
-            self.ema.optimization_step = self.step
-        logger.info("Resumed from %s at step %d.", folder, self.step)
+        self.step = state["step"]
+        self.average.load(folder, self.step)
+        stream_file = folder / f"stream_{self.accelerator.process_index}.json"
+        if stream_file.is_file():
+            self.stream_state = json.loads(stream_file.read_text())
+        self.begin_record()
+        logger.info("Going on from %s at step %d.", folder, self.step)
 
-
-class AveragedWeights:
-    """Context in which the model has its averaged weights, in evaluation mode; its own come back at the end."""
-
-    def __init__(self, trainer: Trainer):
-        self.trainer = trainer
-
-    def __enter__(self) -> None:
-        self.trainer.raw_model.eval()
-        if self.trainer.ema is not None:
-            self.trainer.ema.store(self.trainer.raw_model.parameters())
-            self.trainer.ema.copy_to(self.trainer.raw_model.parameters())
-
-    def __exit__(self, *_) -> None:
-        if self.trainer.ema is not None:
-            self.trainer.ema.restore(self.trainer.raw_model.parameters())
-        self.trainer.raw_model.train()
-
-
-def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    folders = [path for path in Path(output_dir).glob(f"{CHECKPOINT_PREFIX}*") if path.suffix != ".partial"]
-    return sorted(folders, key=lambda path: int(path.name.removeprefix(CHECKPOINT_PREFIX)))
-
-
-def build_accelerator(arguments: TrainingArguments) -> Accelerator:
-    """Set up devices, precision and tracker; the options are written beside the checkpoints."""
-    output_dir = Path(arguments.output_dir)
-    accelerator = Accelerator(
-        mixed_precision=arguments.mixed_precision,
-        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        log_with=arguments.report_to,
-        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
-    )
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "arguments.json").write_text(json.dumps(asdict(arguments), indent=2) + "\n")
-        if arguments.report_to is not None:
-            plain = {
-                name: value if isinstance(value, int | float) else str(value)
-                for name, value in asdict(arguments).items()
-            }
-            accelerator.init_trackers("flextok_hf", config=plain)
-    accelerator.wait_for_everyone()
-    return accelerator
-
-
-def split_by_decay(modules: list[nn.Module], learning_rate: float) -> list[dict[str, Any]]:
-    """Make optimizer groups of one learning rate: weight decay for matrices and tables, not for vectors."""
-    parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
-    return [
-        {"params": matrices, "lr": learning_rate},
-        {"params": vectors, "lr": learning_rate, "weight_decay": 0.0},
-    ]
+    def begin_record(self) -> None:
+        """Write the options down, and let the log end where this run begins."""
+        self.folder.write_options(asdict(self.arguments))
+        self.folder.cut_log(self.step)
+        if self.accelerator.is_main_process:
+            logger.info("Options: %s", asdict(self.arguments))
+        self.accelerator.wait_for_everyone()

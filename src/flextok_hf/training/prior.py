@@ -1,4 +1,7 @@
-"""Stage 2: train the prior, and its small text encoder if it has one, on the token ids of a frozen tokenizer."""
+"""Stage 2: train the prior, and its small text encoder if it has one, on the token ids of a frozen tokenizer.
+
+Letters: B batch, C latent channels, h w latent grid, K tokens of a picture.
+"""
 
 from typing import Any
 
@@ -7,94 +10,109 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..configuration_prior import FlexTokPriorConfig
-from ..latents import encode_latents
 from ..modeling_prior import FlexTokPriorForCausalLM
 from ..pipeline_flextok import FlexTokPipeline
 from .arguments import PriorArguments
+from .caching import latents_of
+from .chance import Chance
 
 
 UNCONDITIONAL_LABEL = -1
 
 
 class PriorForTraining(nn.Module):
-    """Prior and text encoder with their loss; the image tokenizer is frozen and not part of the module."""
+    """Prior and text encoder with their loss; the image tokenizer is frozen and not part of the module.
+
+    Args:
+        prior: to be trained.
+        text_encoder: trained along, or frozen; `None` for a prior of classes.
+        text_tokenizer: of the text encoder.
+        image_tokenizer: turns pictures into token ids; `None` where batches bring those.
+        arguments: options of the stage.
+    """
+
+    _no_split_modules = ["PriorBlock"]  # what FSDP shards apart
 
     def __init__(
         self,
         prior: FlexTokPriorForCausalLM,
         text_encoder: PreTrainedModel | None,
         text_tokenizer: PreTrainedTokenizerBase | None,
-        image_tokenizer: FlexTokPipeline,
+        image_tokenizer: FlexTokPipeline | None,
         arguments: PriorArguments,
     ):
         super().__init__()
         self.prior = prior
-        self.text_encoder = text_encoder
+        is_frozen = text_encoder is not None and arguments.text_encoder is not None
+        self.text_encoder = None if is_frozen else text_encoder
         self.text_tokenizer = text_tokenizer
         self.arguments = arguments
-        self.frozen = {"image_tokenizer": image_tokenizer}  # in a dictionary, so that it is neither trained nor saved
+        # in a dictionary, so that they are neither trained nor saved
+        self.frozen: dict[str, Any] = {
+            "image_tokenizer": image_tokenizer,
+            "text_encoder": text_encoder if is_frozen else None,
+        }
 
-    def train(self, mode: bool = True) -> "PriorForTraining":
-        """Switch between training and evaluation; a frozen text encoder stays in evaluation, without dropout."""
-        super().train(mode)
-        if self.text_encoder is not None and not any(
-            weight.requires_grad for weight in self.text_encoder.parameters()
-        ):
-            self.text_encoder.eval()
-        return self
-
-    def forward(
-        self, batch: dict[str, Any], step: int, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: dict[str, Any], step: int, chance: Chance) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of a batch.
 
         Args:
-            batch: `pixel_values` (B, 3, H, W) in [-1, 1] with `captions`, a list of B texts, or `class_labels` (B,).
+            batch: `token_ids` (B, K), cached `latents` (B, C, h, w) or `pixel_values` (B, 3, H, W) in [-1, 1], with
+                `captions`, a list of B texts, or `class_labels` (B,).
             step: optimizer steps done so far.
-            generator: source of the condition dropout, on the CPU.
+            chance: source of the condition dropout, on the device of the model.
 
         Returns:
             The cross-entropy in nats per token, and figures to log.
         """
-        # 1. Pictures -> token ids
-        with torch.no_grad():
-            tokenizer = self.frozen["image_tokenizer"]
-            latents = encode_latents(tokenizer.vae, batch["pixel_values"].to(self.prior.device))  # (B, C, h, w)
-            token_ids = tokenizer.encoder(latents).token_ids  # (B, K)
-        # 2. Conditions, some of them dropped for guidance
-        drop_probability = self.arguments.condition_dropout_probability
-        is_dropped = torch.rand(token_ids.shape[0], generator=generator) < drop_probability  # (B,)
-        condition = self.encode_condition(batch, is_dropped)
-        # 3. Loss
+        token_ids = self.tokenize(batch)  # (B, K)
+        is_dropped = chance.happens(self.arguments.condition_dropout_probability, token_ids.shape[0])  # (B,)
+        condition = self.encode_condition(batch, is_dropped if self.training else torch.zeros_like(is_dropped))
         input_ids = self.prior.prepend_bos(token_ids)  # (B, K + 1)
         loss = self.prior(input_ids=input_ids, labels=input_ids, **condition).loss
         return loss, {}
 
+    @torch.no_grad()
+    def tokenize(self, batch: dict[str, Any]) -> Tensor:
+        """Return the token ids of a batch, (B, K)."""
+        if "token_ids" in batch:
+            return batch["token_ids"].to(self.prior.device, non_blocking=True)
+        tokenizer = self.frozen["image_tokenizer"]
+        latents = latents_of(batch, tokenizer.vae, self.prior.device)  # (B, C, h, w)
+        return tokenizer.encoder(latents).token_ids
+
     def encode_condition(self, batch: dict[str, Any], is_dropped: Tensor) -> dict[str, Tensor]:
         """Turn captions or classes into arguments of the prior; dropped ones become "" or class -1."""
         device = self.prior.device
-        if self.text_encoder is None or self.text_tokenizer is None:
-            return {"class_labels": torch.where(is_dropped, UNCONDITIONAL_LABEL, batch["class_labels"]).to(device)}
+        if self.text_tokenizer is None:
+            class_labels = batch["class_labels"].to(device)
+            return {"class_labels": torch.where(is_dropped, UNCONDITIONAL_LABEL, class_labels)}
         captions = [
             "" if drop else caption for caption, drop in zip(batch["captions"], is_dropped.tolist(), strict=True)
         ]
         text = self.text_tokenizer(captions, padding=True, truncation=True, return_tensors="pt").to(device)
-        states = self.text_encoder(input_ids=text.input_ids, attention_mask=text.attention_mask).last_hidden_state
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.text_encoder is not None):
+            encoder = self.text_encoder or self.frozen["text_encoder"].to(device)
+            states = encoder(input_ids=text.input_ids, attention_mask=text.attention_mask).last_hidden_state
         return {"encoder_hidden_states": states, "encoder_attention_mask": text.attention_mask}
 
 
 def build_prior(
-    arguments: PriorArguments, tokenizer: FlexTokPipeline, text_hidden_size: int | None, num_classes: int | None
+    arguments: PriorArguments,
+    codebook_size: int,
+    num_registers: int,
+    text_hidden_size: int | None,
+    num_classes: int | None,
 ) -> FlexTokPriorForCausalLM:
-    """Make a fresh prior for the ids of `tokenizer`; feed-forward layers are 8/3 as wide, as published."""
+    """Make a fresh prior for the ids of a tokenizer; feed-forward layers are 8/3 as wide, as published."""
     return FlexTokPriorForCausalLM(
         FlexTokPriorConfig(
-            codebook_size=tokenizer.codebook_size,
+            codebook_size=codebook_size,
             hidden_size=arguments.hidden_size,
             num_hidden_layers=arguments.num_layers,
             num_attention_heads=arguments.num_heads,
             intermediate_size=-(-8 * arguments.hidden_size // (3 * 64)) * 64,
-            max_position_embeddings=tokenizer.num_registers,
+            max_position_embeddings=num_registers,
             qk_norm=arguments.qk_norm,
             cross_qk_norm=arguments.qk_norm,
             text_hidden_size=text_hidden_size,

@@ -1,11 +1,9 @@
-"""The stages of training from options to a saved pipeline: data, model, loop, validation, export."""
+"""The stages of training from options to a saved model: data, model, loop, validation, export."""
 
-import json
-import os
-import shutil
-from collections.abc import Callable, Iterator
+import itertools
+import math
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,28 +11,80 @@ from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
 
-from ..evaluation import peak_signal_to_noise
-from ..images import to_output
-from ..outputs import save_picture
+from ..configuration_encoder import FlexTokEncoderConfig
 from ..pipeline_flextok import FlexTokPipeline
-from ..sheets import contact_sheet, token_count_title
-from .arguments import PriorArguments, TokenizerArguments, TrainingArguments
-from .data import (
-    ImageDataset,
-    ImageTransform,
-    StreamedImageDataset,
-    build_dataloader,
-    load_training_dataset,
-    training_batches,
-)
-from .loop import AveragedWeights, Trainer, build_accelerator, split_by_decay
+from .arguments import PriorArguments, TokenizerArguments, TrainingArguments, VaeArguments
+from .batches import TrainingBatches, build_dataloader
+from .caching import LatentDataset, cache_latents
+from .checkpoints import find_checkpoint
+from .data import ImageDataset, ImageTransform, StreamedImageDataset, load_training_dataset
+from .loop import Trainer
+from .optimization import split_by_decay
 from .prior import PriorForTraining, build_prior
+from .publishing import check_upload, export, publish
+from .rows import Columns
+from .setup import build_accelerator, loading
 from .text import build_text_encoder, train_text_tokenizer
-from .tokenizer import TokenizerForTraining, build_tokenizer
+from .token_data import check_token_data
+from .tokenizer import TokenizerForTraining, build_tokenizer, load_tokenizer
+from .vae import VaeForTraining, build_vae, measure_scaling_factor
+from .validation import (
+    choose_pictures,
+    held_out_batches,
+    load_validation_data,
+    prior_validation,
+    tokenizer_validation,
+    vae_validation,
+)
+from .weights import unsharded
 
 
-VALIDATION_STEPS = 12  # Euler steps of validation pictures: enough to judge, a quarter of the time of good ones
-VALIDATION_GUIDANCE = 2.0
+SCALING_BATCHES = 16  # training batches from which the scale of the latents is measured
+
+TrainingData = ImageDataset | StreamedImageDataset | LatentDataset
+
+
+def start(arguments: TrainingArguments) -> Accelerator:
+    """Check what can be checked at once, set up the devices and the seed."""
+    find_checkpoint(arguments)
+    accelerator = build_accelerator(arguments)
+    check_upload(arguments, accelerator)
+    set_seed(arguments.seed)
+    return accelerator
+
+
+def train_vae(arguments: VaeArguments) -> Path:
+    """Train the VAE, measure the scale of its latents, and save it.
+
+    Returns:
+        The folder of the VAE, `output_dir/vae`, for the option `vae` of the next stage.
+    """
+    accelerator = start(arguments)
+    vae = build_vae(arguments)
+    columns = Columns(arguments.image_column)
+    dataset, held_out = load_train_data(arguments, columns), load_validation_data(arguments, columns)
+    if arguments.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
+    model = VaeForTraining(vae, arguments).to(memory_format=torch.channels_last)
+    if arguments.compile:
+        vae.encoder.compile()
+        vae.decoder.compile()
+    trainer = Trainer(arguments, accelerator, model, split_by_decay([model], arguments.learning_rate))
+    trainer.resume()
+    batches = serve(arguments, accelerator, dataset)
+    draw = vae_validation(choose_pictures(arguments, held_out), vae)
+    trainer.train(batches, draw, held_out_batches(arguments, held_out, accelerator))
+
+    def save(folder: Path) -> None:
+        (trained,) = unsharded(model, vae)
+        if accelerator.is_main_process:
+            pixel_values = (batch["pixel_values"] for batch in itertools.islice(batches.start(), SCALING_BATCHES))
+            trained.register_to_config(scaling_factor=measure_scaling_factor(trained, pixel_values))
+            if arguments.export_dtype != "float32":
+                trained.to(getattr(torch, arguments.export_dtype))
+            trained.save_pretrained(folder)
+
+    return publish(trainer, "vae", "vae", save)
 
 
 def train_tokenizer(arguments: TokenizerArguments) -> Path:
@@ -43,111 +93,166 @@ def train_tokenizer(arguments: TokenizerArguments) -> Path:
     Returns:
         The folder of the pipeline, `output_dir/pipeline`.
     """
-    accelerator = build_accelerator(arguments)
-    set_seed(arguments.seed)
-    vae = None if arguments.vae is None else AutoencoderKL.from_pretrained(arguments.vae).requires_grad_(False).eval()
+    accelerator = start(arguments)
+    vae = None
+    if arguments.vae is not None:
+        with loading("vae", arguments.vae):
+            vae = AutoencoderKL.from_pretrained(arguments.vae)
     if arguments.pretrained_tokenizer is None:
         encoder, decoder = build_tokenizer(arguments, vae)
     else:
-        source = FlexTokPipeline.from_pretrained(arguments.pretrained_tokenizer, prior=None, text_encoder=None)
-        encoder, decoder = source.encoder, source.decoder
+        encoder, decoder, vae = load_tokenizer(arguments, vae)
     if vae is not None:
-        vae.to(accelerator.device)
+        vae.requires_grad_(False).eval().to(accelerator.device)
+    columns = Columns(arguments.image_column)
+    dataset, held_out = load_train_data(arguments, columns), load_validation_data(arguments, columns)
+    if arguments.cache_latents:
+        dataset = cached(dataset, vae, arguments)
     if arguments.gradient_checkpointing:
         encoder.gradient_checkpointing_enable()
         decoder.enable_gradient_checkpointing()
     model = TokenizerForTraining(encoder, decoder, arguments, vae)
     if arguments.compile:
-        encoder.compile_features()
-        decoder.compile()
-    encoder_learning_rate = arguments.learning_rate * arguments.encoder_learning_rate_scale
-    groups = split_by_decay([encoder], encoder_learning_rate) + split_by_decay([decoder], arguments.learning_rate)
-    trainer = Trainer(arguments, accelerator, model, groups)
+        for block in (*encoder.blocks, *decoder.transformer_blocks):  # compiled once for all blocks of a kind
+            block.compile()
+    trainer = Trainer(arguments, accelerator, model, tokenizer_groups(arguments, model))
     trainer.resume()
     pipe = FlexTokPipeline(encoder, decoder, FlowMatchEulerDiscreteScheduler(), vae=vae)
-    batches = batch_source(arguments, accelerator, load_train_data(arguments))
-    trainer.train(batches, tokenizer_validation(arguments, pipe))
-    return export(trainer, pipe)
+    draw = tokenizer_validation(arguments, choose_pictures(arguments, held_out), pipe)
+    batches = serve(arguments, accelerator, dataset)
+    trainer.train(batches, draw, held_out_batches(arguments, held_out, accelerator))
+    return export(trainer, pipe, "tokenizer")
+
+
+def tokenizer_groups(arguments: TokenizerArguments, model: TokenizerForTraining) -> list[dict]:
+    """Make the optimizer's groups: encoder and decoder may learn at rates of their own."""
+
+    def ratio(width: int) -> float:
+        return 1.0 if arguments.mup_base_width is None else arguments.mup_base_width / width
+
+    rate = arguments.learning_rate
+    encoder, decoder = model.encoder, model.decoder
+    groups = split_by_decay(
+        [encoder], rate * arguments.encoder_learning_rate_scale, ratio(encoder.config.hidden_size)
+    ) + split_by_decay([decoder], rate, ratio(decoder.config.hidden_size))
+    if model.alignment is not None:
+        groups += split_by_decay([model.alignment], rate)
+    return [group for group in groups if group["params"]]
 
 
 def train_prior(arguments: PriorArguments) -> Path:
     """Train a prior for a tokenizer, and save both as a pipeline that draws from prompts or classes.
 
+    With `token_column` the tokenizer is loaded only for validation pictures and at the end.
+
     Returns:
         The folder of the pipeline, `output_dir/pipeline`.
 
     Raises:
-        ValueError: if the options do not name exactly one of captions and classes, or these cannot be had.
+        ValueError: if the conditions that the options name cannot be had.
     """
-    if (arguments.caption_column is None) == (arguments.class_column is None):
-        raise ValueError("Name either `caption_column` or `class_column`, the condition that the prior learns.")
-    accelerator = build_accelerator(arguments)
-    set_seed(arguments.seed)
-    pipe = FlexTokPipeline.from_pretrained(arguments.tokenizer).to(accelerator.device)
-    arguments.resolution = pipe.resolution
-    dataset = load_train_data(arguments, arguments.caption_column, arguments.class_column)
-    if arguments.caption_column is None:
-        if not dataset.class_names:
-            raise ValueError(
-                f"`class_column` {arguments.class_column!r} has no list of class names, so none can be counted."
-            )
-        text_tokenizer, text_encoder = None, None
-        prior = build_prior(arguments, pipe, None, len(dataset.class_names))
-    else:
+    accelerator = start(arguments)
+    with loading("tokenizer", arguments.tokenizer):
+        config = FlexTokEncoderConfig.from_pretrained(arguments.tokenizer, subfolder="encoder")
+    columns = Columns(
+        arguments.image_column,
+        arguments.caption_column,
+        arguments.class_column,
+        arguments.token_column,
+        arguments.num_classes,
+        config.num_registers,
+        math.prod(config.fsq_levels),
+    )
+    if arguments.token_column is not None:
+        check_token_data(arguments.train_data, arguments.tokenizer)
+    pipe = None
+    if arguments.token_column is None or (arguments.validation_prompts and arguments.validation_steps):
+        pipe = FlexTokPipeline.from_pretrained(arguments.tokenizer).to(accelerator.device)
+        arguments = replace(arguments, resolution=pipe.resolution)
+    dataset, held_out = load_train_data(arguments, columns), load_validation_data(arguments, columns)
+    text_tokenizer, text_encoder, class_names = None, None, dataset.class_names
+    if arguments.caption_column is not None:
         text_tokenizer, text_encoder = text_components(arguments, dataset)
-        prior = build_prior(arguments, pipe, text_encoder.config.d_model, None)
+    prior = build_prior(
+        arguments,
+        math.prod(config.fsq_levels),
+        config.num_registers,
+        None if text_encoder is None else text_encoder.config.d_model,
+        None if class_names is None else len(class_names),
+    )
+    if pipe is not None:
+        pipe.register_modules(prior=prior, text_encoder=text_encoder, tokenizer=text_tokenizer)
+    draw = prior_validation(arguments, pipe, class_names)
+    if arguments.cache_latents:
+        dataset = cached(dataset, None if pipe is None else pipe.vae, arguments)
     if arguments.gradient_checkpointing:
         prior.gradient_checkpointing_enable()
     model = PriorForTraining(prior, text_encoder, text_tokenizer, pipe, arguments)
     if arguments.compile:
-        prior.compile(dynamic=True)
+        for block in prior.blocks:
+            block.compile(dynamic=True)  # texts differ in length
     trainer = Trainer(arguments, accelerator, model, split_by_decay([model], arguments.learning_rate))
     trainer.resume()
-    pipe.register_modules(prior=prior, text_encoder=text_encoder, tokenizer=text_tokenizer)
-    trainer.train(batch_source(arguments, accelerator, dataset), prior_validation(arguments, pipe))
-    return export(trainer, pipe)
+    batches = serve(arguments, accelerator, dataset)
+    trainer.train(batches, draw, held_out_batches(arguments, held_out, accelerator))
+    if pipe is None:
+        pipe = FlexTokPipeline.from_pretrained(arguments.tokenizer)
+        pipe.register_modules(prior=prior, text_encoder=text_encoder, tokenizer=text_tokenizer)
+    return export(trainer, pipe, "prior")
 
 
 def text_components(
-    arguments: PriorArguments, dataset: ImageDataset | StreamedImageDataset
+    arguments: PriorArguments, dataset: TrainingData
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Load the frozen text encoder that the options name, or make a small one to be trained along."""
     if arguments.text_encoder is not None:
-        text_encoder = T5EncoderModel.from_pretrained(arguments.text_encoder, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(arguments.text_encoder, model_max_length=arguments.max_text_length)
+        with loading("text_encoder", arguments.text_encoder):
+            text_encoder = T5EncoderModel.from_pretrained(arguments.text_encoder, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(
+                arguments.text_encoder, model_max_length=arguments.max_text_length
+            )
         return tokenizer, text_encoder.requires_grad_(False).eval()
     if not isinstance(dataset, ImageDataset):
         raise ValueError(
             "A text tokenizer cannot be learned from a stream: turn off `streaming` or name a `text_encoder`."
         )
-    captions = [row[arguments.caption_column] for row in dataset.rows]
-    texts = [text for caption in captions for text in ([caption] if isinstance(caption, str) else caption)]
-    tokenizer = train_text_tokenizer(texts, arguments.text_vocab_size, arguments.max_text_length)
+    tokenizer = train_text_tokenizer(dataset.all_captions(), arguments.text_vocab_size, arguments.max_text_length)
     encoder = build_text_encoder(tokenizer, arguments.text_hidden_size, arguments.text_num_layers, arguments.dropout)
     return tokenizer, encoder
 
 
-def load_train_data(
-    arguments: TrainingArguments, caption_column: str | None = None, class_column: str | None = None
-) -> ImageDataset | StreamedImageDataset:
-    """Load the training pictures, with their conditions if columns are named."""
+def load_train_data(arguments: TrainingArguments, columns: Columns) -> TrainingData:
+    """Load the training rows."""
+    transform = ImageTransform(
+        arguments.resolution, arguments.random_flip, arguments.random_crop, arguments.min_crop_scale
+    )
     return load_training_dataset(
-        source_of(arguments.train_data),
-        transform=ImageTransform(arguments.resolution, random_flip=arguments.random_flip),
-        image_column=arguments.image_column,
-        caption_column=caption_column,
-        class_column=class_column,
+        arguments.train_data,
+        transform=transform,
+        columns=columns,
         streaming=arguments.streaming,
+        shuffle_buffer=arguments.shuffle_buffer,
         cache_in_memory=arguments.cache_in_memory,
+        num_workers=arguments.dataloader_num_workers,
         max_samples=arguments.max_train_samples,
         seed=arguments.seed,
+        fail_on_unreadable=arguments.fail_on_unreadable,
+        config_name=arguments.dataset_config_name,
     )
 
 
-def batch_source(
-    arguments: TrainingArguments, accelerator: Accelerator, dataset: ImageDataset | StreamedImageDataset
-) -> Callable[[int], Iterator[dict[str, Any]]]:
-    """Serve the training data; the result gives batches without end from a number on."""
+def cached(dataset: TrainingData, vae: AutoencoderKL | None, arguments: TrainingArguments) -> LatentDataset:
+    """Replace the pictures of a data set by their latents."""
+    if vae is None or not isinstance(dataset, ImageDataset) or arguments.cache_in_memory:
+        raise ValueError(
+            "`cache_latents` needs a `vae`, and goes neither with `streaming` nor with `cache_in_memory`, which keeps"
+            " pictures. Leave it out, or the others."
+        )
+    return cache_latents(dataset, vae, arguments.dataloader_num_workers)
+
+
+def serve(arguments: TrainingArguments, accelerator: Accelerator, dataset: TrainingData) -> TrainingBatches:
+    """Serve the training data in batches, this process its part."""
     dataloader = build_dataloader(
         dataset,
         arguments.train_batch_size,
@@ -155,97 +260,6 @@ def batch_source(
         num_workers=arguments.dataloader_num_workers,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
+        pin_memory=accelerator.device.type == "cuda",
     )
-    return lambda first_batch: training_batches(dataloader, first_batch)
-
-
-def source_of(names: list[str]) -> str | list[str]:
-    """A single name is a data set of any kind, several are files."""
-    return names[0] if len(names) == 1 else names
-
-
-def tokenizer_validation(
-    arguments: TokenizerArguments, pipe: FlexTokPipeline
-) -> Callable[[int], dict[str, float]] | None:
-    """Make the function that draws held-out pictures with growing numbers of tokens; None without pictures."""
-    source = arguments.validation_data
-    if source is None and arguments.train_data == ["synthetic"]:
-        source = ["synthetic"]
-    if source is None:
-        return None
-    dataset = load_training_dataset(
-        source_of(source),
-        split="validation",
-        transform=ImageTransform(arguments.resolution),
-        image_column=arguments.image_column,
-        max_samples=arguments.num_validation_images,
-    )
-    originals = (
-        torch.stack([dataset[index]["pixel_values"] for index in range(len(dataset))]) / 2 + 0.5
-    )  # (B, 3, R, R)
-    counts = [2**power for power in range(pipe.num_registers.bit_length()) if 2**power <= pipe.num_registers]
-
-    def validate(step: int) -> dict[str, float]:
-        pipe.set_progress_bar_config(disable=True)
-        pictures = pipe.reconstruct(
-            originals,
-            max_tokens=counts,
-            num_inference_steps=VALIDATION_STEPS,
-            guidance_scale=1.0,
-            generator=torch.Generator().manual_seed(arguments.seed),
-            output_type="pt",
-        )
-        columns = [to_output(images * 2 - 1) for images in (originals, *(images.cpu() for images in pictures))]
-        rows = [list(row) for row in zip(*columns, strict=True)]
-        titles = ["original", *map(token_count_title, counts)]
-        save_picture(contact_sheet(rows, titles), Path(arguments.output_dir) / f"validation-{step}.png")
-        return {
-            f"psnr_{count}": peak_signal_to_noise(images.cpu(), originals).mean().item()
-            for count, images in zip(counts, pictures, strict=True)
-        }
-
-    return validate
-
-
-def prior_validation(arguments: PriorArguments, pipe: FlexTokPipeline) -> Callable[[int], dict[str, float]] | None:
-    """Make the function that draws the validation prompts with growing numbers of tokens; None without prompts."""
-    prompts = arguments.validation_prompts
-    if not prompts:
-        return None
-    counts = [2**power for power in range(0, pipe.num_registers.bit_length(), 2) if 2**power <= pipe.num_registers]
-
-    def validate(step: int) -> dict[str, float]:
-        pipe.set_progress_bar_config(disable=True)
-        generators = [torch.Generator().manual_seed(arguments.seed) for _ in prompts]
-        token_ids = pipe(prompts, generator=generators, num_inference_steps=1, output_type="latent").token_ids
-        noise = pipe.prepare_latents(len(prompts), torch.Generator().manual_seed(arguments.seed))
-        columns = [
-            pipe.detokenize(token_ids[:, :count], VALIDATION_STEPS, VALIDATION_GUIDANCE, latents=noise).images
-            for count in counts
-        ]
-        rows = [list(row) for row in zip(*columns, strict=True)]
-        sheet = contact_sheet(rows, [token_count_title(count) for count in counts])
-        save_picture(sheet, Path(arguments.output_dir) / f"validation-{step}.png")
-        return {"distinct_first_ids": float(token_ids[:, 0].unique().numel())}
-
-    return validate
-
-
-def export(trainer: Trainer, pipe: FlexTokPipeline) -> Path:
-    """Save the pipeline with the averaged weights; it appears under its name only when complete."""
-    folder = Path(trainer.arguments.output_dir) / "pipeline"
-    if trainer.accelerator.is_main_process:
-        unfinished = folder.with_suffix(".partial")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        with AveragedWeights(trainer):
-            pipe.save_pretrained(unfinished)
-        if trainer.arguments.export_dtype != "float32":
-            dtype = getattr(torch, trainer.arguments.export_dtype)
-            FlexTokPipeline.from_pretrained(unfinished, dtype=dtype).save_pretrained(unfinished)
-        arguments = (Path(trainer.arguments.output_dir) / "arguments.json").read_text()
-        record = {"arguments": json.loads(arguments), "steps": trainer.step}
-        (unfinished / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(unfinished, folder)
-    trainer.accelerator.wait_for_everyone()
-    return folder
+    return TrainingBatches(dataloader)

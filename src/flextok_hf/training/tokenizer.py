@@ -1,18 +1,25 @@
-"""Stage 1: train encoder, quantizer and flow decoder together with the rectified-flow loss."""
+"""Stage 1: train encoder, quantizer and flow decoder together with the rectified-flow loss.
+
+Letters: B batch, C latent channels, h w latent grid, N patches, K registers, D hidden size, Q code dimensions.
+"""
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from ..configuration_encoder import FlexTokEncoderConfig
+from ..configuration_encoder import FlexTokEncoderConfig, check_token_layout
 from ..flow import add_noise, sample_sigma, velocity_target
-from ..latents import encode_latents
 from ..length_groups import LengthGroups
 from ..modeling_decoder import FlexTokFlowDecoder
 from ..modeling_encoder import FlexTokEncoder
 from ..nested_dropout import sample_num_tokens
+from ..pipeline_flextok import FlexTokPipeline
+from .alignment import FeatureAlignment, LayerTap
 from .arguments import TokenizerArguments
+from .caching import latents_of
+from .chance import Chance
+from .setup import loading
 
 
 FADE_SHARE = 0.4  # part of the training over which the aids against collapsed codes fade out
@@ -21,71 +28,112 @@ FADE_SHARE = 0.4  # part of the training over which the aids against collapsed c
 class TokenizerForTraining(nn.Module):
     """Encoder and decoder with their loss, one module for all ways of distributing it."""
 
-    def __init__(self, encoder: FlexTokEncoder, decoder: FlexTokFlowDecoder, arguments: TokenizerArguments, vae=None):
+    _no_split_modules = ["EncoderBlock", "DecoderBlock"]  # what FSDP shards apart
+
+    def __init__(
+        self,
+        encoder: FlexTokEncoder,
+        decoder: FlexTokFlowDecoder,
+        arguments: TokenizerArguments,
+        vae: AutoencoderKL | None = None,
+    ):
         super().__init__()
-        self.encoder = encoder
+        self.encoder = encoder.requires_grad_(not arguments.freeze_encoder)
         self.decoder = decoder
         self.arguments = arguments
         self.frozen = {"vae": vae}  # in a dictionary, so that its weights are neither trained nor saved
+        self.alignment = None
+        if arguments.repa_network is not None:
+            if arguments.repa_layer >= len(decoder.transformer_blocks):
+                raise ValueError(
+                    f"`repa_layer` is {arguments.repa_layer}, but the decoder has blocks 0 to"
+                    f" {len(decoder.transformer_blocks) - 1}."
+                )
+            config = decoder.config
+            self.alignment = FeatureAlignment(arguments.repa_network, config.hidden_size, config.grid_size)
+            self.tap = LayerTap(decoder.transformer_blocks[arguments.repa_layer])
 
-    def forward(
-        self, batch: dict[str, Tensor], step: int, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the loss of a batch.
+    def forward(self, batch: dict[str, Tensor], step: int, chance: Chance) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss of a batch; in evaluation only that of the flow.
 
         Args:
-            batch: `pixel_values` (B, 3, H, W) in [-1, 1].
+            batch: `pixel_values` (B, 3, H, W) in [-1, 1], or cached `latents` (B, C, h, w).
             step: optimizer steps done so far.
-            generator: source of all randomness, on the CPU.
+            chance: source of all randomness, on the device of the model.
 
         Returns:
             The loss, and figures to log.
         """
-        device = self.encoder.device
-        # 1. Data, noise, and what each sample keeps of its tokens
-        latents = encode_latents(self.frozen["vae"], batch["pixel_values"].to(device))  # (B, C, h, w)
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
-        sigma, num_tokens, is_unconditional, is_rounded = self.draw(latents.shape[0], step, generator)
-        sigma = sigma.to(device)
+        # 1. Pictures -> features -> codes
+        arguments = self.arguments
+        latents = latents_of(batch, self.frozen["vae"], self.encoder.device)  # (B, C, h, w)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not arguments.freeze_encoder):
+            features = self.encoder.compute_features(latents)  # (B, K, Q)
+        is_rounded = ~chance.happens(arguments.unrounded_probability * (1 - self.fade(step)), latents.shape[0])
+        codes = self.encoder.quantizer(features, is_rounded)  # (B, K, Q)
 
-        # 2. Latents -> features -> codes -> velocity
-        features = self.encoder.compute_features(latents)  # (B, K, Q)
-        codes = self.encoder.quantizer(features, is_rounded.to(device))  # (B, K, Q)
+        # 2. Noisy pictures and codes -> velocity; with joint lengths every picture twice, each time with its own noise
+        copies = ["full", "drawn"] if arguments.joint_lengths else ["drawn"]
+        noise = torch.cat([chance.normal_like(latents) for _ in copies])
+        draws = [self.draw(latents.shape[0], chance, is_full=copy == "full") for copy in copies]
+        sigma, num_tokens, is_unconditional = map(torch.cat, zip(*draws, strict=True))
+        latents, codes = latents.repeat(len(copies), 1, 1, 1), codes.repeat(len(copies), 1, 1)
         noisy_latents = add_noise(latents, noise, sigma)  # (B, C, h, w)
-        groups = LengthGroups(self.decoder, codes, num_tokens, is_unconditional)
-        velocity = groups.predict_velocity(noisy_latents, sigma)  # (B, C, h, w)
+        velocity, patches = self.predict(noisy_latents, sigma, codes, num_tokens, is_unconditional)
 
-        # 3. Loss
+        # 3. Losses
         flow_loss = F.mse_loss(velocity.float(), velocity_target(latents, noise).float())
         metrics = {"flow_loss": flow_loss.detach()}
         with torch.no_grad():
             token_ids = self.encoder.quantizer.codes_to_ids(self.encoder.quantizer(features))
             metrics["distinct_ids"] = count_distinct(token_ids)
-        weight = self.arguments.feature_penalty * (1 - 5 / 6 * self.fade(step))
-        if weight == 0:
+        if not self.training:
             return flow_loss, metrics
-        return flow_loss + weight * spread_penalty(features), metrics
+        loss = flow_loss
+        penalty_weight = arguments.feature_penalty * (1 - 5 / 6 * self.fade(step))
+        if penalty_weight > 0:
+            loss = loss + penalty_weight * spread_penalty(features)
+        if self.alignment is not None:
+            pixel_values = batch["pixel_values"].to(latents.device).repeat(len(copies), 1, 1, 1)
+            alignment_loss = self.alignment(patches, pixel_values)
+            metrics["repa_loss"] = alignment_loss.detach()
+            loss = loss + arguments.repa_weight * alignment_loss
+        return loss, metrics
 
-    def draw(self, batch_size: int, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Draw noise levels, kept tokens, null conditions and which samples are rounded, each (B,)."""
-        arguments = self.arguments
-        sigma = sample_sigma(
-            batch_size,
-            arguments.sigma_distribution,
-            arguments.logit_mean,
-            arguments.logit_std,
-            arguments.mode_scale,
-            is_stratified=True,
-            generator=generator,
-        )
+    def draw(self, batch_size: int, chance: Chance, is_full: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw noise levels, tokens to keep and which samples ignore theirs, each (B,)."""
+        arguments, generator = self.arguments, chance.generator
         num_registers = self.encoder.config.num_registers
-        num_tokens = sample_num_tokens(batch_size, num_registers, arguments.keep_mode, generator)
-        is_full = torch.rand(batch_size, generator=generator) < arguments.full_length_probability
-        num_tokens = torch.where(is_full, num_registers, num_tokens)
-        is_unconditional = torch.rand(batch_size, generator=generator) < arguments.null_condition_probability
-        unrounded_probability = arguments.unrounded_probability * (1 - self.fade(step))
-        is_rounded = torch.rand(batch_size, generator=generator) >= unrounded_probability
-        return sigma, num_tokens, is_unconditional, is_rounded
+
+        def draw_sigma(count: int) -> Tensor:
+            shape = (arguments.sigma_distribution, arguments.logit_mean, arguments.logit_std, arguments.mode_scale)
+            return sample_sigma(count, *shape, is_stratified=True, generator=generator)
+
+        def draw_num_tokens(count: int) -> Tensor:
+            return sample_num_tokens(count, num_registers, arguments.keep_mode, generator)
+
+        sigma = chance.own(draw_sigma, batch_size)
+        num_tokens = chance.own(draw_num_tokens, batch_size)
+        keeps_all = chance.happens(1.0 if is_full else arguments.full_length_probability, batch_size)
+        num_tokens = torch.where(keeps_all, num_registers, num_tokens)
+        return sigma, num_tokens, chance.happens(arguments.null_condition_probability, batch_size)
+
+    def predict(
+        self, noisy_latents: Tensor, sigma: Tensor, codes: Tensor, num_tokens: Tensor, is_unconditional: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Predict the velocity (B, C, h, w), and with REPA the states of the patches at its layer, (B, N, D)."""
+        if self.alignment is not None:
+            self.tap.clear()
+        order = slice(None)
+        if noisy_latents.device.type == "cpu" and not self.arguments.compile:
+            groups = LengthGroups(self.decoder, codes, num_tokens, is_unconditional)
+            velocity, order = groups.predict_velocity(noisy_latents, sigma), groups.places
+        else:  # compiled code wants batches of one shape, and an accelerator no wait for the lengths
+            velocity = self.decoder(noisy_latents, sigma, codes, num_tokens, is_unconditional).velocity
+        if self.alignment is None or not self.training:
+            return velocity, None
+        num_patches = self.alignment.grid_size**2
+        return velocity, torch.cat([states[:, :num_patches] for states in self.tap.outputs])[order]
 
     def fade(self, step: int) -> float:
         """How far the aids against collapsed codes have faded, from 0 at the start to 1."""
@@ -95,6 +143,8 @@ class TokenizerForTraining(nn.Module):
 def spread_penalty(features: Tensor) -> Tensor:
     """Keep each feature near mean 0 and standard deviation 1 or more over the batch; plain FSQ collapses without it.
 
+    The batch is the micro-batch of all processes.
+
     Args:
         features: before quantization, (B, K, Q).
 
@@ -102,8 +152,31 @@ def spread_penalty(features: Tensor) -> Tensor:
         Mean over K and Q, a scalar.
     """
     features = features.float()
-    mean, std = features.mean(dim=0), features.std(dim=0, unbiased=False)
+    mean = mean_over_processes(features.mean(dim=0))  # (K, Q)
+    variance = mean_over_processes((features - mean).square().mean(dim=0))
+    std = variance.clamp(min=1e-12).sqrt()  # at 0 the root has no slope
     return (mean.square() + F.relu(1 - std).square()).mean()
+
+
+class SumOverProcesses(torch.autograd.Function):
+    """Adds up the tensors of all processes; the gradient of each is the sum of all gradients."""
+
+    @staticmethod
+    def forward(context, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> Tensor:
+        return SumOverProcesses.forward(context, gradient)
+
+
+def mean_over_processes(tensor: Tensor) -> Tensor:
+    """Average a tensor over the processes of a distributed training, with a gradient."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return tensor
+    return SumOverProcesses.apply(tensor) / torch.distributed.get_world_size()
 
 
 def count_distinct(token_ids: Tensor) -> Tensor:
@@ -126,6 +199,7 @@ def build_tokenizer(
                 f"`resolution` {arguments.resolution} must be a multiple of {factor * getattr(arguments, name)},"
                 f" `{name}` times {factor}, the reduction of the VAE."
             )
+        check_token_layout(arguments.token_layout, arguments.num_registers, side // getattr(arguments, name))
     encoder = FlexTokEncoder(
         FlexTokEncoderConfig(
             in_channels=channels,
@@ -134,6 +208,7 @@ def build_tokenizer(
             hidden_size=arguments.encoder_hidden_size,
             num_hidden_layers=arguments.encoder_num_layers,
             head_dim=arguments.head_dim,
+            token_layout=arguments.token_layout,
             num_registers=arguments.num_registers,
             fsq_levels=arguments.fsq_levels,
         )
@@ -145,7 +220,42 @@ def build_tokenizer(
         hidden_size=arguments.decoder_hidden_size,
         num_layers=arguments.decoder_num_layers,
         head_dim=arguments.head_dim,
+        token_layout=arguments.token_layout,
         num_registers=arguments.num_registers,
+        # a grid that always keeps all tokens needs no mask token
+        nested_dropout=arguments.token_layout == "registers" or arguments.full_length_probability < 1,
         code_dim=len(arguments.fsq_levels),
+        remove_dropped=arguments.remove_dropped,
     )
+    if arguments.mup_base_width is not None:
+        # an output layer starts smaller in proportion to the width, not to its root as xavier has it
+        ratio = arguments.mup_base_width / arguments.encoder_hidden_size
+        with torch.no_grad():
+            encoder.feature_proj.weight.mul_(ratio**0.5)
     return encoder, decoder
+
+
+def load_tokenizer(
+    arguments: TokenizerArguments, vae: AutoencoderKL | None
+) -> tuple[FlexTokEncoder, FlexTokFlowDecoder, AutoencoderKL | None]:
+    """Load the encoder, the decoder and the VAE of `pretrained_tokenizer`; a given VAE takes the place of its own.
+
+    With `remove_dropped` a decoder that was trained with mask tokens learns to go without them.
+
+    Raises:
+        ValueError: if `resolution` is another one than the tokenizer's.
+    """
+    unused = {"prior": None, "text_encoder": None, "tokenizer": None}
+    assert arguments.pretrained_tokenizer is not None
+    with loading("pretrained_tokenizer", arguments.pretrained_tokenizer):
+        source = FlexTokPipeline.from_pretrained(arguments.pretrained_tokenizer, **unused)
+    if vae is not None:
+        source.register_modules(vae=vae)
+    if arguments.resolution != source.resolution:
+        raise ValueError(
+            f"`resolution` is {arguments.resolution}, but `pretrained_tokenizer` {arguments.pretrained_tokenizer!r}"
+            f" works at {source.resolution} pixels. Set it to that."
+        )
+    if arguments.remove_dropped:
+        source.decoder.register_to_config(remove_dropped=True)
+    return source.encoder, source.decoder, source.vae

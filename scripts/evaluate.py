@@ -1,0 +1,53 @@
+"""Measure a model, and compare two measurements.
+
+    python scripts/evaluate.py reconstruction --data data/embedded128 --output docs/results/embedded
+    python scripts/evaluate.py generation --data data/embedded128 --output docs/results/embedded --max_prompts 100
+    python scripts/evaluate.py complexity --data data/embedded128 --output docs/results/embedded --max_prompts 100
+    python scripts/evaluate.py compare first/reconstruction.json second/reconstruction.json
+
+Several processes share the work under `accelerate launch` or `torchrun`. A measurement that was stopped goes on when
+it is started again with the same options. Needs the extra `flextok_hf[eval]`.
+"""
+
+import sys
+
+from flextok_hf.evaluation.complexity import Complexity
+from flextok_hf.evaluation.generation import Generation
+from flextok_hf.evaluation.options import ComplexityOptions, GenerationOptions, ReconstructionOptions
+from flextok_hf.evaluation.reconstruction import Reconstruction
+from flextok_hf.evaluation.results import compare_records, markdown_table, read_record
+from flextok_hf.training.parsing import parse_arguments
+
+
+MEASUREMENTS = {
+    "reconstruction": (ReconstructionOptions, Reconstruction),
+    "generation": (GenerationOptions, Generation),
+    "complexity": (ComplexityOptions, Complexity),
+}
+
+
+def compare(paths: list[str]) -> str:
+    """Return a table of all figures that two result files share."""
+    if len(paths) != 2:
+        raise SystemExit("usage: evaluate.py compare FIRST.json SECOND.json")
+    rows = compare_records(*map(read_record, paths))
+    cells = [[name, f"{a:.4f}", f"{b:.4f}", f"{d:+.4f}", "yes" if apart else ""] for name, a, b, d, apart in rows]
+    return markdown_table(["figure", "first", "second", "difference", "intervals apart"], cells)
+
+
+def main(argv: list[str]) -> None:
+    """Run the command named by the first argument with the options that follow."""
+    commands = (*MEASUREMENTS, "compare")
+    if not argv or argv[0] not in commands:
+        raise SystemExit(f"usage: evaluate.py {{{','.join(commands)}}} [OPTIONS]; --help after the command lists them")
+    if argv[0] == "compare":
+        print(compare(argv[1:]))
+        return
+    kind, measurement = MEASUREMENTS[argv[0]]
+    options = parse_arguments(kind, argv[1:])
+    if measurement(options).measure():  # only the main process has a record
+        print(f"Wrote {options.output}/{argv[0]}.json")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,86 @@
+r"""Make the data of the study in docs/reproduction.md: one drawn shape per picture, and prompts of growing detail.
+
+    python scripts/prepare_reproduction_data.py --output data/reproduction
+
+Writes train.parquet and validation.parquet with the columns
+
+    image            PNG, RGB, resolution x resolution
+    captions         the three prompts; draw one per training step
+    shape_prompt     the class only ("a circle")
+    object_prompt    the class and its attributes ("a large red circle")
+    scene_prompt     a full sentence ("a large red circle in the top left on a white background")
+    shape, color, size, place, background   what the picture shows
+    object           size, color and shape together, the classes of a feature network
+
+The scenes are those of `flextok_hf.synthetic` with a single shape: 1,440 combinations, with a little play in position.
+The validation split holds, in every second picture, a combination of shape and color that the train split never shows.
+"""
+
+import argparse
+from collections.abc import Iterator
+from io import BytesIO
+from itertools import count, islice
+from pathlib import Path
+
+from datasets import Dataset, Features, Image, List, Value
+
+from flextok_hf.outputs import write_atomically
+from flextok_hf.synthetic import Scene, draw_scene, make_scene
+
+
+PROMPTS = ("shape_prompt", "object_prompt", "scene_prompt")
+ATTRIBUTES = ("shape", "color", "size", "place", "background")
+
+
+def describe(scene: Scene) -> dict[str, str]:
+    """Return the prompts and attributes of a scene with one shape."""
+    item = scene.objects[0]
+    place = "in the middle" if scene.relation == "center" else f"in the {scene.relation}"
+    return {
+        "shape_prompt": f"a {item.shape}",
+        "object_prompt": f"a {item.size} {item.color} {item.shape}",
+        "scene_prompt": f"a {item.size} {item.color} {item.shape} {place} on a {scene.background} background",
+        "shape": item.shape,
+        "color": item.color,
+        "size": item.size,
+        "place": scene.relation,
+        "background": scene.background,
+        "object": f"{item.size} {item.color} {item.shape}",
+    }
+
+
+def single_scenes(split: str, seed: int) -> Iterator[Scene]:
+    """Yield the scenes of the synthetic data set that show one shape, without end."""
+    return (scene for scene in (make_scene(index, seed, split) for index in count()) if len(scene.objects) == 1)
+
+
+def make_split(split: str, size: int, resolution: int, seed: int) -> Dataset:
+    """Draw the pictures of one split."""
+    rows = []
+    for scene in islice(single_scenes(split, seed), size):
+        content = BytesIO()
+        draw_scene(scene, resolution).save(content, format="PNG")
+        row = describe(scene)
+        image = {"bytes": content.getvalue(), "path": None}
+        rows.append(row | {"image": image, "captions": [row[key] for key in PROMPTS]})
+    texts = {name: Value("string") for name in (*PROMPTS, *ATTRIBUTES, "object")}
+    return Dataset.from_list(rows, features=Features({"image": Image(), "captions": List(Value("string"))} | texts))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", required=True, type=Path, help="folder for train.parquet and validation.parquet")
+    parser.add_argument("--resolution", type=int, default=32, help="side of the pictures in pixels")
+    parser.add_argument("--num_train", type=int, default=8000, help="pictures of the split train")
+    parser.add_argument("--num_validation", type=int, default=500, help="pictures of the split validation")
+    parser.add_argument("--seed", type=int, default=0, help="another seed gives other pictures")
+    options = parser.parse_args(argv)
+    options.output.mkdir(parents=True, exist_ok=True)
+    for split, size in (("train", options.num_train), ("validation", options.num_validation)):
+        rows = make_split(split, size, options.resolution, options.seed)
+        write_atomically(options.output / f"{split}.parquet", rows.to_parquet)
+        print(f"{split}: {len(rows)} pictures of {len(set(rows['object']))} objects")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""Result files of the study -> its summary: the models side by side, and what held of the paper's claims.
+
+A difference counts only if the 95% intervals of the two figures are apart; otherwise the study cannot tell.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from flextok_hf.evaluation.plots import plot_curves
+from flextok_hf.evaluation.results import interval_text, markdown_table, point, read_record, write_record
+
+
+LOWER_IS_BETTER = {"mae", "frechet_distance"}
+RECONSTRUCTION = {
+    "psnr_db": "PSNR (dB)",
+    "ssim": "SSIM",
+    "frechet_distance": "Frechet distance (shapes_resnet), reconstructed",
+}
+GENERATION = {
+    "all": "drawn pictures with everything asked for",
+    "frechet_distance": "Frechet distance (shapes_resnet), drawn",
+    "precision": "precision",
+    "recall": "recall",
+}
+
+Figure = dict[str, float]
+
+
+def judge(key: str, first: Figure, second: Figure) -> str:
+    """Say how the second figure compares with the first: better, worse, or not to be told apart."""
+    sign = -1 if key in LOWER_IS_BETTER else 1
+    if second["low"] > first["high"]:
+        return "better" if sign > 0 else "worse"
+    if second["high"] < first["low"]:
+        return "worse" if sign > 0 else "better"
+    return "cannot be told apart"
+
+
+def figure_of(records: dict, model: str, kind: str, count: int | str, key: str) -> Figure | None:
+    """Return one figure of one model, or `None` where it was not measured."""
+    results = records[model][kind]["results"]
+    if kind == "generation":
+        results = results["prompts"]
+    return results.get(str(count), {}).get(key)
+
+
+def side_by_side(records: dict, kind: str, keys: dict[str, str]) -> list[str]:
+    """Return a table per figure: models as rows, token counts as columns."""
+    counts = records["flexible"][kind]["token_counts"]
+    lines = []
+    for key, title in keys.items():
+        rows = []
+        for model in records:
+            values = [figure_of(records, model, kind, count, key) for count in counts]
+            rows.append([model, *("" if value is None else interval_text(value) for value in values)])
+        lines += [f"**{title}**", "", markdown_table(["model", *(f"{count} tokens" for count in counts)], rows), ""]
+    return lines
+
+
+def claim_lengths(records: dict) -> list[str]:
+    """Plausible pictures at every length: are drawn pictures as real with one token as with all?"""
+    counts = records["flexible"]["generation"]["token_counts"]
+    few, all_tokens = (
+        figure_of(records, "flexible", "generation", count, "precision") for count in (counts[0], counts[-1])
+    )
+    grid = figure_of(records, "grid", "generation", counts[0], "precision")
+    verdict = judge("precision", all_tokens, few)
+    held = "did not hold" if verdict == "worse" else "no loss was found"
+    return [
+        f"**Plausible pictures at every length: {held}.** Precision, the share of drawn pictures that lie among real"
+        f" ones, is {interval_text(few)} with {counts[0]} token and {interval_text(all_tokens)} with {counts[-1]}."
+        f" With {counts[0]} token of the grid it is {interval_text(grid)}: the ordered model is"
+        f" {judge('precision', grid, few)}."
+    ]
+
+
+def claim_more_tokens(records: dict) -> list[str]:
+    """More tokens, better pictures: reconstruction and generation at the shortest and the longest sequence."""
+    counts = records["flexible"]["reconstruction"]["token_counts"]
+    lines = []
+    for kind, key, title in (
+        ("reconstruction", "psnr_db", "PSNR of reconstructions"),
+        ("reconstruction", "frechet_distance", "Frechet distance of reconstructions"),
+        ("generation", "all", "adherence of drawn pictures to full sentences"),
+        ("generation", "frechet_distance", "Frechet distance of drawn pictures"),
+    ):
+        first, last = (figure_of(records, "flexible", kind, count, key) for count in (counts[0], counts[-1]))
+        verdict = judge(key, first, last)
+        held = {"better": "held", "worse": "did not hold"}.get(verdict, "cannot be told")
+        lines.append(
+            f"**More tokens improve the {title}: {held}.** {interval_text(first)} with {counts[0]},"
+            f" {interval_text(last)} with {counts[-1]} tokens."
+        )
+    return lines
+
+
+def claim_simple_conditions(records: dict) -> list[str]:
+    """Fewer tokens suffice for simpler conditions."""
+    needed = records["flexible"]["complexity"]["tokens_needed"]
+    known = {level: figure for level, figure in needed.items() if figure is not None}
+    listed = "; ".join(f"{level}: {interval_text(figure, 0)}" for level, figure in known.items())
+    values = [point(figure) for figure in known.values()]
+    simple, detailed = (list(known.values())[index] for index in (0, -1)) if known else ({}, {})
+    if len(known) < 2:
+        held = "cannot be told"
+    elif values != sorted(values) or values[0] >= values[-1]:
+        held = "did not hold"
+    else:
+        held = "held" if simple["high"] < detailed["low"] else "cannot be told"
+    return [
+        f"**Fewer tokens suffice for simpler conditions: {held}.** Tokens needed, by what was asked for: {listed}."
+    ]
+
+
+def claim_order(records: dict) -> list[str]:
+    """One-dimensional order against a two-dimensional grid, at every number of tokens."""
+    lines = []
+    for kind, key, title in (
+        ("reconstruction", "psnr_db", "PSNR of reconstructions"),
+        ("reconstruction", "frechet_distance", "Frechet distance of reconstructions"),
+        ("generation", "all", "adherence of drawn pictures"),
+    ):
+        counts = records["flexible"][kind]["token_counts"]
+        parts = []
+        for count in counts:
+            pair = [figure_of(records, model, kind, count, key) for model in ("grid", "flexible")]
+            parts.append(f"{count} tokens: {judge(key, *pair)}")
+        lines.append(f"**Ordered tokens against the grid, {title}.** The ordered model is, with {'; '.join(parts)}.")
+    return lines
+
+
+def claim_fixed(records: dict) -> list[str]:
+    """One flexible model against models trained at one length each."""
+    lines = []
+    for model in (name for name in records if name.startswith("fixed-")):
+        count = int(model.removeprefix("fixed-"))
+        parts = []
+        for kind, key, title in (
+            ("reconstruction", "psnr_db", "PSNR"),
+            ("reconstruction", "frechet_distance", "Frechet distance of reconstructions"),
+            ("generation", "all", "adherence"),
+        ):
+            pair = [figure_of(records, name, kind, count, key) for name in (model, "flexible")]
+            parts.append(f"{title} {interval_text(pair[1])} against {interval_text(pair[0])} ({judge(key, *pair)})")
+        lines.append(f"**The flexible model against {model}, at {count} tokens:** {'; '.join(parts)}.")
+    return lines
+
+
+CLAIMS: Sequence[Callable[[dict], list[str]]] = (
+    claim_lengths,
+    claim_more_tokens,
+    claim_simple_conditions,
+    claim_order,
+    claim_fixed,
+)
+
+
+def training_table(output: Path, models: Sequence[str]) -> str:
+    """Return parameters and training of each model, from what training wrote."""
+    rows = []
+    for model in models:
+        cells: list[object] = [model]
+        for stage in ("tokenizer", "prior"):
+            folder = output / model / stage
+            log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+            arguments = json.loads((folder / "arguments.json").read_text())
+            pictures = arguments["max_train_steps"] * arguments["train_batch_size"]
+            speeds = [entry["images_per_s"] for entry in log if entry.get("images_per_s")]
+            seconds = pictures / (sum(speeds) / len(speeds)) if speeds else float("nan")
+            cells += [f"{pictures:,}", f"{seconds / 60:.1f}"]
+        rows.append(cells)
+    header = ["model", "tokenizer: pictures", "minutes", "prior: pictures", "minutes"]
+    return markdown_table(header, rows)
+
+
+def write_summary(output: Path, results: Path, models: Sequence[str]) -> None:
+    """Write summary.json, summary.md and summary_curves.png from the result files of all models.
+
+    Args:
+        output: folder of the trained models.
+        results: folder with one folder of result files per model.
+        models: names of both.
+    """
+    records: dict = {}
+    for model in models:
+        paths = sorted((results / model).glob("*.json"))
+        records[model] = {path.stem: read_record(path) for path in paths}
+    claims = [line for claim in CLAIMS for line in claim(records)]
+    network = records["flexible"]["reconstruction"]["protocol"]["feature_network"]
+    parameters = [
+        [model, *(f"{count:,}" for count in records[model]["generation"]["parameters"].values())] for model in models
+    ]
+    first = records["flexible"]["generation"]
+    lines = [
+        "# Summary of the study",
+        "",
+        "Made by `scripts/reproduce.py` from the result files beside it. Intervals are 95%; a difference counts only"
+        " if they are apart. One run of each model: the intervals know nothing of other seeds of training.",
+        "",
+        f"- {first['protocol']['data']}: pictures of {first['protocol']['resolution']} pixels; measured on"
+        f" {first['device']}",
+        f"- feature network {network['name']}, SHA-256 {network['sha256'][:16]}, accuracy on held-out pictures"
+        f" {network['validation_accuracy']:.1%}; its distances are no FID",
+        "",
+        "## What held",
+        "",
+        *(f"- {line}" for line in claims),
+        "",
+        "## Models",
+        "",
+        markdown_table(["model", *first["parameters"]], parameters),
+        "",
+        training_table(output, models),
+        "",
+        "## Reconstruction of held-out pictures",
+        "",
+        *side_by_side(records, "reconstruction", RECONSTRUCTION),
+        "## Pictures drawn from full sentences",
+        "",
+        *side_by_side(records, "generation", GENERATION),
+    ]
+    summary = {"claims": claims, "models": list(models), "feature_network": network}
+    write_record(results, "summary", summary, "\n".join(lines))
+    counts = records["flexible"]["reconstruction"]["token_counts"]
+    panels = {
+        title: {model: [figure_of(records, model, kind, count, key) for count in counts] for model in models}
+        for kind, keys in (("reconstruction", RECONSTRUCTION), ("generation", GENERATION))
+        for key, title in keys.items()
+    }
+    plot_curves(counts, panels, "tokens", results / "summary_curves.png")

@@ -1,0 +1,245 @@
+"""Parts of a model card, each made from one kind of file: configuration, recipe, results.
+
+Nothing is loaded but JSON and the headers of weight files.
+"""
+
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+
+RECIPE_FILE = "training.json"
+ORIGINAL_FILE = "original.json"  # where a converted model came from
+COMPONENT_TITLES = {
+    "vae": "VAE",
+    "encoder": "encoder",
+    "decoder": "flow decoder",
+    "prior": "prior",
+    "text_encoder": "text encoder",
+}
+MEASURE_TITLES = {
+    "psnr_db": "PSNR (dB)",
+    "ssim": "SSIM",
+    "perceptual_distance": "perceptual distance",
+    "name": "name found",
+}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON file, or an empty dictionary if there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def stage_name(record: Mapping[str, Any]) -> str:
+    """Return the stage that a recipe is of: vae, tokenizer or prior."""
+    arguments = record["arguments"]
+    named = "prior" if "tokenizer" in arguments else "tokenizer" if "num_registers" in arguments else "vae"
+    return record.get("stage") or named
+
+
+def markdown_table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+    """Return a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def count_weights(folder: Path) -> tuple[int, str]:
+    """Return how many numbers the weight files of a folder hold, buffers included, and their kind ("float16")."""
+    sizes: dict[str, int] = {}  # by name, since a folder may hold the same weights in two precisions
+    kinds = set()
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as weights:
+            for name in weights.keys():
+                view = weights.get_slice(name)
+                sizes[name] = math.prod(view.get_shape())
+                kinds.add(str(view.get_dtype()).replace("F", "float").replace("Bfloat", "bfloat"))
+    return sum(sizes.values()), " and ".join(sorted(kinds))
+
+
+def component_folders(folder: Path) -> dict[str, Path]:
+    """Return the parts of a pipeline that have weights; a VAE saved by itself is its own part."""
+    if (folder / "model_index.json").is_file():
+        return {name: folder / name for name in COMPONENT_TITLES if (folder / name / "config.json").is_file()}
+    return {"vae": folder}
+
+
+def picture_side(folder: Path) -> int | None:
+    """Return the side of the square pictures of a pipeline in pixels, from its configuration."""
+    decoder, vae = read_json(folder / "decoder" / "config.json"), read_json(folder / "vae" / "config.json")
+    if not decoder:
+        return None
+    side = decoder["grid_size"] * decoder["patch_size"]
+    return side * 2 ** (len(vae["block_out_channels"]) - 1) if vae else side
+
+
+def model_section(folder: Path) -> str:
+    """Say what the model consists of."""
+    rows = []
+    for name, part in component_folders(folder).items():
+        weights, kind = count_weights(part)
+        rows.append([COMPONENT_TITLES[name], f"{weights:,}", kind])
+    lines = [markdown_table(["part", "weights", "stored as"], rows)]
+    encoder = read_json(folder / "encoder" / "config.json")
+    if encoder:
+        levels, registers = encoder["fsq_levels"], encoder["num_registers"]
+        size, side = math.prod(levels), picture_side(folder)
+        lines.append(
+            f"Pictures of {side} x {side} pixels as 1 to {registers} tokens. A token is one of {size:,} codes (finite"
+            f" scalar quantization with {' x '.join(map(str, levels))} levels), {math.log2(size):.1f} bits; a whole"
+            f" picture takes {registers * math.log2(size) / 8:.0f} bytes."
+            + ("" if (folder / "vae").is_dir() else " The model works on pixels, without a VAE.")
+        )
+    return "\n\n".join(lines)
+
+
+def training_facts(arguments: Mapping[str, Any], log: Sequence[Mapping[str, Any]], images_per_step: int) -> dict:
+    """Return what `training.json` should hold for a card beside options and steps.
+
+    Args:
+        arguments: the options of the stage.
+        log: the entries of its log.
+        images_per_step: pictures that an optimizer step sees.
+
+    Returns:
+        `hardware`, `seconds` that the steps took, and the recipes of the stages before, `earlier`.
+    """
+    if torch.cuda.is_available():
+        hardware = torch.cuda.get_device_name()
+    else:
+        hardware = f"{torch.get_num_threads()} threads of a CPU ({platform.machine()})"
+    seconds = round(logged_seconds(log, images_per_step), 1)
+    return {"hardware": hardware, "seconds": seconds, "earlier": earlier_recipes(arguments)}
+
+
+def earlier_recipes(arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the recipes of the stages that a stage builds on, first things first, from beside their models."""
+    recipes = []
+    for option in ("vae", "tokenizer", "pretrained_tokenizer"):
+        if arguments.get(option):
+            record = read_json(Path(arguments[option]) / RECIPE_FILE)
+            recipes += [*record.pop("earlier", []), record] if record else []
+    return recipes
+
+
+def origins(original: Mapping[str, Any]) -> list[str]:
+    """Return the sources that a converted model came from, by `original.json`."""
+    parts = (original.get(name, {}) for name in ("tokenizer", "prior"))
+    return [part["source"] for part in parts if isinstance(part, Mapping) and part.get("source")]
+
+
+def training_section(record: Mapping[str, Any], original: Mapping[str, Any] | None = None) -> str:
+    """Say how all stages were trained, from what training leaves in `training.json`, or what it was converted from."""
+    if original:
+        names = " and ".join(f"`{name}`" for name in origins(original))
+        return (
+            f"Converted from {names}, with the same weights; how they were trained is said there, and their license"
+            " binds this copy too."
+        )
+    if not record.get("arguments"):
+        return "How it was trained is not recorded."
+    return "\n\n".join(stage_recipe(stage) for stage in [*record.get("earlier", ()), record])
+
+
+def stage_recipe(record: Mapping[str, Any]) -> str:
+    """Say how one stage was trained."""
+    arguments = record["arguments"]
+    per_step = record.get("images_per_step", arguments.get("train_batch_size"))
+    line = f"Stage `{stage_name(record)}`: {record['steps']:,} steps of {per_step} pictures"
+    line += f", {duration(record['seconds'])}" if record.get("seconds") else ""
+    line += f" on {record['hardware']}" if record.get("hardware") else ""
+    line += f", precision {'float32' if arguments['mixed_precision'] == 'no' else arguments['mixed_precision']}"
+    line += f", seed {arguments['seed']}." if "seed" in arguments else "."
+    rows = [[f"`{name}`", f"`{value}`"] for name, value in arguments.items() if is_telling(value)]
+    options = markdown_table(["option", "value"], rows)
+    return f"{line}\n\n<details><summary>All options</summary>\n\n{options}\n\n</details>"
+
+
+def is_telling(value: Any) -> bool:
+    """Whether an option of training says something: set, and no path of the machine it ran on."""
+    return value is not None and not (isinstance(value, str) and Path(value).is_absolute())
+
+
+def logged_seconds(log: Sequence[Mapping[str, Any]], images_per_step: int) -> float:
+    """Add up the time of a run from the speeds in its log; a resumed run repeats steps, which count once."""
+    seconds, last_step = 0.0, 0
+    for entry in log:
+        if entry.get("images_per_s"):
+            seconds += max(0, entry["step"] - last_step) * images_per_step / entry["images_per_s"]
+            last_step = max(last_step, entry["step"])
+    return seconds
+
+
+def duration(seconds: float) -> str:
+    """Return `35 minutes` or `3.5 hours`."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
+def data_section(record: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """Say what the model was trained on, and under which terms that is."""
+    arguments = record.get("arguments", {})
+    lines = [facts["data_note"].strip()] if facts.get("data_note") else []
+    for source in facts.get("data", ()):
+        parts = [source["name"], source.get("license"), f"<{source['url']}>" if source.get("url") else None]
+        lines.append("- " + ", ".join(filter(None, parts)))
+    if not facts.get("data"):
+        names = [source for source in arguments.get("train_data", ()) if is_telling(source)]
+        lines.append(f"Trained on: {', '.join(f'`{name}`' for name in names) or 'not recorded'}.")
+        lines.append("The terms of these data are not stated here; they bind whoever uses the model.")
+    bullets = [line for line in lines if line.startswith("- ")]
+    return "\n\n".join([*(line for line in lines if line not in bullets), *(["\n".join(bullets)] if bullets else [])])
+
+
+def results_section(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Show result files, by name: what was measured and how, and the figures per number of tokens."""
+    parts = []
+    for name, record in results.items():
+        settings = record.get("settings", "defaults of the pipeline")
+        settings = settings if isinstance(settings, str) else json.dumps(settings)
+        protocol = {
+            "pictures": record.get("real_pictures") or record.get("count"),
+            "settings": settings,
+            "seed": record.get("seed"),
+            "device": record.get("device"),
+            "weights": str(record.get("weights_sha256", ""))[:16] or None,
+        }
+        line = "; ".join(f"{key} {value}" for key, value in protocol.items() if value is not None)
+        parts.append(f"### {name.replace('_', ' ').capitalize()}\n\n{line}.\n\n{results_table(record['results'])}")
+    return "\n\n".join(parts)
+
+
+def results_table(results: Mapping[str, Any]) -> str:
+    """Lay figures out with a row per number of tokens: {count: {measure: value}} or {set: {count: {measure: value}}}.
+
+    Of several sets, the first measure is shown, a column per set.
+    """
+    if all(str(key).isdigit() for key in results):
+        measures = [key for key, value in next(iter(results.values())).items() if is_figure(value)]
+        header = ["tokens", *(MEASURE_TITLES.get(key, key.replace("_", " ")) for key in measures)]
+        rows = [[count, *(cell(row[key]) for key in measures)] for count, row in results.items()]
+        return markdown_table(header, rows)
+    counts = list(next(iter(results.values())))
+    measure = next(key for key, value in next(iter(results.values()))[counts[0]].items() if is_figure(value))
+    header = ["tokens", *(key.replace("_", " ") for key in results)]
+    rows = [[count, *(cell(results[key][count][measure]) for key in results)] for count in counts]
+    title = MEASURE_TITLES.get(measure, measure.replace("_", " "))
+    return f"Measure: {title}.\n\n{markdown_table(header, rows)}"
+
+
+def is_figure(value: Any) -> bool:
+    """Whether a value of a result file is a figure with its interval."""
+    return isinstance(value, Mapping) and ("mean" in value or "share" in value)
+
+
+def cell(value: Mapping[str, float]) -> str:
+    """Return a share or a mean with its 95% interval: `81% (78 to 84)`, `13.70 (13.10 to 14.25)`."""
+    if "share" in value:
+        return f"{value['share']:.0%} ({100 * value['low']:.0f} to {100 * value['high']:.0f})"
+    return f"{value['mean']:.2f} ({value['low']:.2f} to {value['high']:.2f})"

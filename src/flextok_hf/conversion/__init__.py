@@ -1,0 +1,6 @@
+"""Official checkpoints -> our models, in the order of the data.
+
+`source.py` opens a checkpoint and `settings.py` reads its configuration as data. `tokenizer.py`, `vae.py`, `prior.py`
+and `text_encoder.py`, each with what it needs, say what is what in our models. `components.py` reads tensors one after
+the other, `writing.py` writes them, and `convert.py` does all of it.
+"""

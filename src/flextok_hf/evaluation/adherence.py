@@ -1,0 +1,180 @@
+"""Is it the picture that was asked for: its nearest real pictures must have the attributes of the condition.
+
+An attribute is a column of the reference pictures, such as `name` or `style`; a check names the attributes that must
+agree and how many neighbors may try. Letters: B batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .accumulators import MeanWithInterval, StreamedMedian, share_of
+from .picture_index import PictureIndex, gaussian_blur
+from .pictures import draw_rows
+
+
+TOP = 5
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question about a picture.
+
+    key: its name in result files.
+    attributes: which must agree with those asked for.
+    top: among how many neighbors one must.
+    """
+
+    key: str
+    attributes: tuple[str, ...]
+    top: int = 1
+
+
+NAME_CHECKS = (
+    Check("name", ("name",)),
+    Check(f"name_in_top_{TOP}", ("name",), TOP),
+    Check("name_and_style", ("name", "style")),
+)
+
+
+def checks_for(attributes: Sequence[str]) -> tuple[Check, ...]:
+    """Return the checks of a data set: each attribute, and all of them together if there are several."""
+    if list(attributes) == ["name", "style"]:
+        return NAME_CHECKS
+    single = tuple(Check(attribute, (attribute,)) for attribute in attributes)
+    return (*single, Check("all", tuple(attributes))) if len(single) > 1 else single
+
+
+class Reference:
+    """Real pictures with attributes.
+
+    Args:
+        pixels: (N, 3, R, R) uint8.
+        rows: attributes of each.
+    """
+
+    def __init__(self, pixels: Tensor, rows: Sequence[dict]):
+        self.index = PictureIndex(pixels)
+        self.rows = list(rows)
+
+    def answer(
+        self, checks: Sequence[Check], pixels: Tensor, wanted: Sequence[dict], leave_out: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Ask all questions about pictures.
+
+        Args:
+            checks: those whose attributes some wanted row lacks are left out.
+            pixels: (B, 3, R, R) uint8 or in [0, 1].
+            wanted: attributes asked for, per picture.
+            leave_out: per picture, a reference picture that must not be found, (B,).
+
+        Returns:
+            Distance to the nearest picture (B,), and by key of the check whether it was passed, (B,) boolean.
+        """
+        count = min(max(check.top for check in checks), len(self.rows) - (leave_out is not None))
+        distances, neighbors = self.index.search(pixels, count, leave_out)
+        found = [[self.rows[i] for i in row] for row in neighbors.tolist()]
+        passed = {}
+        for check in checks:
+            if all(attribute in row for row in wanted for attribute in check.attributes):
+                passed[check.key] = torch.tensor(
+                    [
+                        any(all(near[name] == row[name] for name in check.attributes) for near in nearest[: check.top])
+                        for nearest, row in zip(found, wanted, strict=True)
+                    ]
+                )
+        return distances[:, 0], passed
+
+
+class AdherenceScore(nn.Module):
+    """Running sums of answers to the checks."""
+
+    def __init__(self, checks: Sequence[Check]):
+        super().__init__()
+        self.distance = StreamedMedian()
+        self.passed = nn.ModuleDict({check.key: MeanWithInterval() for check in checks})
+
+    def update(self, distances: Tensor, passed: dict[str, Tensor], indices: Sequence[int]) -> None:
+        """Add what `Reference.answer` gave for the samples `indices`."""
+        self.distance.update(distances)
+        for key, values in passed.items():
+            self.passed[key].update(values, indices)
+
+    def compute(self) -> dict:
+        """Return count, median distance, and shares with their 95% Wilson intervals; unasked checks are left out."""
+        result: dict = {"count": int(self.distance.histogram.sum()), "median_distance": self.distance.compute()}
+        for key, metric in self.passed.items():
+            if metric.count > 0:
+                result[key] = share_of(metric)
+        return result
+
+
+def score(
+    reference: Reference, checks: Sequence[Check], pixels: Tensor, wanted: Sequence[dict], leave_out=None
+) -> dict:
+    """Score pictures that are all at hand, (B, 3, R, R); see `Reference.answer` and `AdherenceScore.compute`."""
+    total = AdherenceScore(checks)
+    total.update(*reference.answer(checks, pixels, wanted, leave_out), range(len(wanted)))
+    return total.compute()
+
+
+def thumbnails(pictures: Tensor, side: int) -> Tensor:
+    """Return pictures (B, 3, H, W) reduced to `side` pixels and enlarged again."""
+    small = F.interpolate(pictures, (side, side), mode="area")
+    return F.interpolate(small, pictures.shape[-2:], mode="bicubic").clamp(0, 1)
+
+
+def shift(pictures: Tensor, pixels: int) -> Tensor:
+    """Return pictures moved right and down by `pixels`, the border repeated."""
+    return F.pad(pictures, (pixels, 0, pixels, 0), mode="replicate")[..., : pictures.shape[-2], : pictures.shape[-1]]
+
+
+def add_noise(pictures: Tensor, strength: float, seed: int) -> Tensor:
+    """Return pictures with Gaussian noise of standard deviation `strength`."""
+    noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(seed))
+    return (pictures + strength * noise).clamp(0, 1)
+
+
+def distortions(pictures: Tensor, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Yield pictures (B, 3, H, W) in [0, 1] with kinds of damage, and the name of each; pixels are their own."""
+    yield "none", pictures
+    for strength in (0.1, 0.25):
+        yield f"noise, standard deviation {strength}", add_noise(pictures, strength, seed)
+    for blur in (1.5, 3.0):
+        yield f"blur, {blur:g} pixels", gaussian_blur(pictures, blur)
+    for pixels in (2, 4):
+        yield f"shift, {pixels} pixels", shift(pictures, pixels)
+    yield "contrast 0.8", 0.5 + 0.8 * (pictures - 0.5)
+    for side in (12, 8, 6, 4):
+        yield f"thumbnail, {side} x {side}", thumbnails(pictures, side)
+
+
+def measure_feature_space(
+    reference: Reference, checks: Sequence[Check], pixels: Tensor, max_rows: int | None, seed: int
+) -> dict:
+    """Measure what the space tells apart: damaged real pictures, and real pictures whose own entry is left out.
+
+    Args:
+        reference: the real pictures.
+        checks: the questions.
+        pixels: the same pictures, (N, 3, R, R) uint8.
+        max_rows: draw this many at random.
+        seed: of the draw and of the noise.
+    """
+    rows = reference.rows
+    drawn = draw_rows(range(len(rows)), max_rows, seed)
+    pictures = pixels[drawn].float() / 255
+    space: dict = {"distorted": {}, "own_picture_left_out": {}}
+    for name, damaged in distortions(pictures, seed):
+        space["distorted"][name] = score(reference, checks, damaged, [rows[i] for i in drawn])
+    if "style" not in rows[0]:
+        return space
+    for style in sorted({row["style"] for row in rows}):
+        chosen = torch.tensor(draw_rows([i for i, row in enumerate(rows) if row["style"] == style], max_rows, seed))
+        # the same name in another style is all that is left to find
+        wanted = [{key: value for key, value in rows[i].items() if key != "style"} for i in chosen.tolist()]
+        space["own_picture_left_out"][style] = score(reference, checks, pixels[chosen], wanted, leave_out=chosen)
+    return space

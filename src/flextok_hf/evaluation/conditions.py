@@ -1,0 +1,84 @@
+"""Data sets of pictures with prompts -> sets of conditions, with the attributes that each asks for."""
+
+from collections.abc import Sequence
+
+from .adherence import Check, Reference, checks_for
+from .measurement import Measurement
+from .options import ConditionOptions
+from .pictures import draw_rows
+
+
+NAMING_ATTRIBUTES = ("name", "style")
+PHOTO = "photo"  # a style that adherence leaves out: two photos of a thing need not look alike
+
+Condition = dict  # attributes by name, and under "condition" a prompt or a class
+
+
+class ConditionedMeasurement(Measurement):
+    """A measurement that draws from prompts or classes and asks whether the pictures are what they ask for.
+
+    Args:
+        name: of the measurement.
+        options: its options.
+    """
+
+    options: ConditionOptions
+
+    def __init__(self, name: str, options: ConditionOptions):
+        super().__init__(name, options)
+        if self.pipe.prior is None:
+            raise ValueError("This model has no prior and draws nothing from prompts. Measure its reconstruction.")
+        self.all_rows = self.load_all_splits()
+        known = self.all_rows[0]
+        missing = [attribute for attribute in options.attributes if attribute not in known]
+        if missing:
+            raise ValueError(f"`attributes` {missing} are no columns of {options.data!r}, which has {list(known)}.")
+        self.attributes = list(options.attributes) or [name for name in NAMING_ATTRIBUTES if name in known]
+        self.has_prompt_sets = {"styled_prompt", "prompt", "everyday", *NAMING_ATTRIBUTES} <= set(known)
+        if self.has_prompt_sets:
+            self.all_rows = [row for row in self.all_rows if row["style"] != PHOTO]
+        self.checks: tuple[Check, ...] = checks_for(self.attributes) if self.attributes else ()
+        self.protocol |= {"attributes": self.attributes, "max_prompts": options.max_prompts}
+        self.reference: Reference | None = None
+        if self.checks:
+            self.pixels = self.pictures(self.all_rows).read_all()
+            self.reference = Reference(self.pixels, [self.attributes_of(row) for row in self.all_rows])
+            self.protocol["neighbors"] = f"{len(self.all_rows)} pictures"
+
+    def attributes_of(self, row: dict) -> Condition:
+        """Return the attributes of a row that can be asked for."""
+        return {name: row[name] for name in self.attributes}
+
+    def draw(self, items: Sequence) -> list:
+        """Return at most `max_prompts` of the items, drawn at random."""
+        return draw_rows(items, self.options.max_prompts, self.options.seed)
+
+    def prompt_sets(self) -> dict[str, list[Condition]]:
+        """Return the sets of a prepared data set: trained and held-out combinations of name and style, plain names."""
+
+        def styled(split: str) -> list[Condition]:
+            chosen = [row for row in self.all_rows if row["split"] == split]
+            return [self.attributes_of(row) | {"condition": row["styled_prompt"]} for row in chosen]
+
+        def plain(rows: Sequence[dict]) -> list[Condition]:
+            by_name = {row["name"]: {"name": row["name"], "condition": row["prompt"]} for row in rows}
+            return list(by_name.values())
+
+        sets = {
+            "trained": styled("train"),
+            "held_out": styled("validation"),
+            "everyday": plain([row for row in self.all_rows if row["everyday"]]),
+            "plain": plain(self.all_rows),
+        }
+        return {name: self.draw(conditions) for name, conditions in sets.items() if conditions}
+
+    def column_set(self, column: str, rows: Sequence[dict]) -> list[Condition]:
+        """Return the conditions in a column of prompts or classes; of several wordings the first."""
+        if column not in rows[0]:
+            raise ValueError(f"{column!r} is no column of {self.options.data!r}, which has {list(rows[0])}.")
+
+        def first(value: str | int | list[str]) -> str | int:
+            return value[0] if isinstance(value, list) else value
+
+        drawn = self.draw([row for row in rows if row[column] not in (None, [], "")])
+        return [self.attributes_of(row) | {"condition": first(row[column])} for row in drawn]

@@ -1,0 +1,217 @@
+"""Pictures -> features and class probabilities, by a public network or by one of our own.
+
+Every figure from such a network is labelled with its name and the hash of its weights: a Frechet distance is called
+FID only if the network is the Inception of Heusel et al. (2017), https://arxiv.org/abs/1706.08500.
+
+Letters: B batch, D features, C classes.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoTokenizer, CLIPModel
+from transformers.image_processing_base import ImageProcessingMixin
+
+from .plain import weights_hash
+from .results import public_name
+
+
+INCEPTION = "inception"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TRAINING_RECORD = "training.json"  # beside the weights of a network that `train_feature_network.py` made
+
+
+@dataclass
+class Description:
+    """What a figure has to say about the network behind it."""
+
+    name: str
+    sha256: str
+    num_features: int
+    num_classes: int
+    input_size: int
+    resize: str
+    validation_accuracy: float | None = None
+
+    @property
+    def is_inception(self) -> bool:
+        """Whether a Frechet distance in these features may be called FID."""
+        return self.name == INCEPTION
+
+
+class FeatureNetwork(nn.Module):
+    """What the evaluation needs of a network; any module with `description`, `class_names` and `forward` will do.
+
+    Attributes:
+        description: for the result file.
+        class_names: what the class probabilities are of, or `None`.
+    """
+
+    description: Description
+    class_names: list[str] | None = None
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Turn pictures (B, 3, R, R) uint8 into features (B, D) and log-probabilities (B, C), if it has classes."""
+        raise NotImplementedError
+
+
+class TransformersFeatures(FeatureNetwork):
+    """A vision model of Transformers: what its classifier reads, or else its pooled output.
+
+    Args:
+        name: folder or Hub id.
+    """
+
+    def __init__(self, name: str):
+        super().__init__()
+        config = AutoConfig.from_pretrained(name)
+        is_classifier = any("ForImageClassification" in kind for kind in config.architectures or [])
+        kind = AutoModelForImageClassification if is_classifier else AutoModel
+        self.network = kind.from_pretrained(name, dtype=torch.float32).requires_grad_(False).eval()
+        self.classifier_input = torch.empty(0)
+        if is_classifier:
+            labels = self.network.config.id2label
+            self.class_names = [labels[index] for index in range(len(labels))]
+            self.network.classifier.register_forward_pre_hook(self._keep_classifier_input)
+        self.input_size, mean, std = read_preprocessing(name)
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        record = Path(name) / TRAINING_RECORD
+        known = json.loads(record.read_text()) if record.is_file() else {}
+        self.description = Description(
+            name=known.get("name", public_name(name)),
+            sha256=weights_hash({"network": self.network}),
+            num_features=self(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))[0].shape[1],
+            num_classes=len(self.class_names or []),
+            input_size=self.input_size,
+            resize="bicubic (antialiased)",
+            validation_accuracy=known.get("validation_accuracy"),
+        )
+
+    def _keep_classifier_input(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        self.classifier_input = arguments[0]
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return features and log-probabilities; see `FeatureNetwork.forward`."""
+        pictures = pixels.to(self.mean.device).float() / 255
+        if pictures.shape[-2:] != (self.input_size, self.input_size):
+            size = (self.input_size, self.input_size)
+            pictures = F.interpolate(pictures, size, mode="bicubic", antialias=True).clamp(0, 1)
+        output = self.network(pixel_values=(pictures - self.mean) / self.std)
+        if self.class_names is not None:
+            return self.classifier_input.flatten(1), output.logits.log_softmax(dim=1)
+        if output.get("pooler_output") is not None:
+            return output.pooler_output.flatten(1), None
+        return output.last_hidden_state.mean(dim=1), None
+
+
+class InceptionFeatures(FeatureNetwork):
+    """The Inception network of the original FID, through torch-fidelity.
+
+    Args:
+        weights: local file of its weights (`pt_inception-2015-12-05-6726825d.pth`), or `None` to let torch-fidelity
+            find or download them.
+    """
+
+    def __init__(self, weights: str | None = None):
+        super().__init__()
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError as error:
+            raise ImportError(
+                "The feature network `inception` needs torch-fidelity: `pip install torch-fidelity`. Or name another"
+                " network: the folder or Hub id of a vision model."
+            ) from error
+        layers = ["2048", "logits_unbiased"]
+        self.network = FeatureExtractorInceptionV3("inception", layers, feature_extractor_weights_path=weights)
+        self.network.requires_grad_(False).eval()
+        self.class_names = [str(index) for index in range(1008)]
+        self.description = Description(
+            name=INCEPTION,
+            sha256=weights_hash({"network": self.network}),
+            num_features=2048,
+            num_classes=1008,
+            input_size=299,
+            resize="bilinear as in TensorFlow 1 (not antialiased)",
+        )
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return features and log-probabilities; see `FeatureNetwork.forward`."""
+        features, logits = self.network(pixels.to(next(self.network.parameters()).device))
+        return features, logits.log_softmax(dim=1)
+
+
+def load_feature_network(name: str) -> FeatureNetwork:
+    """Load a network by name.
+
+    Args:
+        name: "inception", a file of its weights ending in .pth, or the folder or Hub id of a vision model.
+
+    Raises:
+        FileNotFoundError: if a file or folder is meant and is not there.
+        ImportError: if the network needs a package that is missing.
+    """
+    if name == INCEPTION:
+        return InceptionFeatures()
+    is_path = name.endswith(".pth") or name.startswith((".", "/", "~")) or name.count("/") != 1
+    if is_path and not Path(name).expanduser().exists():
+        raise FileNotFoundError(
+            f"`feature_network` {name!r} does not exist. Name a folder, a file of Inception weights, a Hub id of the"
+            " form owner/name, or `inception`."
+        )
+    if name.endswith(".pth"):
+        return InceptionFeatures(str(Path(name).expanduser()))
+    return TransformersFeatures(str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name)
+
+
+def read_preprocessing(name: str) -> tuple[int, Any, Any]:
+    """Return the side of the input in pixels, and the mean and standard deviation that a network was trained with."""
+    try:
+        values, _ = ImageProcessingMixin.get_image_processor_dict(name)
+    except OSError:
+        values = {}
+    size = values.get("crop_size") or values.get("size") or 224
+    if isinstance(size, dict):
+        size = size.get("height") or size.get("shortest_edge") or 224
+    return int(size), values.get("image_mean", IMAGENET_MEAN), values.get("image_std", IMAGENET_STD)
+
+
+class ClipScore(nn.Module):
+    """How well pictures fit texts: 100 times the cosine of their CLIP embeddings, not below 0 (Hessel et al., 2021,
+    https://arxiv.org/abs/2104.08718).
+
+    Args:
+        name: CLIP model of Transformers, folder or Hub id.
+    """
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.network = CLIPModel.from_pretrained(name, dtype=torch.float32).requires_grad_(False).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(name)
+        self.input_size = self.network.config.vision_config.image_size
+        _, mean, std = read_preprocessing(name)
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        self.sha256 = weights_hash({"network": self.network})
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor, texts: list[str]) -> Tensor:
+        """Return the score (B,) of pictures (B, 3, R, R) uint8 with B texts."""
+        device = self.mean.device
+        size = (self.input_size, self.input_size)
+        pictures = F.interpolate(pixels.to(device).float() / 255, size, mode="bicubic", antialias=True).clamp(0, 1)
+        tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(device)
+        output = self.network(
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            pixel_values=(pictures - self.mean) / self.std,
+        )
+        cosine = F.cosine_similarity(output.image_embeds, output.text_embeds)
+        return (100 * cosine).clamp(min=0).cpu()

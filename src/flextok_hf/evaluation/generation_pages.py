@@ -1,0 +1,127 @@
+"""Records of generation and complexity as pages for reading."""
+
+from .adherence import TOP
+from .results import interval_text, markdown_table, protocol_lines
+
+
+TITLES = {
+    "name": "name",
+    f"name_in_top_{TOP}": f"name in the nearest {TOP}",
+    "name_and_style": "name and style",
+    "all": "all attributes",
+    "recognized": "recognized",
+    "clip_score": "CLIP score",
+    "fid": "FID",
+    "inception_score": "Inception score",
+    "classifier_score": "classifier score",
+    "precision": "precision",
+    "recall": "recall",
+}
+
+
+def title_of(record: dict, key: str) -> str:
+    """Return the heading of a figure; a distance or score says whose features it is in."""
+    network = record["protocol"]["feature_network"]
+    if key == "frechet_distance":
+        return f"Frechet distance ({network['name']})"
+    if key == "classifier_score":
+        return f"score ({network['name']})"
+    return TITLES.get(key, key)
+
+
+def keys_of(results: dict) -> list[str]:
+    """Return the figures with intervals in the sets of a result, in order."""
+    keys: dict[str, None] = {}
+    for by_count in results.values():
+        for figures in by_count.values():
+            keys |= dict.fromkeys(key for key, value in figures.items() if isinstance(value, dict) and "low" in value)
+    return list(keys)
+
+
+def results_table(record: dict, results: dict) -> str:
+    """Return sets and token counts as rows, figures as columns."""
+    keys = keys_of(results)
+    rows = [
+        [
+            name.replace("_", " "),
+            count,
+            figures.get("count", ""),
+            *(interval_text(figures[key]) if key in figures else "" for key in keys),
+            f"{figures['median_distance']:.2f}" if "median_distance" in figures else "",
+        ]
+        for name, by_count in results.items()
+        for count, figures in by_count.items()
+    ]
+    return markdown_table(
+        ["pictures", "tokens", "count", *(title_of(record, key) for key in keys), "median distance"], rows
+    )
+
+
+def panels_of(record: dict) -> dict[str, dict[str, list]]:
+    """Return one panel per figure, one curve per set of prompts."""
+    results = record["results"]
+    return {
+        title_of(record, key): {
+            name.replace("_", " "): [figures.get(key) for figures in by_count.values()]
+            for name, by_count in results.items()
+            if any(key in figures for figures in by_count.values())
+        }
+        for key in keys_of(results)
+    }
+
+
+def feature_space_tables(space: dict) -> list[str]:
+    """Return what the color and shape space tells apart as tables."""
+    lines = [
+        "## What the neighbor search tells apart",
+        "",
+        "Blurred CIE Lab colors and histograms of oriented gradients, equally weighted; 1 is the mean distance (root"
+        " mean square) of two different real pictures. Damaged real pictures, searched among all real pictures:",
+        "",
+    ]
+    tables = [("damage", space["distorted"])]
+    if space["own_picture_left_out"]:
+        tables.append(("style", space["own_picture_left_out"]))
+    for number, (title, scores) in enumerate(tables):
+        keys = keys_of({"": scores})
+        if number == 1:
+            lines += ["", "Real pictures with their own entry left out, so that only other styles can be found:", ""]
+        rows = [
+            [
+                name,
+                figures["count"],
+                *(interval_text(figures[key]) if key in figures else "" for key in keys),
+                f"{figures['median_distance']:.2f}",
+            ]
+            for name, figures in scores.items()
+        ]
+        lines.append(
+            markdown_table([title, "count", *(TITLES.get(key, key) for key in keys), "median distance"], rows)
+        )
+    return lines
+
+
+def make_markdown(record: dict) -> str:
+    """Return a record of generation as tables for reading."""
+    lines = ["# Generation", "", *protocol_lines(record), ""]
+    if "names" in record:
+        lines += [
+            f"{record['real_pictures']} real pictures of {record['names']} names are searched; chance is"
+            f" {1 / record['names']:.2%} per name.",
+            "",
+        ]
+    lines += [
+        "Attributes: share of pictures whose nearest real picture, by color and shape, has what was asked for (95%"
+        " Wilson intervals). Trained and held out: prompts with a style. Everyday and plain: without, of everyday"
+        " names and of all names. Reconstructions of real pictures bound what a perfect prior could reach; shuffled"
+        " prompts show the floor. Distances between sets (95% jackknife intervals) are larger for smaller sets:"
+        " compare equal numbers only. Recognized: the feature network's class is the one asked for.",
+        "",
+        results_table(record, record["results"]),
+    ]
+    for variant in record["sweep"]:
+        settings = ", ".join(f"{key} {value}" for key, value in variant["sampling"].items())
+        lines += ["", f"## {settings}", "", results_table(record, variant["results"])]
+    if "feature_space" in record:
+        lines += ["", *feature_space_tables(record["feature_space"])]
+    return "\n".join(lines)

@@ -1,0 +1,166 @@
+"""What the three measurements share: model, data, saved sums, and the frame of the record that comes out."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+
+from ..pipeline_flextok import FlexTokPipeline
+from .accumulators import Accumulator
+from .distributions import check_sample_count
+from .feature_networks import FeatureNetwork, load_feature_network
+from .options import NO_NETWORK, EvaluationOptions
+from .pictures import CROP, EvaluationPictures, load_split
+from .progress import Evaluation
+from .results import describe_machine, describe_model, public_name, rounded
+from .sampling import FlopCounter, check_token_counts, cost_of, load_pipeline
+
+
+SPLITS = ("train", "validation")
+
+
+class Cost(Accumulator):
+    """Pictures drawn, and floating-point operations of those batches that were counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_sum("images")
+        self.add_sum("flops")
+        self.add_sum("flop_images")
+
+    def update(self, images: int, flops: float | None = None) -> None:
+        """Add a batch; `flops` if its operations were counted."""
+        self.images += images
+        if flops is not None:
+            self.flops += flops
+            self.flop_images += images
+
+    def compute(self) -> Tensor:
+        """Return the three sums, (3,)."""
+        return torch.stack([self.images, self.flops, self.flop_images])
+
+    def draw(self, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """Call `make`, which draws batches of pictures, and count them; operations in the first batch only."""
+        if self.images > 0:
+            batches = make()
+            self.update(sum(map(len, batches)))
+        else:
+            with FlopCounter() as counter:
+                batches = make()
+            self.update(sum(map(len, batches)), float(counter.get_total_flops()))
+        return batches
+
+
+class Measurement:
+    """Model, data and processes of one evaluation.
+
+    Args:
+        name: of the measurement and of its result files.
+        options: its options.
+    """
+
+    def __init__(self, name: str, options: EvaluationOptions):
+        self.name, self.options = name, options
+        self.start = time.perf_counter()
+        self.state = PartialState(cpu=options.device == "cpu")
+        device = str(self.state.device) if self.state.num_processes > 1 else options.device
+        self.device = device
+        self.pipe: FlexTokPipeline = load_pipeline(options.model, device)
+        self.counts = check_token_counts(options.token_counts, self.pipe.num_registers)
+        self.network: FeatureNetwork | None = None
+        if options.feature_network != NO_NETWORK:
+            self.network = load_feature_network(options.feature_network).to(device)
+        model_name = options.model_name or (public_name(options.model) if options.model else "embedded")
+        self.model = describe_model(self.pipe, model_name)
+        self.protocol: dict[str, Any] = {
+            "measurement": name,
+            "data": public_name(options.data),
+            "resolution": self.pipe.resolution,
+            "crop_and_resize": CROP,
+            "rounding": "8 bits",
+            "token_counts": self.counts,
+            "seed": options.seed,
+            "feature_network": None if self.network is None else asdict(self.network.description),
+        }
+        self.skipped: dict[str, str] = {}
+        self.seconds = 0.0
+        self.passes: list[Evaluation] = []
+
+    def pictures(self, rows: Any) -> EvaluationPictures:
+        """Return the pictures of rows at the resolution of the model."""
+        return EvaluationPictures(rows, self.pipe.resolution, self.options.image_column)
+
+    def load_all_splits(self) -> list[dict]:
+        """Return the rows of train and validation as dictionaries with the pictures undecoded, `split` among them.
+
+        Raises:
+            ValueError: if the data has none of these splits.
+        """
+        rows, errors = [], []
+        for split in SPLITS:
+            try:
+                loaded = load_split(self.options.data, split, self.options.image_column)
+            except (ValueError, FileNotFoundError) as error:
+                errors.append(error)
+                continue
+            rows += [row | {"split": split} for row in loaded]
+        if not rows:
+            raise errors[0]
+        return rows
+
+    def check_distribution(self, num_samples: int, what: str) -> None:
+        """Refuse early what could not be computed in the end: too few pictures for the feature network."""
+        if self.network is not None:
+            try:
+                check_sample_count(num_samples, self.network.description.num_features)
+            except ValueError as error:
+                raise ValueError(f"{what}: {error}") from error
+
+    def run(
+        self,
+        name: str,
+        accumulators: nn.ModuleDict,
+        num_samples: int,
+        measure: Callable[[list[int]], dict[int, str]],
+    ) -> None:
+        """Measure samples 0 to `num_samples` - 1 in batches over all processes; see `Evaluation`."""
+        folder = Path(self.options.output) / f".{self.name}-begun"
+        known = self.protocol | {"weights_sha256": self.model["weights_sha256"]}
+        evaluation = Evaluation(name, accumulators, num_samples, self.options.batch_size, known, folder, self.state)
+        evaluation.run(measure)
+        self.skipped |= {f"{name} {sample}": reason for sample, reason in evaluation.skipped.items()}
+        self.seconds += evaluation.seconds
+        self.passes.append(evaluation)
+
+    def finish(self, make_record: Callable[[], dict], costs: Sequence[Cost], write: Callable[[dict], None]) -> dict:
+        """Let the main process, which has all sums, make the record, complete and write it; then forget the sums.
+
+        Returns:
+            The record, empty on other processes.
+        """
+        complete: dict = {}
+        if self.state.is_main_process:
+            record = rounded(make_record())
+            images, flops, flop_images = torch.stack([cost.compute() for cost in costs]).sum(dim=0).tolist()
+            cost = cost_of(int(images), self.seconds, flops, int(flop_images))
+            complete = {
+                "measurement": self.name,
+                "seed": self.options.seed,
+                "token_counts": self.counts,
+                **self.model,
+                "protocol": self.protocol,
+                **record,
+                "skipped": self.skipped,
+                "cost": {key: float(f"{value:.4g}") for key, value in cost.items()},
+                "wall_time_s": round(time.perf_counter() - self.start, 1),
+                **describe_machine(self.device, self.state.num_processes),
+            }
+            write(complete)
+        for evaluation in self.passes:
+            evaluation.discard()
+        return complete

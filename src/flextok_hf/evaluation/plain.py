@@ -1,0 +1,41 @@
+"""Measures that need no package of the extra `eval`. Letters: B batch, H W picture sides."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+
+MAX_PSNR_DB = 100.0  # of equal pictures, whose error is zero
+
+
+def stack_pictures(pictures: Sequence[Image.Image]) -> Tensor:
+    """Return PIL pictures of one size as (B, 3, H, W) in [0, 1].
+
+    Raises:
+        ValueError: if there is none, or their sizes differ.
+    """
+    sizes = {picture.size for picture in pictures}
+    if len(sizes) != 1:
+        raise ValueError(f"`pictures` must be of one size, got {sorted(sizes) or 'no picture'}; resize them first.")
+    arrays = [np.asarray(picture.convert("RGB"), dtype=np.float32) / 255 for picture in pictures]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+
+
+def peak_signal_to_noise(pictures: Tensor, originals: Tensor) -> Tensor:
+    """Return the peak signal-to-noise ratio of each picture in dB for a peak of 1, (B,); 100 for equal pictures."""
+    errors = (pictures - originals).square().flatten(1).mean(dim=1)
+    return (-10 * errors.log10()).clamp(max=MAX_PSNR_DB)
+
+
+def weights_hash(modules: dict[str, nn.Module]) -> str:
+    """Return a SHA-256 over the names, types and bytes of all parameters: the same weights, the same hash."""
+    digest = hashlib.sha256()
+    for component in sorted(modules):
+        for name, tensor in sorted(modules[component].state_dict().items()):
+            digest.update(f"{component}.{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

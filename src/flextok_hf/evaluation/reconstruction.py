@@ -1,0 +1,224 @@
+"""Measure reconstruction: every picture is encoded once and drawn from several numbers of tokens."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..outputs import save_picture
+from ..sheets import contact_sheet, token_count_title
+from .accumulators import Checksum, GroupedMean, KeptPictures, MeanWithInterval, share_of
+from .adherence import Reference
+from .distributions import FeatureMoments, frechet_distance
+from .measurement import Cost, Measurement
+from .options import ReconstructionOptions
+from .picture_measures import EXTRA_MEASURES, IS_LOWER_BETTER, PLAIN_MEASURES, TITLES, PictureMeasure, measure_pictures
+from .pictures import draw_rows, load_split, picture_checksums, to_pil, to_unit_range
+from .plots import plot_curves
+from .results import interval_text, markdown_table, protocol_lines, write_record
+from .sampling import reconstruct
+
+
+class Reconstruction(Measurement):
+    """Reconstruction of a split, from options to a record."""
+
+    options: ReconstructionOptions
+
+    def __init__(self, options: ReconstructionOptions):
+        super().__init__("reconstruction", options)
+        self.sampling = options.sampling().resolved(self.pipe)
+        rows = load_split(options.data, options.split, options.image_column)
+        drawn = draw_rows(range(len(rows)), options.max_pictures, options.seed)
+        self.rows = rows.select(drawn)
+        self.originals = self.pictures(self.rows)
+        self.check_distribution(len(drawn), "`max_pictures`")
+        self.protocol |= {
+            "split": options.split,
+            "num_pictures": len(drawn),
+            "sampling": self.sampling.decoding,
+            "reference": "the originals themselves",
+        }
+        self.reference: Reference | None = None
+        if "name" in rows.column_names:
+            every = self.load_all_splits()
+            self.reference = Reference(self.pictures(every).read_all(), [{"name": row["name"]} for row in every])
+            self.protocol["neighbors"] = f"{len(every)} pictures of train and validation"
+        column = options.group_column
+        self.groups: list[str] | None = None
+        if column in rows.column_names:
+            names = getattr(rows.features[column], "names", None)
+            self.groups = [str(value) if names is None else names[value] for value in self.rows[column]]
+        self.measures = self.build_measures()
+        self.accumulators = self.build_accumulators()
+
+    def build_measures(self) -> dict[str, PictureMeasure]:
+        """Return the measures of single pictures by name."""
+        measures = dict(PLAIN_MEASURES)
+        if self.reference is not None:
+            measures["perceptual_distance"] = self.reference.index.distance_between
+        return measures | {name: EXTRA_MEASURES[name](self.device) for name in self.options.extra_measures}
+
+    def build_accumulators(self) -> nn.ModuleDict:
+        """Return the running sums of all token counts."""
+        counts = nn.ModuleDict()
+        for count in self.counts:
+            sums = nn.ModuleDict({name: MeanWithInterval() for name in self.measures})
+            if self.reference is not None:
+                sums["name"] = MeanWithInterval()
+            if self.groups is not None:
+                sums["by_group"] = GroupedMean(sorted(set(self.groups)), len(self.measures))
+            if self.network is not None:
+                sums["features"] = FeatureMoments(self.network.description.num_features)
+            counts[str(count)] = sums
+        shared = {"cost": Cost(), "checksum": Checksum(), "counts": counts}
+        shared["kept"] = KeptPictures(self.shown_rows(), 1 + len(self.counts), self.pipe.resolution)
+        if self.network is not None:
+            shared["features"] = FeatureMoments(self.network.description.num_features)
+        return nn.ModuleDict(shared)
+
+    def shown_rows(self) -> list[int]:
+        """Return the rows on the contact sheet, spread over all, or over those of `sheet_group`."""
+        wanted, number = self.options.sheet_group, self.options.sheet_rows
+        if wanted is None:
+            rows = list(range(len(self.rows)))
+        else:
+            rows = [row for row, group in enumerate(self.groups or []) if group == wanted]
+        if not rows:
+            raise ValueError(f"`sheet_group` {wanted!r} is no value of `group_column` among the pictures drawn.")
+        return rows[:: max(1, len(rows) // number)][:number]
+
+    def measure_batch(self, samples: list[int]) -> dict[int, str]:
+        """Add samples to the running sums; returns those that could not be read."""
+        found, originals = self.originals.read(samples)
+        skipped = {sample: self.originals.skipped[sample] for sample in samples if sample not in found}
+        if not found:
+            return skipped
+        sums = self.accumulators
+        sums["checksum"].update(picture_checksums(originals))
+        sums["kept"].update(0, originals, found)
+        if self.network is not None:
+            sums["features"].update(self.network(originals)[0], found)
+        draw = partial(reconstruct, self.pipe, originals, self.counts, found, self.options.seed, self.sampling)
+        for column, (count, pictures) in enumerate(zip(self.counts, sums["cost"].draw(draw), strict=True), start=1):
+            sums["kept"].update(column, pictures, found)
+            self.add_pictures(sums["counts"][str(count)], pictures, originals, found)
+        return skipped
+
+    def add_pictures(self, sums: Any, pictures: Tensor, originals: Tensor, found: list[int]) -> None:
+        """Add pictures (B, 3, R, R) uint8 of one token count to its sums."""
+        values = measure_pictures(self.measures, to_unit_range(pictures), to_unit_range(originals))
+        for name, value in values.items():
+            sums[name].update(value, found)
+        if self.groups is not None:
+            sums["by_group"].update(torch.stack(list(values.values()), dim=1), [self.groups[i] for i in found])
+        if self.network is not None:
+            sums["features"].update(self.network(pictures)[0], found)
+        if self.reference is not None:
+            _, neighbors = self.reference.index.search(pictures, 1)
+            names = [self.reference.rows[i]["name"] for i in neighbors[:, 0].tolist()]
+            hits = [name == self.rows[sample]["name"] for name, sample in zip(names, found, strict=True)]
+            sums["name"].update(torch.tensor(hits), found)
+
+    def summarize(self, sums: Any) -> dict:
+        """Return the figures of one token count."""
+        figures: dict = {name: sums[name].compute() for name in self.measures}
+        if self.network is not None:
+            key = "fid" if self.network.description.is_inception else "frechet_distance"
+            figures[key] = frechet_distance(self.accumulators["features"], sums["features"], is_paired=True)
+        if self.reference is not None:
+            figures["name"] = share_of(sums["name"])
+        if self.groups is not None:
+            figures[f"by_{self.options.group_column}"] = {
+                name: {"count": count} | dict(zip(self.measures, means, strict=True))
+                for name, (count, means) in sums["by_group"].compute().items()
+            }
+        return figures
+
+    def measure(self) -> dict:
+        """Measure everything, write the results, and return the record."""
+        self.run("pictures", self.accumulators, len(self.rows), self.measure_batch)
+        return self.finish(self.make_record, [self.accumulators["cost"]], self.write)
+
+    def make_record(self) -> dict:
+        """Return the figures of all token counts."""
+        num_measured = int(self.accumulators["checksum"].count)
+        if num_measured == 0:
+            raise ValueError(f"None of the {len(self.rows)} pictures could be read; the first: {self.first_skipped()}")
+        self.check_distribution(num_measured, "readable pictures")
+        self.protocol["checksum_of_pictures"] = self.accumulators["checksum"].compute()
+        results = {str(count): self.summarize(self.accumulators["counts"][str(count)]) for count in self.counts}
+        return {"count": num_measured, "settings": self.sampling.decoding, "results": results}
+
+    def first_skipped(self) -> str:
+        """Return the reason why the first picture was skipped."""
+        return next(iter(self.skipped.values()), "no reason is known")
+
+    def write(self, record: dict) -> None:
+        """Write record, page, curves and contact sheet."""
+        folder = Path(self.options.output)
+        write_record(folder, self.name, record, make_markdown(record))
+        columns = ["original", *(token_count_title(count) for count in self.counts)]
+        rows = [[to_pil(picture) for picture in row] for row in self.accumulators["kept"].compute()]
+        save_picture(contact_sheet(rows, columns), folder / "reconstruction.png")
+        curves = {
+            column_title(record, key): {"": [figures[key] for figures in record["results"].values()]}
+            for key in measured_keys(record)
+        }
+        plot_curves(self.counts, curves, "tokens", folder / "reconstruction_curves.png")
+
+
+def measured_keys(record: dict) -> list[str]:
+    """Return the figures with intervals that a record has per token count."""
+    first = next(iter(record["results"].values()))
+    return [key for key, value in first.items() if "low" in value]
+
+
+def column_title(record: dict, key: str) -> str:
+    """Return the heading of a figure; a Frechet distance says whose features it is in."""
+    if key == "frechet_distance":
+        return f"Frechet distance ({record['protocol']['feature_network']['name']})"
+    return {"fid": "rFID", "name": "name"}.get(key) or TITLES[key]
+
+
+def make_markdown(record: dict) -> str:
+    """Return the record as tables for reading."""
+    keys = measured_keys(record)
+    titles = [column_title(record, key) for key in keys]
+    results = record["results"]
+
+    def improves(key: str) -> str:
+        means = [figures[key]["mean"] * (-1 if key in IS_LOWER_BETTER else 1) for figures in results.values()]
+        return "yes" if means == sorted(means) else "no"
+
+    ordered = ", ".join(f"{TITLES[key]}: {improves(key)}" for key in keys if key in TITLES)
+    lines = [
+        "# Reconstruction",
+        "",
+        f"{record['count']} pictures.",
+        "",
+        *protocol_lines(record),
+        "",
+        "Means with 95% bootstrap intervals over pictures. Distances between sets, with 95% jackknife intervals, are"
+        " larger for smaller sets: compare equal numbers only. Perceptual distance: color and shape, 0 the same"
+        " picture, 1 two unrelated ones. Name: the nearest real picture has the original's name (Wilson interval).",
+        "",
+        markdown_table(
+            ["tokens", *titles],
+            [[count, *(interval_text(figures[key]) for key in keys)] for count, figures in results.items()],
+        ),
+        "",
+        f"Better with every step in tokens: {ordered}.",
+    ]
+    group = next((key for key in next(iter(results.values())) if key.startswith("by_")), None)
+    if group is not None:
+        measures = [key for key in keys if key in TITLES]
+        rows = [
+            [count, name, means["count"], *(f"{means[key]:.3f}" for key in measures)]
+            for count, figures in results.items()
+            for name, means in figures[group].items()
+        ]
+        header = ["tokens", group.removeprefix("by_"), "count", *(TITLES[key] for key in measures)]
+        lines += ["", markdown_table(header, rows)]
+    return "\n".join(lines)

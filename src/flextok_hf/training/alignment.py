@@ -1,0 +1,65 @@
+"""REPA: states inside the decoder are drawn towards the features of a frozen vision network.
+
+Letters: B batch, H W sides of a picture, N patches, D hidden size, F width of the network.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .setup import loading
+from .vision import FrozenVision
+
+
+class LayerTap:
+    """Keeps what a layer gives out while it is in training.
+
+    Args:
+        layer: any module.
+    """
+
+    def __init__(self, layer: nn.Module):
+        self.outputs: list[Tensor] = []
+        layer.register_forward_hook(self._keep)
+
+    def _keep(self, layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+        if layer.training:
+            self.outputs.append(output)
+
+    def clear(self) -> None:
+        """Forget what came so far, such as what a backward pass computed again."""
+        self.outputs = []
+
+
+class FeatureAlignment(nn.Module):
+    """Representation alignment (Yu et al., 2024, https://arxiv.org/abs/2410.06940): the features of the clean picture
+    are predicted from the decoder's states by a small network, which is left behind when the model is saved.
+
+    Args:
+        network: vision transformer, folder or Hub id.
+        hidden_size: D.
+        grid_size: patches of the decoder in a row and in a column.
+    """
+
+    def __init__(self, network: str, hidden_size: int, grid_size: int):
+        super().__init__()
+        self.grid_size = grid_size
+        with loading("repa_network", network):
+            vision = FrozenVision(network)
+        self.frozen = {"vision": vision}  # in a dictionary, so that it is neither trained nor saved
+        width = vision.network.config.hidden_size
+        self.projector = nn.Sequential(
+            nn.Linear(hidden_size, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)
+        )
+
+    def forward(self, patches: Tensor, pixel_values: Tensor) -> Tensor:
+        """Mean distance in angle: 0 where directions agree, 2 where they are opposite; a scalar.
+
+        Args:
+            patches: states of the decoder, (B, N, D).
+            pixel_values: the clean pictures, (B, 3, H, W) in [-1, 1].
+        """
+        vision = self.frozen["vision"].to(pixel_values.device)
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            features = vision.patch_features(pixel_values, self.grid_size)  # (B, N, F)
+        return 1 - F.cosine_similarity(self.projector(patches).float(), features, dim=-1).mean()

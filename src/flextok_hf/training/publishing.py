@@ -1,0 +1,94 @@
+"""What training leaves behind: the saved model with its averaged weights, a card, and a repository on the Hub."""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+
+from ..card_sections import RECIPE_FILE, training_facts
+from ..model_card import write_model_card
+from ..pipeline_flextok import FlexTokPipeline
+from .arguments import TrainingArguments
+from .checkpoints import finish_folder, unfinished_name
+from .loop import Trainer
+from .weights import unsharded
+
+
+logger = logging.getLogger(__name__)
+
+
+def export(trainer: Trainer, pipe: FlexTokPipeline, stage: str) -> Path:
+    """Save the pipeline with the averaged weights, made by `stage`."""
+
+    def save(folder: Path) -> None:
+        names, modules = zip(*pipe.components.items(), strict=True)
+        pipe.register_modules(**dict(zip(names, unsharded(trainer.raw_model, *modules), strict=True)))
+        if not trainer.accelerator.is_main_process:
+            return
+        pipe.save_pretrained(folder)
+        if trainer.arguments.export_dtype != "float32":
+            dtype = getattr(torch, trainer.arguments.export_dtype)
+            FlexTokPipeline.from_pretrained(folder, dtype=dtype).save_pretrained(folder)
+
+    return publish(trainer, stage, "pipeline", save)
+
+
+def publish(trainer: Trainer, stage: str, name: str, save: Callable[[Path], None]) -> Path:
+    """Let `save` fill a folder of the output with the averaged weights; it gets its name only when complete.
+
+    Args:
+        trainer: at the end of its training.
+        stage: vae, tokenizer or prior.
+        name: of the folder.
+        save: is called by all processes; the main one writes.
+    """
+    folder = trainer.folder.path / name
+    unfinished = unfinished_name(folder)
+    with trainer.average.applied():
+        save(unfinished)
+    if trainer.accelerator.is_main_process:
+        name_on_hub = hub_name(trainer.arguments)
+        arguments = asdict(trainer.arguments) | {"mixed_precision": trainer.accelerator.mixed_precision}
+        record = {"stage": stage, "steps": trainer.step, "images_per_step": trainer.images_per_step}
+        record |= {
+            "arguments": arguments,
+            **training_facts(arguments, trainer.folder.read_log(), trainer.images_per_step),
+        }
+        (unfinished / RECIPE_FILE).write_text(json.dumps(record, indent=2) + "\n")
+        write_model_card(unfinished, name_on_hub)
+        finish_folder(folder)
+        if trainer.arguments.push_to_hub:
+            logger.info("Uploaded: %s", upload(folder, name_on_hub))
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+    return folder
+
+
+def hub_name(arguments: TrainingArguments) -> str:
+    """Name of the model on the Hub: the one in the options, or that of the output folder."""
+    return arguments.hub_model_id or Path(arguments.output_dir).resolve().name
+
+
+def check_upload(arguments: TrainingArguments, accelerator: Accelerator) -> None:
+    """Make the repository before anything is trained, so that a missing permission shows at once."""
+    if arguments.push_to_hub and accelerator.is_main_process:
+        name = hub_name(arguments)
+        try:
+            repository = HfApi().create_repo(name, exist_ok=True)
+            HfApi().auth_check(repository.repo_id, write=True)  # it may be there, and someone else's
+        except (HfHubHTTPError, ValueError) as error:
+            raise ValueError(f"`push_to_hub` cannot upload to {name!r}: {error}") from error
+
+
+def upload(folder: Path, name: str) -> str:
+    """Upload a folder to its repository on the Hub; returns the address of the commit."""
+    api = HfApi()
+    repository = api.create_repo(name, exist_ok=True).repo_id  # with the user's name if it had none
+    message = "Trained with flextok_hf"
+    return api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message).commit_url

@@ -1,0 +1,59 @@
+"""What a run writes down for people: its options, its log, and the rows that it could not use."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..outputs import write_atomically
+
+
+OPTIONS_FILE, LOG_FILE, REPORT_FILE = "arguments.json", "log.jsonl", "unreadable_rows{}.json"
+
+
+class RunFolder:
+    """The output folder of a run, as one of its processes sees it.
+
+    Args:
+        path: the folder; it exists.
+        process_index: number of the process; process 0 writes options and log.
+    """
+
+    def __init__(self, path: str | Path, process_index: int):
+        self.path = Path(path)
+        self.process_index = process_index
+
+    def write_options(self, options: Mapping[str, Any]) -> None:
+        """Write the options, in the place of those of an earlier start."""
+        if self.process_index == 0:
+            self._write(OPTIONS_FILE, json.dumps(options, indent=2) + "\n")
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """Append figures to the log."""
+        if self.process_index == 0:
+            with open(self.path / LOG_FILE, "a") as file:
+                file.write(json.dumps({"step": step, **figures}) + "\n")
+
+    def read_log(self) -> list[dict[str, float]]:
+        """Return the entries of the log, without a last line that a kill cut off."""
+        path = self.path / LOG_FILE
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        return [json.loads(line) for line in lines if line.endswith("}\n")]
+
+    def cut_log(self, step: int) -> None:
+        """Drop what the log says of steps after `step`: they are about to be done again."""
+        if self.process_index == 0 and (self.path / LOG_FILE).is_file():
+            kept = [entry for entry in self.read_log() if entry["step"] <= step]
+            self._write(LOG_FILE, "".join(json.dumps(entry) + "\n" for entry in kept))
+
+    def report_skipped(self, skipped: Mapping[int | str, str]) -> None:
+        """Name the rows that could not be used, with those of earlier starts, in a file for each process."""
+        if not skipped:
+            return
+        name = REPORT_FILE.format(f"_{self.process_index}" if self.process_index else "")
+        path = self.path / name
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        self._write(name, json.dumps(known | {str(row): reason for row, reason in skipped.items()}, indent=2) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        write_atomically(self.path / name, lambda temporary: Path(temporary).write_text(text))

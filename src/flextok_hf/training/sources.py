@@ -1,0 +1,50 @@
+"""What a user may name as data -> rows: folders, files, names on the Hub, or shapes that this package draws."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+
+
+# How files are read, by their ending; a folder may hold files of one kind, or pictures.
+BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
+
+
+def load_rows(
+    source: str | Path | Sequence[str | Path],
+    split: str,
+    streaming: bool,
+    config_name: str | None,
+    revision: str | None,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Find out what `source` is and load it with the matching call of `datasets`.
+
+    Raises:
+        FileNotFoundError: files, or a folder given as a path, that do not exist.
+        ValueError: files of different or unknown kinds, or a split that is not there.
+    """
+    paths = [Path(source)] if isinstance(source, (str, Path)) else [Path(path) for path in source]
+    if paths and all(path.is_file() for path in paths):
+        kinds = {path.suffix for path in paths}
+        if len(kinds) > 1 or not kinds <= BUILDERS.keys():
+            raise ValueError(
+                f"`source` must be files of one kind, {' or '.join(BUILDERS)}, got {[str(path) for path in paths]}."
+            )
+        files = {split: [str(path) for path in paths]}
+        return datasets.load_dataset(BUILDERS[kinds.pop()], data_files=files, split=split, streaming=streaming)
+    if len(paths) != 1:
+        missing = [str(path) for path in paths if not path.is_file()]
+        raise FileNotFoundError(f"`source` must be files that exist, a folder or a name; missing: {missing}.")
+    path = paths[0]
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        saved = datasets.load_from_disk(str(path))
+        if isinstance(saved, datasets.DatasetDict):
+            if split not in saved:
+                raise ValueError(f"`split` '{split}' is not in {path}, which has {', '.join(saved)}.")
+            saved = saved[split]
+        return saved.to_iterable_dataset() if streaming else saved
+    if path.is_dir():
+        return datasets.load_dataset(str(path), split=split, streaming=streaming)
+    if isinstance(source, Path) or str(source).startswith((".", "/", "~")) or path.suffix in BUILDERS:
+        raise FileNotFoundError(f"`source` '{source}' does not exist. Give a folder, files or a Hub name.")
+    return datasets.load_dataset(str(source), config_name, split=split, streaming=streaming, revision=revision)

@@ -1,0 +1,157 @@
+"""Pictures and figures while training: what each stage has learned so far, on one sheet.
+
+Letters: B batch, R side of the square pictures.
+"""
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..evaluation import peak_signal_to_noise
+from ..images import to_output
+from ..nested_dropout import token_ladder
+from ..pipeline_flextok import FlexTokPipeline
+from ..sheets import contact_sheet, token_count_title
+from .arguments import PriorArguments, TrainingArguments
+from .batches import build_dataloader
+from .data import ImageDataset, load_training_dataset
+from .loop import Draw
+from .rows import Columns, ImageTransform
+
+
+VALIDATION_STEPS = 12  # Euler steps of validation pictures: enough to judge, a quarter of the time of good ones
+VALIDATION_GUIDANCE = 2.0
+
+
+def load_validation_data(arguments: TrainingArguments, columns: Columns) -> ImageDataset | None:
+    """Load the held-out rows, in the form that training has them but without chance; `None` if there are none."""
+    source = arguments.validation_data
+    if source is None and arguments.train_data == ["synthetic"]:
+        source = ["synthetic"]
+    if source is None or not arguments.validation_steps:
+        return None
+    return load_training_dataset(
+        source,
+        split="validation",
+        transform=ImageTransform(arguments.resolution),
+        columns=columns,
+        fail_on_unreadable=arguments.fail_on_unreadable,
+        config_name=arguments.dataset_config_name,
+    )
+
+
+def held_out_batches(
+    arguments: TrainingArguments, dataset: ImageDataset | None, accelerator: Accelerator
+) -> DataLoader | None:
+    """Serve held-out rows in their order; `None` if there are none."""
+    if dataset is None:
+        return None
+    return build_dataloader(
+        dataset,
+        arguments.train_batch_size,
+        shuffle=False,
+        drop_last=False,
+        num_workers=0,  # few and rarely: not worth the processes
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+
+
+def choose_pictures(arguments: TrainingArguments, dataset: ImageDataset | None) -> Tensor | None:
+    """Take pictures for the validation sheet, (B, 3, R, R) in [0, 1], spread over the data; `None` without data."""
+    if dataset is None:
+        return None
+    stride = max(1, len(dataset) // arguments.num_validation_images)
+    rows = range(0, len(dataset), stride)[: arguments.num_validation_images]
+    return torch.stack([dataset[row, row]["pixel_values"] for row in rows]) / 2 + 0.5
+
+
+def build_sheet(columns: list[Tensor], titles: list[str]) -> Image.Image:
+    """Lay columns of pictures, each (B, 3, R, R) in [0, 1], side by side."""
+    pictures = [to_output(column.cpu() * 2 - 1) for column in columns]
+    return contact_sheet([list(row) for row in zip(*pictures, strict=True)], titles)
+
+
+def vae_validation(originals: Tensor | None, vae: AutoencoderKL) -> Draw | None:
+    """Make the function that encodes and decodes held-out pictures; None without pictures."""
+    if originals is None:
+        return None
+
+    def draw() -> tuple[dict[str, float], Image.Image]:
+        pixel_values = originals.to(vae.device) * 2 - 1
+        decoded = vae.decode(vae.encode(pixel_values).latent_dist.mode()).sample.float().cpu()
+        pictures = (decoded / 2 + 0.5).clamp(0, 1)
+        psnr = peak_signal_to_noise(pictures, originals).mean().item()
+        return {"psnr": psnr}, build_sheet([originals, pictures], ["original", "decoded"])
+
+    return draw
+
+
+def tokenizer_validation(arguments: TrainingArguments, originals: Tensor | None, pipe: FlexTokPipeline) -> Draw | None:
+    """Make the function that draws held-out pictures with growing numbers of tokens; None without pictures."""
+    if originals is None:
+        return None
+    counts = token_ladder(pipe.num_registers)
+
+    def draw() -> tuple[dict[str, float], Image.Image]:
+        pipe.set_progress_bar_config(disable=True)
+        pictures = pipe.reconstruct(
+            originals,
+            max_tokens=counts,
+            num_inference_steps=VALIDATION_STEPS,
+            guidance_scale=1.0,
+            generator=torch.Generator().manual_seed(arguments.seed),
+            output_type="pt",
+        )
+        figures = {
+            f"psnr_{count}": peak_signal_to_noise(images.cpu(), originals).mean().item()
+            for count, images in zip(counts, pictures, strict=True)
+        }
+        return figures, build_sheet([originals, *pictures], ["original", *map(token_count_title, counts)])
+
+    return draw
+
+
+def prior_validation(
+    arguments: PriorArguments, pipe: FlexTokPipeline | None, class_names: list[str] | None
+) -> Draw | None:
+    """Make the function that draws the validation prompts with growing numbers of tokens; None without prompts."""
+    if not arguments.validation_prompts or pipe is None:
+        return None
+    counts = token_ladder(pipe.num_registers)[::2]
+    condition = prompts_or_classes(arguments.validation_prompts, class_names)
+    num_rows = len(arguments.validation_prompts)
+
+    def draw() -> tuple[dict[str, float], Image.Image]:
+        pipe.set_progress_bar_config(disable=True)
+        generators = [torch.Generator().manual_seed(arguments.seed) for _ in range(num_rows)]
+        token_ids = pipe(**condition, generator=generators, num_inference_steps=1, output_type="latent").token_ids
+        noise = pipe.prepare_latents(num_rows, torch.Generator().manual_seed(arguments.seed))
+        columns = [
+            pipe.detokenize(
+                token_ids[:, :count], VALIDATION_STEPS, VALIDATION_GUIDANCE, latents=noise, output_type="pt"
+            ).images
+            for count in counts
+        ]
+        sheet = build_sheet(columns, [token_count_title(count) for count in counts])
+        return {"distinct_first_ids": float(token_ids[:, 0].unique().numel())}, sheet
+
+    return draw
+
+
+def prompts_or_classes(prompts: list[str], class_names: list[str] | None) -> dict[str, list]:
+    """Return the arguments of a pipeline call for texts, or for classes by their names.
+
+    Raises:
+        ValueError: there is no class of that name.
+    """
+    if class_names is None:
+        return {"prompt": prompts}
+    for name in prompts:
+        if name not in class_names:
+            shown = ", ".join(class_names[:20]) + (" ..." if len(class_names) > 20 else "")
+            raise ValueError(f"`validation_prompts` names {name!r}, which is no class. There are: {shown}.")
+    return {"class_labels": [class_names.index(name) for name in prompts]}

@@ -1,0 +1,256 @@
+"""The demo as people use it: in a real browser, with good and bad input, alone and together.
+
+`SCREENSHOTS=docs/assets` keeps pictures of the page for the documentation.
+"""
+
+import io
+import os
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from flextok_hf import FlexTokPipeline, embedded_model
+from flextok_hf.nested_dropout import token_ladder
+
+
+pytestmark = pytest.mark.slow
+
+PHOTO = Path(__file__).parents[2] / "docs" / "assets" / "parrots.jpg"
+MEMORY_GROWTH_MB = 64  # allocators keep some pages; a leak of 20 pictures' worth of work would show
+NUM_REQUESTS = 20
+
+
+@pytest.fixture(scope="session")
+def pipe():
+    pipe = FlexTokPipeline.from_pretrained(embedded_model())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def tab(page, name):
+    """Open a tab, also one that a narrow page keeps in a menu; returns its panel."""
+    if page.get_by_role("tab", name=name).count() == 0:
+        page.get_by_role("button", name="More tabs").click()
+        page.locator(".overflow-dropdown").get_by_role("button", name=name).click()
+    else:
+        page.get_by_role("tab", name=name).click()
+    return page.get_by_role("tabpanel").filter(visible=True)
+
+
+def send(panel, path):
+    panel.locator("input[type=file]").first.set_input_files(path)
+
+
+def shown_picture(page, panel, label):
+    """Return the picture under a label as PIL, once it is there."""
+    frame = panel.locator(".block").filter(has=page.get_by_text(label, exact=True)).last
+    source = frame.locator("img").get_attribute("src")
+    return Image.open(io.BytesIO(page.request.get(source).body())).convert("RGB")
+
+
+def wait_for_count(panel, count):
+    panel.get_by_text(re.compile(rf"^{count} of {count} pictures: ")).wait_for()
+
+
+def draw(panel, prompt, seed=0):
+    panel.get_by_placeholder("a cat").fill(prompt)
+    panel.get_by_label("Seed").fill(str(seed))
+    panel.get_by_role("button", name="Draw", exact=True).click()
+
+
+def error_sentence(page):
+    """Return what the page complains about, and close the note."""
+    note = page.get_by_test_id("toast-body").last
+    note.wait_for()
+    sentence = note.get_by_test_id("toast-text").inner_text()
+    note.get_by_test_id("toast-close").click()
+    note.wait_for(state="detached")
+    return sentence
+
+
+def keep_screenshot(page, name):
+    """Save what the page shows, reduced to 64 colors, if the environment names a folder."""
+    folder = os.environ.get("SCREENSHOTS")
+    if folder:
+        page.evaluate("document.activeElement && document.activeElement.blur()")
+        page.wait_for_timeout(500)
+        picture = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
+        picture.quantize(64, dither=Image.Dither.NONE).save(Path(folder) / f"demo-{name}.png", optimize=True)
+
+
+def test_a_photo_is_reconstructed_and_the_slider_changes_it(open_page, pipe):
+    page = open_page()
+    panel = tab(page, "Reconstruct")
+    send(panel, PHOTO)
+    facts = panel.locator("#reconstruct-facts")
+    facts.get_by_text(f"{pipe.num_registers} tokens").wait_for()
+    whole = facts.inner_text()
+    expected = pipe.reconstruct(PHOTO, generator=seeded(0))
+    assert shown_picture(page, panel, "What comes back").tobytes() == expected[-1][0].tobytes()
+    keep_screenshot(page, "reconstruct")
+
+    slider = panel.get_by_role("slider")
+    box = slider.bounding_box()
+    page.mouse.move(box["x"] + box["width"] - 5, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 1, box["y"] + box["height"] / 2, steps=5)
+    page.mouse.up()
+    facts.get_by_text("1 token", exact=True).wait_for()
+    assert facts.inner_text() != whole
+    assert re.search(r"1 token, 10 bits \(1 bytes?\), PSNR \d+\.\d dB", facts.inner_text())
+    assert shown_picture(page, panel, "What comes back").tobytes() == expected[0][0].tobytes()
+
+
+def test_a_prompt_appears_step_by_step_and_ends_as_the_pipeline_draws_it(open_page, pipe):
+    page = open_page()
+    panel = tab(page, "Generate")
+    counts = token_ladder(pipe.num_registers)
+    start = time.monotonic()
+    draw(panel, "a red apple", seed=3)
+    panel.get_by_text(re.compile(rf"^1 of {len(counts)} pictures: 1 token$")).wait_for()
+    assert panel.locator(".grid-container img").count() < len(counts), "the first picture is shown before the last"
+    wait_for_count(panel, len(counts))
+    seconds = (time.monotonic() - start) / len(counts)
+    print(f"\n{seconds:.2f} s per picture, {len(counts)} pictures in a stream")
+    expected = pipe("a red apple", generator=seeded(3)).images[0]
+    assert shown_picture(page, panel, "The picture so far").tobytes() == expected.tobytes()
+    assert panel.locator(".grid-container img").count() == len(counts)
+    keep_screenshot(page, "generate")
+
+
+def test_a_photo_is_varied_four_times(open_page):
+    page = open_page()
+    panel = tab(page, "Vary")
+    send(panel, PHOTO)
+    panel.locator("img").first.wait_for()
+    panel.get_by_role("button", name="Vary", exact=True).click()
+    wait_for_count(panel, 5)
+    sources = {image.get_attribute("src") for image in panel.locator(".grid-container img").all()}
+    assert len(sources) == 5
+    keep_screenshot(page, "vary")
+
+
+def test_a_token_is_replaced(open_page, pipe):
+    page = open_page()
+    panel = tab(page, "Tokens")
+    panel.get_by_label("or a prompt").fill("a cat")
+    panel.get_by_role("button", name="Write tokens").click()
+    token_ids = pipe("a cat", num_inference_steps=1, output_type="latent", generator=seeded(0)).token_ids
+    cell = panel.get_by_test_id("cell-1-1")  # row and column from 0 on
+    cell.get_by_text(str(token_ids[0, 1].item()), exact=True).click()
+    page.wait_for_function("document.querySelector('[aria-label=\"Token to replace\"]').value == '2'")
+    new_id = (token_ids[0, 1].item() + 333) % pipe.codebook_size
+    panel.get_by_label("New id").fill(str(new_id))
+    panel.get_by_role("button", name="Replace").click()
+    cell.get_by_text(str(new_id), exact=True).wait_for()
+    page.wait_for_timeout(500)
+    changed = token_ids.clone()
+    changed[0, 1] = new_id
+    expected = pipe.detokenize(changed, generator=seeded(0)).images[0]
+    assert shown_picture(page, panel, "After").tobytes() == expected.tobytes()
+    keep_screenshot(page, "tokens")
+
+
+def test_wrong_input_is_answered_with_a_sentence_and_work_goes_on(open_page, tmp_path, pipe):
+    (tmp_path / "text.png").write_text("not a picture")
+    Image.new("1", (20000, 10000)).save(tmp_path / "huge.png")
+    frames = [Image.new("RGB", (64, 64), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
+    page = open_page()
+    panel = tab(page, "Reconstruct")
+    send(panel, tmp_path / "text.png")
+    page.get_by_test_id("toast-text").wait_for()
+    keep_screenshot(page, "error")
+    assert "not a picture" in error_sentence(page)
+
+    page = open_page()
+    panel = tab(page, "Reconstruct")
+    send(panel, tmp_path / "huge.png")
+    assert "too large" in error_sentence(page)
+
+    page = open_page()
+    panel = tab(page, "Reconstruct")
+    send(panel, tmp_path / "two.gif")
+    panel.locator("#reconstruct-facts").get_by_text(f"{pipe.num_registers} tokens").wait_for()
+    assert shown_picture(page, panel, "What the model sees").getpixel((0, 0)) == (255, 0, 0)
+
+    panel = tab(page, "Generate")
+    draw(panel, "")
+    assert "Write what to draw" in error_sentence(page)
+    draw(panel, "c" * 10_000)
+    assert "10,000 characters" in error_sentence(page)
+    draw(panel, "a cat")
+    wait_for_count(panel, len(token_ladder(pipe.num_registers)))
+
+
+def test_a_file_above_the_limit_is_refused(open_page, tmp_path):
+    noise = torch.randint(0, 256, (3000, 3000, 3), dtype=torch.uint8, generator=seeded(0))
+    Image.fromarray(noise.numpy()).save(tmp_path / "heavy.png", compress_level=0)
+    page = open_page()
+    send(tab(page, "Reconstruct"), tmp_path / "heavy.png")
+    assert re.search("exceeds|too large|maximum", error_sentence(page))
+
+
+def test_two_people_at_once_get_their_own_pictures(open_page, pipe):
+    prompts = ("a cat", "a red apple")
+    pages = [open_page() for _ in prompts]
+    panels = [tab(page, "Generate") for page in pages]
+    for panel, prompt in zip(panels, prompts):
+        draw(panel, prompt, seed=1)
+    for page, panel, prompt in zip(pages, panels, prompts):
+        wait_for_count(panel, len(token_ladder(pipe.num_registers)))
+        expected = pipe(prompt, generator=seeded(1)).images[0]
+        assert shown_picture(page, panel, "The picture so far").tobytes() == expected.tobytes()
+
+
+def test_a_tab_closed_during_a_job_leaves_the_way_free(open_page, pipe):
+    leaving, staying = open_page(), open_page()
+    panel = tab(leaving, "Generate")
+    draw(panel, "a cat")
+    panel.get_by_text(re.compile("^1 of ")).wait_for()
+    leaving.close()
+    panel = tab(staying, "Generate")
+    draw(panel, "a red apple")
+    wait_for_count(panel, len(token_ladder(pipe.num_registers)))
+
+
+def test_the_page_fits_a_phone(open_page):
+    page = open_page(width=390, height=844)
+    for name in ("Reconstruct", "Generate", "Vary", "Tokens"):
+        tab(page, name)
+        page.wait_for_timeout(300)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, name
+    panel = tab(page, "Generate")
+    draw(panel, "a cat")
+    panel.get_by_text(re.compile("^1 of ")).wait_for()
+    page.wait_for_timeout(1000)
+    keep_screenshot(page, "phone")
+
+
+def test_twenty_queued_requests_are_answered_without_growing_memory(server, pipe):
+    from gradio_client import Client, handle_file
+
+    client = Client(server.url, verbose=False)
+
+    def submit(seed):
+        return client.submit(handle_file(str(PHOTO)), pipe.num_registers, seed, api_name="/reconstruct")
+
+    for job in [submit(seed) for seed in range(3)]:  # warm up: threads and allocators
+        job.result(timeout=120)
+    before = server.memory_mb()
+    start = time.monotonic()
+    jobs = [submit(seed) for seed in range(NUM_REQUESTS)]
+    answers = [job.result(timeout=300) for job in jobs]
+    seconds = time.monotonic() - start
+    after = server.memory_mb()
+    print(f"\n{NUM_REQUESTS} queued requests in {seconds:.1f} s; memory {before:.0f} MB before, {after:.0f} MB after")
+    assert all(f"{pipe.num_registers} tokens" in facts for _, _, facts in answers)
+    assert after - before < MEMORY_GROWTH_MB

@@ -1,0 +1,63 @@
+"""The folder that a conversion writes: whole or not at all, and never over something else."""
+
+import shutil
+
+import pytest
+from refusals import T5_FOLDER
+from transformers import T5EncoderModel
+
+from flextok_hf import FlexTokPipeline
+from flextok_hf.conversion.convert import convert_checkpoint
+from flextok_hf.conversion.writing import new_folder
+
+
+# The folder that is written
+
+
+def test_a_folder_that_is_in_use_is_left_alone(place, tokenizer):
+    (place / "ours").mkdir()
+    (place / "ours" / "precious.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        convert_checkpoint(place / "ours", str(tokenizer))
+    (place / "file").write_text("mine")
+    with pytest.raises(ValueError, match="is a file"):
+        convert_checkpoint(place / "file", str(tokenizer))
+    with pytest.raises(ValueError, match="does not exist"):
+        convert_checkpoint(place / "missing" / "ours", str(tokenizer))
+    assert (place / "ours" / "precious.txt").read_text() == (place / "file").read_text() == "mine"
+
+
+def test_an_empty_folder_is_filled(place, tokenizer):
+    (place / "ours").mkdir()
+    convert_checkpoint(place / "ours", str(tokenizer))
+    assert (place / "ours" / "model_index.json").is_file()
+    assert sorted(path.name for path in place.iterdir()) == ["ours", "tokenizer"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, SystemExit])
+def test_an_interrupted_conversion_leaves_nothing(place, error):
+    with pytest.raises(error), new_folder(place / "ours") as folder:
+        (folder / "half.bin").write_text("half")
+        raise error
+    assert list(place.iterdir()) == []
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(place, tokenizer, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
+    with pytest.raises(OSError, match="0.0 GB of free space, and 0.0 GB are needed"):
+        convert_checkpoint(place / "ours", str(tokenizer))
+    assert sorted(path.name for path in place.iterdir()) == ["tokenizer"]
+
+
+def test_new_folders_can_be_read_by_whoever_can_read_other_new_folders(place, tokenizer):
+    convert_checkpoint(place / "ours", str(tokenizer))
+    (place / "other").mkdir()
+    assert (place / "ours").stat().st_mode == (place / "other").stat().st_mode
+
+
+def test_a_text_encoder_is_saved_with_the_pipeline(place, tokenizer, text_prior):
+    convert_checkpoint(place / "ours", str(tokenizer), str(text_prior))
+    pipe = FlexTokPipeline.from_pretrained(place / "ours")
+    expected = T5EncoderModel.from_pretrained(T5_FOLDER)
+    assert all(pipe.text_encoder.state_dict()[name].equal(one) for name, one in expected.state_dict().items())
+    assert pipe.tokenizer.model_max_length == 16

@@ -1,0 +1,172 @@
+"""What the tabs of the demo do with what strangers send; the page itself is tested in a browser, in tests/browser."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import RepoCard
+from PIL import Image
+
+from flextok_hf.demo.studio import MAX_PROMPT_CHARACTERS, Studio
+
+
+ROOT = Path(__file__).parents[1]
+PHOTO = str(ROOT / "docs" / "assets" / "parrots.jpg")
+
+
+@pytest.fixture(scope="module")
+def studio(tiny_pipeline):
+    return Studio(tiny_pipeline)
+
+
+def test_a_photo_comes_back_with_its_figures(studio, tiny_pipeline):
+    result = studio.reconstruct(PHOTO, 3, seed=5)
+    expected = tiny_pipeline.reconstruct(PHOTO, [3], generator=torch.Generator().manual_seed(5))[0][0]
+    assert result.picture.tobytes() == expected.tobytes()
+    assert result.original.size == result.picture.size == (16, 16)
+    assert (result.num_tokens, result.bits) == (3, pytest.approx(3 * math.log2(15)))
+    pairs = list(zip(result.original.tobytes(), result.picture.tobytes(), strict=True))
+    error = sum((a - b) ** 2 for a, b in pairs) / len(pairs)
+    assert result.psnr_db == pytest.approx(10 * math.log10(255**2 / error), abs=1e-3)
+
+
+def test_pictures_of_a_prompt_grow_up_to_the_bound(studio, tiny_pipeline):
+    shown = list(studio.generate("a red circle", 3, seed=2))
+    assert [(number, count) for number, count, _ in shown] == [(1, 1), (2, 2), (3, 3)]
+    generator = torch.Generator().manual_seed(2)
+    whole = tiny_pipeline("a red circle", max_tokens=3, generator=generator).images[0]
+    assert shown[-1][2].tobytes() == whole.tobytes()
+
+
+def test_variations_show_what_is_kept_first(studio, tiny_pipeline):
+    shown = list(studio.vary(PHOTO, 2, "", seed=1))
+    assert [title for title, _ in shown] == ["kept", *(f"variation {number}" for number in (1, 2, 3, 4))]
+    kept = tiny_pipeline.reconstruct(PHOTO, [2], generator=torch.Generator().manual_seed(1))[0][0]
+    assert shown[0][1].tobytes() == kept.tobytes()
+    second = tiny_pipeline("", image=PHOTO, keep_tokens=2, generator=torch.Generator().manual_seed(2)).images[0]
+    assert shown[2][1].tobytes() == second.tobytes()
+
+
+def test_digits_spell_the_id(studio):
+    for _, token_id, digits in studio.token_rows(list(range(15))):
+        first, second = map(int, digits.split())
+        assert first + 5 * second == token_id and first < 5 and second < 3
+
+
+def test_one_token_is_replaced_and_the_rest_stays(studio):
+    ids = studio.tokens_of_photo(PHOTO)
+    changed, before, after = studio.replace_token(ids, 2, (ids[1] + 1) % 15)
+    assert [a == b for a, b in zip(ids, changed)] == [True, False, True, True, True, True]
+    assert before.tobytes() == studio.decode(ids).tobytes() != after.tobytes()
+    assert studio.replace_token(changed, 2, ids[1])[2].tobytes() == before.tobytes()
+
+
+def bad_photos(folder: Path) -> dict[str, str]:
+    (folder / "text.png").write_text("not a picture")
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "cut.jpg").write_bytes(Path(PHOTO).read_bytes()[:5000])
+    Image.new("1", (20000, 10000)).save(folder / "huge.png")
+    Image.new("1", (10000, 6000)).save(folder / "large.png")
+    (folder / "bomb.png").write_bytes((folder / "huge.png").read_bytes()[:2000])
+    return {
+        "text.png": "not a picture",
+        "empty.jpg": "not a picture",
+        "cut.jpg": "damaged or cut off",
+        "huge.png": "too large",
+        "large.png": "too large.*10000 x 6000",
+        "bomb.png": "too large",
+    }
+
+
+def test_bad_photos_are_answered_with_a_sentence(studio, tmp_path):
+    for name, words in bad_photos(tmp_path).items():
+        with pytest.raises(ValueError, match=words) as caught:
+            studio.open_photo(str(tmp_path / name))
+        assert re.fullmatch(r"[A-Z][^/]*\.", str(caught.value)), "a sentence, without paths of the server"
+    with pytest.raises(ValueError, match="Choose a photo"):
+        studio.open_photo(None)
+
+
+def test_the_first_frame_of_an_animation_is_taken(studio, tmp_path):
+    frames = [Image.new("RGB", (32, 32), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
+    assert studio.open_photo(str(tmp_path / "two.gif")).getpixel((8, 8)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "job, words",
+    [
+        (lambda studio: studio.generate("", 3), "Write what to draw"),
+        (lambda studio: studio.generate("  \n", 3), "Write what to draw"),
+        (lambda studio: studio.generate(None, 3), "Write what to draw"),
+        (lambda studio: studio.generate("cat " * 2500, 3), f"9,999 characters.*{MAX_PROMPT_CHARACTERS}"),
+        (lambda studio: studio.generate("a cat", 0), "from 1 to 6"),
+        (lambda studio: studio.generate("a cat", float("nan")), "from 1 to 6"),
+        (lambda studio: studio.generate("a cat", 2.5), "from 1 to 6"),
+        (lambda studio: studio.generate("a cat", 2, seed=None), "The seed"),
+        (lambda studio: studio.generate("a cat", 2, seed=-1), "The seed"),
+        (lambda studio: studio.vary(PHOTO, 7), "kept tokens"),
+        (lambda studio: studio.vary(None, 2), "Choose a photo"),
+        (lambda studio: studio.reconstruct(PHOTO, True), "number of tokens"),
+        (lambda studio: studio.replace_token([], 1, 1), "no tokens to change"),
+        (lambda studio: studio.replace_token([1, 2], 3, 1), "from 1 to 2"),
+        (lambda studio: studio.replace_token([1, 2], 1, 15), "from 0 to 14"),
+    ],
+)
+def test_wrong_requests_are_answered_with_a_sentence_before_any_work(studio, job, words):
+    with pytest.raises(ValueError, match=words):
+        job(studio)
+
+
+def test_a_model_without_a_prior_still_takes_photos_apart(tiny_tokenizer_pipeline):
+    studio = Studio(tiny_tokenizer_pipeline)
+    assert not studio.reads_prompts
+    assert studio.reconstruct(PHOTO, 1).num_tokens == 1
+    with pytest.raises(ValueError, match="no prior"):
+        studio.generate("a cat", 1)
+
+
+def test_the_space_has_what_the_hub_asks_for():
+    space = ROOT / "space"
+    card = RepoCard.load(space / "README.md").data.to_dict()
+    assert (card["sdk"], card["license"]) == ("gradio", "apache-2.0")
+    assert (space / card["app_file"]).is_file()
+    assert len(card["short_description"]) <= 60
+    assert {card["colorFrom"], card["colorTo"]} <= {
+        "red",
+        "yellow",
+        "green",
+        "blue",
+        "indigo",
+        "purple",
+        "pink",
+        "gray",
+    }
+    assert "flextok_hf[demo]" in (space / "requirements.txt").read_text().split()
+
+
+def test_the_page_has_the_tabs_that_its_model_can_fill(tiny_pipeline, tiny_tokenizer_pipeline):
+    pytest.importorskip("gradio")
+    from flextok_hf.demo.layout import build_demo
+
+    def tabs(pipe):
+        config = build_demo(pipe, "a model").get_config_file()
+        return [part["props"]["label"] for part in config["components"] if part["type"] == "tabitem"]
+
+    assert tabs(tiny_pipeline) == ["Reconstruct", "Generate", "Vary", "Tokens"]
+    assert tabs(tiny_tokenizer_pipeline) == ["Reconstruct", "Tokens"]
+
+
+def test_the_page_works_on_one_job_of_the_model_at_a_time_and_calls_nowhere(tiny_pipeline):
+    pytest.importorskip("gradio")
+    from flextok_hf.demo.layout import build_demo, launch_options
+
+    page = build_demo(tiny_pipeline, "a model")
+    jobs = [block for block in page.fns.values() if block.queue]
+    assert jobs and {(job.concurrency_id, job.concurrency_limit) for job in jobs} == {("model", 1)}
+    assert not page.analytics_enabled
+    stylesheets = launch_options()["theme"]._stylesheets
+    assert not stylesheets, json.dumps(stylesheets)

@@ -1,0 +1,223 @@
+"""Model cards say what the files of a model say, and nothing that they do not."""
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from flextok_hf.card_sections import duration, logged_seconds, markdown_table, results_table, training_facts
+from flextok_hf.evaluation import weights_hash
+from flextok_hf.model_card import MARK, is_replaceable, same_weights, write_model_card
+from flextok_hf.pipeline_flextok import FlexTokPipeline
+
+
+FIGURE = {"mean": 13.7, "low": 13.1, "high": 14.25}
+SHARE = {"share": 0.81, "low": 0.78, "high": 0.84}
+RESULTS = {
+    "count": 24,
+    "seed": 3,
+    "weights_sha256": "abcdef0123456789ffff",
+    "results": {"1": {"psnr_db": FIGURE, "by_style": {}}, "16": {"psnr_db": FIGURE | {"mean": 15.0}, "by_style": {}}},
+}
+OPTIONS = {
+    "train_data": ["user/pictures"],
+    "train_batch_size": 8,
+    "mixed_precision": "bf16",
+    "seed": 5,
+    "num_registers": 6,
+    "vae": None,
+    "output_dir": str(torch.__file__),  # an absolute path of this machine
+}
+
+
+@pytest.fixture
+def folder(tiny_pipeline, tmp_path):
+    tiny_pipeline.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def enrich(folder):
+    """Put recipe, facts, results and a picture beside a model."""
+    recipe = {"arguments": OPTIONS, "steps": 4000, "hardware": "an abacus", "seconds": 5400.0}
+    recipe["earlier"] = [{"arguments": {"mixed_precision": "no", "seed": 1}, "steps": 70, "images_per_step": 4}]
+    (folder / "training.json").write_text(json.dumps(recipe))
+    facts = {"title": "A tiny model", "license": "mit", "limits": "Knows circles.", "prompt": "a circle"}
+    facts["data"] = [{"name": "Circles", "license": "CC0", "url": "https://example.org/circles"}]
+    (folder / "model_card.yaml").write_text(yaml.safe_dump(facts))
+    (folder / "results").mkdir()
+    (folder / "results" / "reconstruction.json").write_text(json.dumps(RESULTS))
+    (folder / "pictures").mkdir()
+    Image.new("RGB", (4, 4)).save(folder / "pictures" / "a_cat.png")
+
+
+def test_a_card_says_what_the_files_say(folder):
+    enrich(folder)
+    card = ModelCard.load(write_model_card(folder, "user/tiny"))
+    metadata = card.data.to_dict()
+    assert metadata["library_name"] == "flextok_hf" and metadata["pipeline_tag"] == "text-to-image"
+    assert (metadata["license"], metadata["language"]) == ("mit", "en")
+    assert {"flextok", "arxiv:2502.13967"} <= set(metadata["tags"])
+    values = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert values == {"psnr_db": 15.0}
+
+    text = " ".join(card.text.split())
+    for words in (
+        "# A tiny model",
+        'FlexTokPipeline.from_pretrained("user/tiny")',
+        'pipe("a circle", max_tokens=8)',
+        "Pictures of 16 x 16 pixels as 1 to 6 tokens. A token is one of 15 codes",
+        "without a VAE",
+        "Circles, CC0, <https://example.org/circles>",
+        "Stage `vae`: 70 steps of 4 pictures, precision float32, seed 1.",
+        "Stage `tokenizer`: 4,000 steps of 8 pictures, 90 minutes on an abacus, precision bf16, seed 5.",
+        "| 16 | 15.00 (13.10 to 14.25) |",
+        "weights abcdef0123456789",
+        "![a cat](pictures/a_cat.png)",
+        "Knows circles.",
+    ):
+        assert words in text, words
+    assert torch.__file__ not in text, "a path of the machine that trained it"
+
+
+def test_python_of_a_card_runs(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    Image.new("RGB", (20, 20), "red").save("photo.jpg")
+    enrich(folder)
+    text = write_model_card(folder, str(folder)).read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
+    scope: dict = {}
+    exec(code, scope)
+    assert scope["few"].size == scope["image"].size == (16, 16)
+
+
+def test_what_is_not_known_is_said_and_not_made_up(folder):
+    card = ModelCard.load(folder / "README.md")
+    assert "license" not in card.data.to_dict() and "model-index" not in card.data.to_dict()
+    assert "How it was trained is not recorded." in card.text
+    assert "not stated here" in card.text
+    assert "## Measured" not in card.text and "## Pictures" not in card.text
+
+
+def test_kinds_of_models_are_told_apart(tiny_class_pipeline, tiny_tokenizer_pipeline, tmp_path):
+    tiny_class_pipeline.save_pretrained(tmp_path / "classes")
+    tiny_tokenizer_pipeline.save_pretrained(tmp_path / "tokenizer")
+    classes, tokenizer = (ModelCard.load(tmp_path / name / "README.md") for name in ("classes", "tokenizer"))
+    assert "class_labels=[0]" in classes.text and "language" not in classes.data.to_dict()
+    assert tokenizer.data.pipeline_tag == "image-to-image" and "image = pipe(" not in tokenizer.text
+
+
+def test_a_converted_model_names_its_origin(folder):
+    record = {"tokenizer": {"source": "owner/official", "commit": "abc"}, "prior": {"source": "a_folder"}}
+    (folder / "original.json").write_text(json.dumps(record))
+    card = ModelCard.load(write_model_card(folder))
+    assert card.data.base_model == ["owner/official"] and "license" not in card.data.to_dict()
+    assert "Converted from `owner/official` and `a_folder`" in card.text
+
+
+def test_unknown_facts_are_refused(folder):
+    (folder / "model_card.yaml").write_text("licence: mit\n")
+    with pytest.raises(ValueError, match="licence.*license"):
+        write_model_card(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_files_for_the_card_come_along_with_the_same_weights(folder, tmp_path, dtype):
+    stored = FlexTokPipeline.from_pretrained(folder, dtype=dtype)
+    stored.save_pretrained(tmp_path / "stored")
+    enrich(tmp_path / "stored")
+    FlexTokPipeline.from_pretrained(tmp_path / "stored").save_pretrained(tmp_path / "copy")
+    text = (tmp_path / "copy" / "README.md").read_text()
+    assert "A tiny model" in text and "4,000 steps" in text and "pictures/a_cat.png" in text
+    assert (tmp_path / "copy" / "pictures" / "a_cat.png").is_file()
+
+
+def test_figures_of_other_weights_stay_behind(folder, tmp_path):
+    enrich(folder)
+    pipe = FlexTokPipeline.from_pretrained(folder)
+    with torch.no_grad():
+        pipe.decoder.mask_token[0] += 1
+    pipe.save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy" / "results").exists()
+    text = (tmp_path / "copy" / "README.md").read_text()
+    assert "Made from `model`" in text and "## Measured" not in text and "4,000 steps" not in text
+    assert not same_weights(folder, tmp_path / "copy")
+
+
+def test_a_part_less_is_another_model(folder, tmp_path):
+    FlexTokPipeline.from_pretrained(folder, prior=None, text_encoder=None, tokenizer=None).save_pretrained(
+        tmp_path / "b"
+    )
+    assert not same_weights(folder, tmp_path / "b")
+
+
+def test_a_card_that_somebody_wrote_stays(folder, tiny_pipeline):
+    assert is_replaceable(folder / "README.md") and MARK in (folder / "README.md").read_text()
+    (folder / "README.md").write_text("# Mine\n")
+    tiny_pipeline.save_pretrained(folder)
+    assert (folder / "README.md").read_text() == "# Mine\n"
+
+
+def test_sets_of_pictures_become_columns():
+    table = results_table({"trained": {"1": {"name": SHARE}}, "held_out": {"1": {"name": SHARE | {"share": 0.5}}}})
+    assert "| tokens | trained | held out |" in table and "| 1 | 81% (78 to 84) | 50% (78 to 84) |" in table
+    assert markdown_table(["a"], [[1]]) == "| a |\n| --- |\n| 1 |"
+
+
+def test_the_time_of_a_run_counts_repeated_steps_once(tmp_path):
+    log = [{"step": 10, "images_per_s": 2.0}, {"step": 10, "loss": 1.0}, {"step": 20, "images_per_s": 4.0}]
+    assert logged_seconds(log, 2) == 10 + 5
+    assert logged_seconds([*log, {"step": 15, "images_per_s": 1.0}, {"step": 30, "images_per_s": 2.0}], 2) == 25
+    assert [duration(seconds) for seconds in (40, 2100, 9000)] == ["40 seconds", "35 minutes", "2.5 hours"]
+    (tmp_path / "training.json").write_text(json.dumps({"arguments": {}, "steps": 1, "earlier": [{"steps": 2}]}))
+    facts = training_facts({"vae": None, "tokenizer": str(tmp_path)}, log, 2)
+    assert facts["seconds"] == 15 and [stage["steps"] for stage in facts["earlier"]] == [2, 1]
+
+
+# Scripts
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+
+
+def run_script(module, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [f"{module}.py", *map(str, arguments)])
+    importlib.import_module(module).main()
+
+
+def test_the_script_puts_everything_beside_a_model(folder, tmp_path, scripts, monkeypatch):
+    enrich(folder)
+    pipe = FlexTokPipeline.from_pretrained(folder)
+    weights = weights_hash({name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)})
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "reconstruction.json").write_text(json.dumps(RESULTS | {"weights_sha256": weights}))
+    (tmp_path / "facts.yaml").write_text("title: Another title\n")
+    picture = folder / "pictures" / "a_cat.png"
+    picture.rename(tmp_path / "a_dog.png")
+    shared = ["--model", folder, "--facts", tmp_path / "facts.yaml", "--results", tmp_path / "results"]
+    run_script("write_model_card", monkeypatch, *shared, "--pictures", tmp_path / "a_dog.png")
+    text = (folder / "README.md").read_text()
+    assert "# Another title" in text and weights[:16] in text and "![a dog](pictures/a_dog.png)" in text
+
+    (tmp_path / "results" / "reconstruction.json").write_text(json.dumps(RESULTS))
+    with pytest.raises(ValueError, match="abcdef.*Measure again"):
+        run_script("write_model_card", monkeypatch, *shared)
+
+
+def test_the_measured_influence_is_that_of_an_ordered_tokenizer(tiny_pipeline, tmp_path, scripts):
+    draw_figures = importlib.import_module("draw_figures")
+    before = {name: value.clone() for name, value in tiny_pipeline.encoder.state_dict().items()}
+    noise = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    Image.fromarray(noise.numpy()).save(tmp_path / "noise.png")
+    influence = draw_figures.measure_influence(tiny_pipeline, tmp_path / "noise.png")
+    assert influence[:, :16].all()  # every register reads every patch
+    assert torch.equal(influence[:, 16:], torch.ones(6, 6, dtype=torch.bool).tril())
+    assert all(torch.equal(value, before[name]) for name, value in tiny_pipeline.encoder.state_dict().items())
