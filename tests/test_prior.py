@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache
 
 from flextok_hf.configuration_prior import FlexTokPriorConfig
-from flextok_hf.generation_prior import choose
+from flextok_hf.generation_prior import CACHE_NAME, choose
 from flextok_hf.modeling_prior import FlexTokPriorForCausalLM
 
 
@@ -486,6 +486,22 @@ def test_the_static_cache_of_a_compiled_call_is_used_again_unless_the_caller_has
     assert prior.kept_cache is None
     prior.generate(**rows(condition, slice(2)), **options)
     assert prior.kept_cache is not kept
+
+
+def test_a_compiled_call_goes_on_from_its_own_cache_and_not_from_a_kept_one():
+    prior = make_prior("text")
+    options = {"compile_config": CompileConfig(backend="eager", mode=None), "generator": torch.Generator()}
+    options["compile_config"]._compile_all_devices = True
+    condition = make_condition(prior.config)
+    whole = prior.generate(**condition, **options, cache_implementation="static")
+    part = prior.generate(
+        **condition, **options, cache_implementation="static", max_new_tokens=2, return_log_probs=True
+    )
+    prior.generate(**condition, **options, cache_implementation="static")
+    assert prior.kept_cache is not None
+    given = {CACHE_NAME: getattr(part, CACHE_NAME)}
+    rest = prior.generate(part.sequences, **condition, **options, **given, return_log_probs=True)
+    assert rest.sequences.equal(whole) and getattr(rest, CACHE_NAME) is given[CACHE_NAME]
 
 
 # Wrong input
