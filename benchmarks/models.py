@@ -5,6 +5,8 @@ Speed does not depend on the values, so nothing has to be downloaded.
 Letters: N patches, K registers, L = N + K, D hidden size.
 """
 
+import functools
+
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from torch import nn
@@ -98,6 +100,7 @@ def decoder_flops(decoder: FlexTokFlowDecoder, num_slots: int = NUM_REGISTERS) -
     return decoder.config.num_layers * block_flops(length, length**2, decoder.config.hidden_size)
 
 
+@functools.cache
 def vae_flops() -> dict[str, int]:
     """Operations of the VAE per picture, counted without doing them."""
     with torch.device("meta"):
