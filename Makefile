@@ -13,7 +13,7 @@ SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 # Made again when the list of dependencies changes.
 INSTALLED := $(VENV)/.installed
 SOURCES := $(wildcard src scripts tests benchmarks space)
-BENCHMARKS := $(wildcard benchmarks/bench_*.py)
+SPEED := docs/results/speed
 
 # Where the data of `make results` lies; see docs/evaluation.md.
 DATA ?= data
@@ -21,7 +21,7 @@ RESULTS ?= docs/results/embedded
 EVALUATE := $(BIN)/python scripts/evaluate.py
 EVALUATION := scripts/configs/embedded_evaluation
 
-.PHONY: help setup demo style quality test docs browser-test screenshots figures bench results reproduce clean
+.PHONY: help setup demo style quality test docs browser-test screenshots figures bench bench-gpu bench-embedded results reproduce clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -75,8 +75,17 @@ $(VENV)/.installed-browser: $(INSTALLED)
 		{ $(SUDO) apt-get update -qq && $(SUDO) apt-get install --yes -qq chromium; }
 	touch $@
 
-bench: setup  ## time the embedded model; the last line of each benchmark is JSON
-	for script in $(BENCHMARKS); do $(BIN)/python $$script || exit 1; done
+bench: setup  ## measure speed on a CPU into docs/results/speed: about 14 minutes on two quiet cores
+	$(BIN)/python benchmarks/bench_prior.py --results $(SPEED)
+	$(BIN)/python benchmarks/bench_shortcuts.py --results $(SPEED)
+	$(BIN)/python benchmarks/bench_tokenizer.py --results $(SPEED)
+
+bench-gpu: setup  ## measure speed on a GPU into docs/results/speed: 2.5 minutes
+	$(BIN)/python benchmarks/bench_gpu.py --results $(SPEED)
+
+bench-embedded: setup  ## time the embedded model and its training; the last line of each benchmark is JSON
+	$(BIN)/python benchmarks/bench_pipeline.py
+	$(BIN)/python benchmarks/bench_training.py
 
 results: setup  ## measure the embedded model into docs/results/embedded: about 20 minutes on two cores
 	$(EVALUATE) reconstruction --config $(EVALUATION)/reconstruction.yaml --data $(DATA)/embedded128 --output $(RESULTS)

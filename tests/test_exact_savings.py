@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CODEBOOK_SIZE, FSQ_LEVELS, NUM_REGISTERS, make_decoder, make_encoder, make_pipeline
+from conftest import CODEBOOK_SIZE, FSQ_LEVELS, NUM_REGISTERS, make_decoder, make_encoder, make_pipeline, make_prior
+from diffusers import AutoencoderKL
 
 from flextok_hf import length_groups
+from flextok_hf.latents import decode_latents, encode_latents
 from flextok_hf.layers import append_bias_dimensions, attend
 from flextok_hf.length_groups import LengthGroups, group_by_length
 from flextok_hf.nested_dropout import merged_tail_bias
@@ -140,6 +142,31 @@ def test_features_are_those_of_the_plain_path(tiny_encoder):
     for num_tokens in (1, 4, NUM_REGISTERS):
         assert_same(tiny_encoder.compute_features(LATENTS, num_tokens), expected[:, :num_tokens])
     assert expected.std() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["text", "class"])
+def test_the_prior_writes_the_tokens_of_the_plain_path(kind):
+    text, no_text = torch.randn(2, 3, 32, generator=seeded()), torch.randn(1, 3, 32, generator=seeded(1))
+    conditions = {"encoder_hidden_states": text} if kind == "text" else {"class_labels": torch.tensor([0, 2])}
+    negative = {"encoder_hidden_states": no_text} if kind == "text" else {"class_labels": torch.tensor([-1])}
+    prior = make_prior(text_hidden_size=32) if kind == "text" else make_prior(text_hidden_size=None, num_classes=3)
+    expected = plain.generate(prior, NUM_REGISTERS, conditions, negative, guidance_scale=2.0)
+    for_text = {"negative_encoder_hidden_states": no_text} if kind == "text" else {}
+    written = prior.generate(**conditions, **for_text, guidance_scale=2.0, generator=seeded())
+    assert written[:, 1:].equal(expected)
+    assert expected.unique().numel() > 3
+
+
+@torch.no_grad()
+def test_the_vae_gives_the_same_with_channels_last():
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = AutoencoderKL(**blocks, block_out_channels=(8, 16), norm_num_groups=4, latent_channels=3).eval()
+    pixel_values = torch.rand(2, 3, 16, 16, generator=seeded()) * 2 - 1
+    latents = encode_latents(vae, pixel_values)
+    assert_same(latents, vae.encode(pixel_values).latent_dist.mode() * vae.config.scaling_factor)
+    assert_same(decode_latents(vae, latents), vae.decode(latents.contiguous() / vae.config.scaling_factor).sample)
+    assert pixel_values.is_contiguous()
 
 
 def test_the_plain_path_itself_depends_on_what_it_should():

@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
-from transformers import DynamicCache, GenerationConfig, StaticCache
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache
 
 from flextok_hf.configuration_prior import FlexTokPriorConfig
-from flextok_hf.generation_prior import choose
+from flextok_hf.generation_prior import CACHE_NAME, choose
 from flextok_hf.modeling_prior import FlexTokPriorForCausalLM
 
 
@@ -453,6 +454,54 @@ def test_a_decoding_step_compiles_without_graph_breaks(guided_prior):
 
     expected = guided_prior(step, **condition, past_key_values=caches[1]).logits
     torch.testing.assert_close(logits, expected)
+
+
+@torch.no_grad()
+def test_a_compiled_step_serves_all_lengths_and_prompts():
+    prior = make_prior("text")
+    options = {"compile_config": CompileConfig(backend="eager", mode=None, fullgraph=True)}
+    options["compile_config"]._compile_all_devices = True  # Transformers compiles on accelerators only
+    options |= {"cache_implementation": "static", "generator": torch.Generator(), "guidance_scale": 2.0}
+    torch._dynamo.reset()
+    counters.clear()
+    for text_length, num_tokens in ((TEXT_LENGTH, 4), (3, NUM_TOKENS), (1, 6)):
+        condition = {name: value[:, :text_length] for name, value in make_condition(prior.config).items()}
+        condition |= make_negative(prior.config)
+        written = prior.generate(**condition, max_new_tokens=num_tokens, **options)
+        assert written.equal(prior.generate(**condition, max_new_tokens=num_tokens, guidance_scale=2.0))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_the_static_cache_of_a_compiled_call_is_used_again_unless_the_caller_has_it():
+    prior = make_prior("text")
+    options = {"compile_config": CompileConfig(backend="eager", mode=None)}
+    options["compile_config"]._compile_all_devices = True
+    options |= {"cache_implementation": "static", "generator": torch.Generator()}
+    condition = make_condition(prior.config)
+    first = prior.generate(**condition, **options)
+    kept = prior.kept_cache
+    assert kept is not None
+    assert prior.generate(**condition, **options).equal(first) and prior.kept_cache is kept
+    assert prior.generate(**condition, **options, return_log_probs=True).sequences.equal(first)
+    assert prior.kept_cache is None
+    prior.generate(**rows(condition, slice(2)), **options)
+    assert prior.kept_cache is not kept
+
+
+def test_a_compiled_call_goes_on_from_its_own_cache_and_not_from_a_kept_one():
+    prior = make_prior("text")
+    options = {"compile_config": CompileConfig(backend="eager", mode=None), "generator": torch.Generator()}
+    options["compile_config"]._compile_all_devices = True
+    condition = make_condition(prior.config)
+    whole = prior.generate(**condition, **options, cache_implementation="static")
+    part = prior.generate(
+        **condition, **options, cache_implementation="static", max_new_tokens=2, return_log_probs=True
+    )
+    prior.generate(**condition, **options, cache_implementation="static")
+    assert prior.kept_cache is not None
+    given = {CACHE_NAME: getattr(part, CACHE_NAME)}
+    rest = prior.generate(part.sequences, **condition, **options, **given, return_log_probs=True)
+    assert rest.sequences.equal(whole) and getattr(rest, CACHE_NAME) is given[CACHE_NAME]
 
 
 # Wrong input

@@ -6,6 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
+from flextok_hf import packed_linear
+from flextok_hf.packed_linear import can_pack
 from flextok_hf.pipeline_flextok import FlexTokPipeline
 
 
@@ -98,6 +100,26 @@ def test_two_streams_in_turns_do_not_disturb_each_other(tiny_pipeline):
         *shown, expected = in_turn
         for (count, image), (expected_count, expected_image) in zip(shown, expected, strict=True):
             assert count == expected_count and torch.equal(image, expected_image)
+
+
+@pytest.mark.skipif(not can_pack([torch.zeros(1, 1)]), reason="this machine has no kernels for packed weights")
+def test_short_parts_use_the_packed_weights_that_the_whole_does(tiny_pipeline, monkeypatch):
+    monkeypatch.setattr(packed_linear, "MIN_CALLS", tiny_pipeline.num_registers)
+    head, is_packed = tiny_pipeline.prior.head, []
+    handle = head.register_forward_pre_hook(lambda *_: is_packed.append(head.packed_weight is not None))
+    streams = [tiny_pipeline.stream("a red circle", [1, 2, 6], generator=seeded(), **FEW_STEPS) for _ in range(2)]
+    for _ in zip(*streams, strict=True):
+        assert head.packed_weight is None  # between the parts the model is as it was
+    handle.remove()
+    assert is_packed == [True] * 2 * tiny_pipeline.num_registers
+
+
+def test_a_stream_with_a_static_cache_ends_with_the_whole_picture(tiny_pipeline, monkeypatch):
+    monkeypatch.setattr(tiny_pipeline, "prior_options", {"cache_implementation": "static"})
+    whole = tiny_pipeline("a red circle", generator=seeded(), **FEW_STEPS).images[0]
+    streams = [tiny_pipeline.stream("a red circle", [1, 3, 6], generator=seeded(), **FEW_STEPS) for _ in range(2)]
+    *_, last = zip(*streams, strict=True)
+    assert all(torch.equal(image, whole) for _, image in last)
 
 
 def test_a_stream_may_be_read_in_another_thread_without_gradients(tiny_pipeline):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from .embedded import embedded_model
-from .images import load_image, resize_and_crop
+from .images import load_image, prepare_images, resize_and_crop
 from .nested_dropout import token_ladder
 from .outputs import ANIMATED, numbered_paths, save_animation, save_picture
 from .pipeline_flextok import FlexTokPipeline
+from .serving import tokenize_batches
 from .sheets import contact_sheet, token_count_title
 from .token_files import parse_token_ids, read_json, write_token_file
 
@@ -75,12 +77,14 @@ def sampling(options: argparse.Namespace) -> dict[str, Any]:
 def tokenize(options: argparse.Namespace) -> None:
     """Turn photos into a JSON file of token ids."""
     pipe = load_pipeline(options)
-    pictures = []
-    for _, batch in batches(options.photos, options, "photos", pipe):
-        token_ids = pipe.tokenize([load_image(path) for path in batch], max_tokens=options.max_tokens)
-        pictures += [{"file": path, "token_ids": row} for path, row in zip(batch, token_ids.tolist())]
+    start = time.perf_counter()
+    batched = batches(options.photos, options, "photos", pipe)
+    pixels = (prepare_images([load_image(path) for path in batch], pipe.resolution) for _, batch in batched)
+    rows = [ids for batch in tokenize_batches(pipe, pixels, options.max_tokens) for ids in batch.tolist()]
+    speed = len(rows) / (time.perf_counter() - start)
+    pictures = [{"file": path, "token_ids": ids} for path, ids in zip(options.photos, rows, strict=True)]
     write_token_file(options.output, pictures, pipe.codebook_size, pipe.num_registers)
-    report(options, f"{options.output}: {len(pictures)} x {token_count_title(len(pictures[0]['token_ids']))}")
+    report(options, f"{options.output}: {len(rows)} x {token_count_title(len(rows[0]))}, {speed:.1f} photos/s")
 
 
 def detokenize(options: argparse.Namespace) -> None:
@@ -90,6 +94,7 @@ def detokenize(options: argparse.Namespace) -> None:
     sequences = parse_token_ids(content, options.ids, pipe.codebook_size, pipe.num_registers)
     sequences = [sequence[: options.max_tokens] for sequence in sequences]
     paths = numbered_paths(options.output, len(sequences))
+    start_s = time.perf_counter()
     for start, batch in batches(paths, options, "pictures", pipe):
         images = pipe.detokenize(
             [torch.tensor(sequence) for sequence in sequences[start : start + len(batch)]],
@@ -100,6 +105,7 @@ def detokenize(options: argparse.Namespace) -> None:
         for path, picture, sequence in zip(batch, images, sequences[start:]):
             save_picture(picture, path)
             report(options, f"{path}: {picture.width} x {picture.height}, {token_count_title(len(sequence))}")
+    report(options, f"{len(paths) / (time.perf_counter() - start_s):.2f} pictures/s")
 
 
 def reconstruct(options: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ Liu et al., 2022, https://arxiv.org/abs/2209.03003. Sigma is the share of noise:
 import math
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 
 
@@ -71,3 +72,32 @@ def euler_sigmas(num_inference_steps: int) -> list[float]:
     Diffusers' own default grid ends at 0.001 instead, so these are handed to its scheduler explicitly.
     """
     return [step / num_inference_steps for step in range(num_inference_steps, 0, -1)]
+
+
+def set_noise_levels(scheduler: SchedulerMixin, num_inference_steps: int, device: torch.device) -> Tensor:
+    """Prepare a scheduler for a run.
+
+    Args:
+        scheduler: `FlowMatchEulerDiscreteScheduler`, or another one of Diffusers' that integrates flows.
+        num_inference_steps: steps to take; some schedulers evaluate the velocity twice in a step.
+        device: where its timesteps are to lie.
+
+    Returns:
+        The noise level of each evaluation, on the CPU.
+
+    Raises:
+        ValueError: if the scheduler is made for other models.
+    """
+    config = scheduler.config
+    is_converted = getattr(config, "use_flow_sigmas", False) and config.prediction_type == "flow_prediction"
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        scheduler.set_timesteps(sigmas=euler_sigmas(num_inference_steps), device=device)
+    elif isinstance(scheduler, FlowMatchHeunDiscreteScheduler) or is_converted:
+        scheduler.set_timesteps(num_inference_steps, device=device)
+    else:
+        raise ValueError(
+            f"`scheduler` is a {type(scheduler).__name__} that does not integrate a flow. Use"
+            " `FlowMatchEulerDiscreteScheduler()`, or for instance `UniPCMultistepScheduler(use_flow_sigmas=True,"
+            ' prediction_type="flow_prediction")`.'
+        )
+    return scheduler.sigmas[: len(scheduler.timesteps)].cpu()

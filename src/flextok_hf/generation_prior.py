@@ -11,17 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
+from transformers.cache_utils import Cache, EncoderDecoderCache, StaticCache
 from transformers.generation import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .configuration_prior import FlexTokPriorConfig
+from .packed_linear import packed_weights
+from .prior_cache import PreallocatedLayer, static_shape, with_text_cache
 from .prior_inputs import UNCONDITIONAL_LABEL, check_generate_inputs
 
 
 # Transformers calls the cache `past_key_values` up to 5.23 and `cache` from 5.24 on, in arguments and outputs alike.
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
+
+
+STATIC_TEXT_MULTIPLE = 32  # texts are padded to it for a static cache, so that few lengths occur
 
 
 @dataclass
@@ -49,6 +53,8 @@ class GuidedSampling:
 
 class PriorGenerationMixin(GenerationMixin):
     """`generate` with guidance, generators and log-probabilities; everything else is Transformers' own."""
+
+    kept_cache: Cache | None = None  # of the last compiled call, for the next one
 
     @torch.no_grad()
     def generate(
@@ -107,10 +113,17 @@ class PriorGenerationMixin(GenerationMixin):
                     f"`guidance_scale`, `generator` and `return_log_probs` do not go together with {sorted(given)} or"
                     " `num_beams` above 1. Leave one side out."
                 )
-            negative = pad_texts(conditions, *negative) if guidance_scale != 1.0 else (None, None)
+            given_cache = conditions.get(CACHE_NAME)
+            is_static = generation_config.cache_implementation == "static"
+            is_static |= given_cache is not None and given_cache.is_compileable
+            multiple = STATIC_TEXT_MULTIPLE if is_static else 1
+            negative = pad_texts(conditions, *negative, multiple) if guidance_scale != 1.0 else (None, None)
             sampling = GuidedSampling(guidance_scale, *negative, generator, return_log_probs, class_zero_guidance)
             given["custom_generate"] = partial(type(self).sample_guided, sampling=sampling)
-        return super().generate(inputs, generation_config, **through, **given, **conditions)
+        limits = [getattr(generation_config, name) for name in ("max_new_tokens", "max_length")]
+        num_steps = next((limit for limit in limits if limit is not None), self.config.max_position_embeddings)
+        with packed_weights(self, num_calls=num_steps):
+            return super().generate(inputs, generation_config, **through, **given, **conditions)
 
     def resolve_generation_options(
         self, generation_config: GenerationConfig | None, kwargs: dict
@@ -156,6 +169,8 @@ class PriorGenerationMixin(GenerationMixin):
                 first_unconditional = first.logits[:, -1].float()  # (B, V)
             double_batch(model_kwargs, sampling, batch_size)
         compiled = self._valid_auto_compile_criteria(model_kwargs, generation_config)
+        if compiled:
+            model_kwargs[CACHE_NAME] = self.recall_cache(model_kwargs, batch_size * (2 if is_guided else 1))
         next_forward = self.get_compiled_call(generation_config.compile_config) if compiled else self
         other_criteria = [rule for rule in stopping_criteria if not isinstance(rule, MaxLengthCriteria)]
 
@@ -164,7 +179,7 @@ class PriorGenerationMixin(GenerationMixin):
         scores, raw_logits, log_probs = [], [], []
         while input_ids.shape[1] < generation_config.max_length:
             output = forward(new_ids.repeat(2, 1) if is_guided else new_ids, **model_kwargs)
-            logits = output.logits[:, -1].float()  # (2 B or B, V)
+            logits = output.logits[:, -1].to(torch.float32, copy=True)  # (2 B or B, V); a graph would write over it
             if is_guided:
                 conditional, unconditional = logits.chunk(2)
                 if first_unconditional is not None:
@@ -184,6 +199,7 @@ class PriorGenerationMixin(GenerationMixin):
                 break
 
         if not (generation_config.return_dict_in_generate or sampling.return_log_probs):
+            self.keep_cache(cache)
             return input_ids
         return PriorGenerateOutput(
             sequences=input_ids,
@@ -203,13 +219,38 @@ class PriorGenerationMixin(GenerationMixin):
         return {"input_ids": input_ids.contiguous(), **given}
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+        is_own = CACHE_NAME not in model_kwargs
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache, text = model_kwargs.get(CACHE_NAME), model_kwargs.get("encoder_hidden_states")
+        if is_own and cache is not None and generation_config.cache_implementation in (None, "dynamic"):
+            num_layers, capacity = self.config.num_hidden_layers, generation_config.max_length
+            cache.layers = [PreallocatedLayer(capacity) for _ in range(num_layers)]
+        if is_own and generation_config.cache_implementation == "static":
+            # as long as the longest sequence, so that one compiled step serves all lengths
+            cache = StaticCache(config=self.config, max_cache_len=self.config.max_position_embeddings)
         if isinstance(cache, StaticCache) and text is not None:
             text_cache = StaticCache(config=self.config, max_cache_len=text.shape[1])
             cache = EncoderDecoderCache(cache, text_cache)
         if cache is not None:
             model_kwargs[CACHE_NAME] = with_text_cache(self.config, cache)
+
+    def recall_cache(self, model_kwargs: dict, num_rows: int) -> Cache:
+        """Return the static cache of the last call if it has the right shape, else the one of this call.
+
+        A CUDA graph holds the addresses of its cache, so a new one would have to be captured for another cache.
+        """
+        cache, kept, self.kept_cache = model_kwargs[CACHE_NAME], self.kept_cache, None
+        is_empty = int(cache.get_seq_length()) == 0  # and does not go on from an earlier call
+        text = model_kwargs.get("encoder_hidden_states")
+        shape = (num_rows, 0 if text is None else text.shape[1], self.dtype, self.device)
+        if is_empty and kept is not None and static_shape(kept) == shape:
+            kept.reset()
+            return kept
+        return cache
+
+    def keep_cache(self, cache: Cache | None) -> None:
+        """Keep a static cache that nobody needs any more for the next call."""
+        self.kept_cache = cache if cache is not None and cache.is_compileable else None
 
     def _validate_generated_length(self, generation_config, input_ids_length: int, *args, **kwargs) -> None:
         super()._validate_generated_length(generation_config, input_ids_length, *args, **kwargs)
@@ -250,12 +291,14 @@ def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.multinomial(probs.to(generator.device), 1, generator=generator).to(probs.device)
 
 
-def pad_texts(conditions: dict, hidden_states: Tensor | None, attention_mask: Tensor | None) -> tuple:
-    """Bring the texts in `conditions` and the negative ones to one length; returns the negative ones."""
+def pad_texts(
+    conditions: dict, hidden_states: Tensor | None, attention_mask: Tensor | None, multiple: int = 1
+) -> tuple:
+    """Bring the texts in `conditions` and the negative ones to one length, a multiple; returns the negative ones."""
     if hidden_states is None:
         return None, None
     text, text_mask = conditions["encoder_hidden_states"], conditions.get("encoder_attention_mask")
-    length = max(text.shape[1], hidden_states.shape[1])
+    length = -(-max(text.shape[1], hidden_states.shape[1]) // multiple) * multiple
     conditions["encoder_hidden_states"], conditions["encoder_attention_mask"] = pad_text(text, text_mask, length)
     return pad_text(hidden_states, attention_mask, length)
 
@@ -282,10 +325,3 @@ def double_batch(model_kwargs: dict, sampling: GuidedSampling, batch_size: int) 
     if labels is not None:
         unconditional = 0 if sampling.class_zero_guidance else UNCONDITIONAL_LABEL
         model_kwargs["class_labels"] = torch.cat([labels, torch.full_like(labels, unconditional)])
-
-
-def with_text_cache(config: FlexTokPriorConfig, cache: Cache) -> Cache:
-    """Give the cache of a model with text a place for the text's keys and values, unless it has one."""
-    if config.text_hidden_size is None or isinstance(cache, EncoderDecoderCache):
-        return cache
-    return EncoderDecoderCache(cache, DynamicCache(config=config))

@@ -37,6 +37,8 @@ class GuidedVelocity:
         guidance_scale: GuidanceScale = 1.0,
         guidance: str = "apg",
     ):
+        if decoder.is_cache_enabled:
+            decoder._reset_stateful_cache()  # nothing of a run that was interrupted
         self.decoder = decoder
         self.sigmas = sigmas.to(codes.device)
         self.codes = codes

@@ -1,4 +1,7 @@
-"""Pixels <-> latents: a VAE with its scaling factor, or the identity for models that work on pixels."""
+"""Pixels <-> latents: a VAE with its scaling factor, or the identity for models that work on pixels.
+
+What goes into the VAE has its channels last in memory, which is the order that convolutions compute in.
+"""
 
 import torch
 from diffusers import AutoencoderKL
@@ -13,11 +16,13 @@ def encode_latents(vae: AutoencoderKL | None, pixel_values: Tensor) -> Tensor:
     """
     if vae is None:
         return pixel_values
-    return vae.encode(pixel_values.to(vae.dtype)).latent_dist.mode() * vae.config.scaling_factor
+    pixel_values = pixel_values.to(vae.dtype, memory_format=torch.channels_last)
+    return vae.encode(pixel_values).latent_dist.mode() * vae.config.scaling_factor
 
 
 def decode_latents(vae: AutoencoderKL | None, latents: Tensor) -> Tensor:
     """Decode latents (B, C, h, w) as pictures (B, 3, H, W), about [-1, 1] and not clamped."""
     if vae is None:
         return latents
-    return vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample
+    latents = (latents / vae.config.scaling_factor).to(vae.dtype, memory_format=torch.channels_last)
+    return vae.decode(latents).sample

@@ -11,6 +11,8 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
+from .packed_linear import PackableLinear
+
 
 LAYER_NORM_EPS = 1e-5
 
@@ -116,10 +118,10 @@ class Attention(nn.Module, AttentionModuleMixin):
         super().__init__()
         self.head_dim = head_dim
         self.scale = 8 / head_dim
-        self.to_q = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.to_k = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.to_v = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.to_out = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.to_q = PackableLinear(hidden_size, hidden_size, bias=False)
+        self.to_k = PackableLinear(hidden_size, hidden_size, bias=False)
+        self.to_v = PackableLinear(hidden_size, hidden_size, bias=False)
+        self.to_out = PackableLinear(hidden_size, hidden_size, bias=False)
         self.processor = AttentionProcessor()
 
     def project(self, hidden_states: Tensor, first_query: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,9 +142,9 @@ class GatedMLP(nn.Module):
     def __init__(self, hidden_size: int):
         super().__init__()
         intermediate_size = 2 * (4 * hidden_size) // 3
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = PackableLinear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = PackableLinear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = PackableLinear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Transform every position of (B, L, D) by itself."""

@@ -6,6 +6,7 @@ Letters: B batch, C latent channels, h w latent grid, N patches, K registers, k 
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +62,11 @@ class LengthGroups:
         for index, group in enumerate(self.groups):
             own_sigma = sigma if sigma is None or sigma.shape[0] == 1 else sigma[group.rows]
             inputs = (noisy_latents[group.rows], own_sigma, group.codes, group.num_tokens, group.is_unconditional)
-            velocities.append(self.decoder(*inputs, return_dict=False, modulation=modulation)[0])
+            # a cache of the decoder keeps what it knows of each call apart
+            is_cached = self.decoder.is_cache_enabled
+            context = self.decoder.cache_context(f"{len(self.places)} rows, {index}") if is_cached else nullcontext()
+            with context:
+                velocities.append(self.decoder(*inputs, return_dict=False, modulation=modulation)[0])
         return torch.cat(velocities)[self.places]
 
 

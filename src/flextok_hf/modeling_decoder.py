@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
@@ -174,6 +175,16 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
         for layer in self.modulation_layers():
             nn.init.zeros_(layer.weight)
         nn.init.zeros_(self.velocity_proj.weight)
+
+    def enable_cache(self, config) -> None:
+        """Skip work that changes little from step to step, by one of Diffusers' caches of whole blocks.
+
+        Args:
+            config: for instance a `FirstBlockCacheConfig` or a `MagCacheConfig`. What to skip is decided for a whole
+                batch, so pictures then depend on the others in it.
+        """
+        TransformerBlockRegistry.register(DecoderBlock, TransformerBlockMetadata())
+        super().enable_cache(config)
 
     def compute_modulation(self, sigma: Tensor) -> Tensor:
         """Compute all that the noise levels (B,) decide, (B, M), which takes half of the weights.

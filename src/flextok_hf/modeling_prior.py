@@ -18,9 +18,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from .configuration_prior import FlexTokPriorConfig
-from .generation_prior import CACHE_NAME, PriorGenerationMixin, with_text_cache
+from .generation_prior import CACHE_NAME, PriorGenerationMixin
 from .layers import attend
 from .loading import WholeWeightsMixin
+from .packed_linear import PackableLinear
+from .prior_cache import with_text_cache
 from .prior_inputs import UNCONDITIONAL_LABEL, check_forward_inputs
 
 
@@ -42,7 +44,7 @@ def make_qk_norm(config: FlexTokPriorConfig, is_used: bool) -> nn.Module:
     return norm_class(config.hidden_size // config.num_attention_heads, eps)
 
 
-class ResidualProjection(nn.Linear):
+class ResidualProjection(PackableLinear):
     """Last layer of a residual update; a class of its own because it starts smaller than other layers."""
 
 
@@ -55,7 +57,7 @@ class CausalSelfAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scale = config.attention_scale
         # rows: query, key, value
-        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.use_bias)
+        self.qkv_proj = PackableLinear(config.hidden_size, 3 * config.hidden_size, bias=config.use_bias)
         self.out_proj = ResidualProjection(config.hidden_size, config.hidden_size, bias=config.use_bias)
         self.query_norm = make_qk_norm(config, config.qk_norm)
         self.key_norm = make_qk_norm(config, config.qk_norm)
@@ -77,7 +79,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         self.head_dim = config.hidden_size // config.num_attention_heads
-        self.query_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.use_bias)
+        self.query_proj = PackableLinear(config.hidden_size, config.hidden_size, bias=config.use_bias)
         # rows: key, value
         self.key_value_proj = nn.Linear(config.hidden_size, 2 * config.hidden_size, bias=config.use_bias)
         self.out_proj = ResidualProjection(config.hidden_size, config.hidden_size, bias=config.use_bias)
@@ -107,7 +109,7 @@ class GatedMLP(nn.Module):
     def __init__(self, config: FlexTokPriorConfig):
         super().__init__()
         # rows: gate, up
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.use_bias)
+        self.gate_up_proj = PackableLinear(config.hidden_size, 2 * config.intermediate_size, bias=config.use_bias)
         self.down_proj = ResidualProjection(config.intermediate_size, config.hidden_size, bias=config.use_bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -206,7 +208,7 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
         self.blocks = nn.ModuleList(PriorBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
         self.norm = make_norm(config) if config.use_final_norm else nn.Identity()
         self.head_norm = nn.LayerNorm(config.hidden_size, HEAD_NORM_EPS) if config.use_head_norm else nn.Identity()
-        self.head = nn.Linear(config.hidden_size, config.codebook_size, bias=config.use_bias)
+        self.head = PackableLinear(config.hidden_size, config.codebook_size, bias=config.use_bias)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

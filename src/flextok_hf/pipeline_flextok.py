@@ -19,15 +19,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import pipeline_inputs as inputs
-from .flow import euler_sigmas
+from .flow import set_noise_levels
 from .guided_velocity import GuidanceScale, GuidedVelocity
-from .images import OUTPUT_TYPES, prepare_images, to_output
+from .images import OUTPUT_TYPES, pixels_to_values, prepare_images, to_output
 from .latents import decode_latents, encode_latents
 from .model_card import CardMixin
 from .modeling_decoder import FlexTokFlowDecoder
 from .modeling_encoder import FlexTokEncoder
 from .modeling_prior import FlexTokPriorForCausalLM
 from .nested_dropout import token_ladder
+from .packed_linear import packed_weights
 from .streaming import StreamingMixin
 
 
@@ -88,6 +89,7 @@ class FlexTokPipeline(StreamingMixin, CardMixin, DiffusionPipeline):
             text_encoder=text_encoder,
             tokenizer=tokenizer,
         )
+        self.prior_options: dict[str, Any] = {}  # for the prior's `generate`; `compile` sets them
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -168,6 +170,21 @@ class FlexTokPipeline(StreamingMixin, CardMixin, DiffusionPipeline):
         factor = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
         return self.latent_size * factor
 
+    def compile(self, **options) -> None:
+        """Compile encoder, decoder and prior in place, for accelerators; the first calls that follow take a while.
+
+        One compilation of a block serves all blocks and numbers of tokens, and one all batch sizes above 1. The prior
+        keeps its keys and values in memory of fixed size, for which Transformers compiles its steps as CUDA graphs.
+
+        Args:
+            options: of `torch.compile`, for encoder and decoder; `fullgraph=True` and `dynamic=True` unless given.
+        """
+        options = {"fullgraph": True, "dynamic": True, **options}
+        self.decoder.compile_repeated_blocks(**options)
+        for block in self.encoder.blocks:
+            block.compile(**options)
+        self.prior_options = {"cache_implementation": "static"}
+
     @torch.no_grad()
     def __call__(
         self,
@@ -245,7 +262,7 @@ class FlexTokPipeline(StreamingMixin, CardMixin, DiffusionPipeline):
         # 2. Condition -> token ids
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
         sampling["class_zero_guidance"] = class_zero_guidance
-        writer = self.token_writer(conditions, prefix, prior_guidance_scale, **sampling)
+        writer = self.token_writer(conditions, prefix, max(counts), prior_guidance_scale, **sampling)
         token_ids = writer.write(max(counts))  # (B, longest)
         # 3. Token ids -> pictures
         sequences = [ids[:count] for ids, count in zip(token_ids, counts, strict=True)]
@@ -271,12 +288,20 @@ class FlexTokPipeline(StreamingMixin, CardMixin, DiffusionPipeline):
         Returns:
             Token ids, (B, k) int64 in [0, codebook_size), coarsest first.
         """
-        num_tokens = inputs.resolve_max_tokens(max_tokens, 1, self.num_registers)[0]
-        pixel_values = prepare_images(images, self.resolution, self._execution_device)  # (B, 3, R, R)
-        latents = encode_latents(self.vae, pixel_values)  # (B, C, h, w)
-        token_ids = self.encoder(latents.to(self.encoder.dtype), num_tokens).token_ids  # (B, k)
+        token_ids = self.tokenize_pixels(prepare_images(images, self.resolution, self._execution_device), max_tokens)
         self.maybe_free_model_hooks()
         return token_ids
+
+    @torch.no_grad()
+    def tokenize_pixels(self, pixels: Tensor, max_tokens: int | None = None) -> Tensor:
+        """Turn pixels (B, 3, R, R), uint8 or float32 in [-1, 1], on the pipeline's device into ids (B, k).
+
+        What `tokenize` does once it has read the pictures; `serving.tokenize_batches` is faster for many batches.
+        """
+        num_tokens = inputs.resolve_max_tokens(max_tokens, 1, self.num_registers)[0]
+        pixel_values = pixels_to_values(pixels) if pixels.dtype == torch.uint8 else pixels
+        latents = encode_latents(self.vae, pixel_values)  # (B, C, h, w)
+        return self.encoder(latents.to(self.encoder.dtype), num_tokens).token_ids
 
     @torch.no_grad()
     def detokenize(
@@ -439,11 +464,12 @@ class FlexTokPipeline(StreamingMixin, CardMixin, DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, Tensor, dict], dict] | None = None,
     ) -> Tensor:
         """Follow the velocity from noise (B, C, h, w) at sigma 1 to latents at sigma 0."""
-        self.scheduler.set_timesteps(sigmas=euler_sigmas(num_inference_steps), device=latents.device)
-        sigmas = self.scheduler.sigmas[:num_inference_steps]
+        sigmas = set_noise_levels(self.scheduler, num_inference_steps, latents.device)
+        timesteps = self.scheduler.timesteps
         velocity_at = GuidedVelocity(self.decoder, sigmas, codes, num_tokens, guidance_scale, guidance)
-        with self.progress_bar(total=num_inference_steps) as progress_bar:
-            for step, timestep in enumerate(self.scheduler.timesteps):
+        loop = packed_weights(self.decoder, num_calls=len(timesteps) * latents.shape[0])
+        with loop, self.progress_bar(total=len(timesteps)) as progress_bar:
+            for step, timestep in enumerate(timesteps):
                 latents = self.scheduler.step(velocity_at(latents, step), timestep, latents, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     changes = callback_on_step_end(self, step, timestep, {"latents": latents}) or {}

@@ -13,22 +13,33 @@ from . import pipeline_inputs as inputs
 from .generation_prior import CACHE_NAME
 from .images import OUTPUT_TYPES
 from .modeling_prior import FlexTokPriorForCausalLM
+from .packed_linear import PackedWeights
 
 
 class TokenWriter:
-    """Lets the prior write sequences in parts. Each part goes on where the last one ended, with its cache and its
-    generator, so that parts cost what writing at once costs and give the same tokens.
+    """Lets the prior write sequences in parts. Each part goes on where the last one ended, with its cache, its
+    generator and its packed weights, so that parts cost what writing at once costs and give the same tokens.
 
     Args:
         prior: the model.
         prefix: tokens that are given, (B, p); p may be 0.
+        num_tokens: length k of the sequences in the end.
         conditions: texts or classes, as `prior.generate` takes them, one row per picture.
-        options: of `prior.generate`: generator, guidance, temperature and filters.
+        options: of `prior.generate`: generator, guidance, temperature, filters, kind of cache.
     """
 
-    def __init__(self, prior: FlexTokPriorForCausalLM, prefix: Tensor, conditions: dict[str, Tensor], **options: Any):
+    def __init__(
+        self,
+        prior: FlexTokPriorForCausalLM,
+        prefix: Tensor,
+        num_tokens: int,
+        conditions: dict[str, Tensor],
+        **options: Any,
+    ):
         self.prior = prior
         self.token_ids = prefix
+        self.num_tokens = num_tokens
+        self.packed: PackedWeights | None = None  # from the first part to the last
         # Log-probabilities bring the prior's own sampling loop in any case; Transformers' cannot go on from a cache.
         self.arguments = {**conditions, **options, "do_sample": True, "return_log_probs": True}
 
@@ -36,10 +47,17 @@ class TokenWriter:
         """Return the first tokens of every sequence, (B, num_tokens); the prior writes those that are missing."""
         missing = num_tokens - self.token_ids.shape[1]
         if missing > 0:
+            if self.packed is None:
+                self.packed = PackedWeights(self.prior, self.num_tokens - self.token_ids.shape[1])
             start = self.prior.prepend_bos(self.token_ids)
-            output = self.prior.generate(start, max_new_tokens=missing, **self.arguments)
+            with self.packed.in_use():
+                output = self.prior.generate(start, max_new_tokens=missing, **self.arguments)
             self.token_ids = output.sequences[:, 1:]
             self.arguments[CACHE_NAME] = getattr(output, CACHE_NAME)
+            self.arguments.pop("cache_implementation", None)  # which is for a new cache
+            if num_tokens >= self.num_tokens:
+                self.packed.free()
+                self.prior.keep_cache(self.arguments.pop(CACHE_NAME))
         return self.token_ids[:, :num_tokens]
 
 
@@ -102,7 +120,7 @@ class StreamingMixin:
         latents = self.prepare_latents(1, generator, latents)  # (1, C, h, w)
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
         sampling["class_zero_guidance"] = class_zero_guidance
-        writer = self.token_writer(conditions, prefix, prior_guidance_scale, **sampling)
+        writer = self.token_writer(conditions, prefix, counts[-1], prior_guidance_scale, **sampling)
         decoding = {
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
@@ -120,12 +138,18 @@ class StreamingMixin:
             yield count, self.detokenize(writer.write(count), **decoding).images[0]
 
     def token_writer(
-        self: Any, conditions: dict[str, Tensor], prefix: Tensor, prior_guidance_scale: float | None, **options: Any
+        self: Any,
+        conditions: dict[str, Tensor],
+        prefix: Tensor,
+        num_tokens: int,
+        prior_guidance_scale: float | None,
+        **options: Any,
     ) -> TokenWriter:
-        """Prepare the prior to write tokens after `prefix` (B, p); `None` is the model's own strength of guidance."""
+        """Prepare the prior to go on from `prefix` (B, p) to k tokens; `None` is the model's own guidance scale."""
         if prior_guidance_scale is None:
             prior_guidance_scale = self.config.default_prior_guidance_scale
-        return TokenWriter(self.prior, prefix, conditions, guidance_scale=prior_guidance_scale, **options)
+        options |= {"guidance_scale": prior_guidance_scale, **self.prior_options}
+        return TokenWriter(self.prior, prefix, num_tokens, conditions, **options)
 
     def encode_prefix(
         self: Any, image: Any, token_ids: Tensor | None, keep_tokens: int | None, num_conditions: int, num_images: int

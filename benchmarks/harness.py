@@ -1,0 +1,146 @@
+"""What all benchmarks share: timing, the machine's own limits, memory, and the record that ends every output.
+
+A scenario is data. Calls that are compared run in turns, so that what else happens on a machine meets them alike. The
+first call of each, with whatever is set up or compiled on first use, is reported apart.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+Call = Callable[[], object]
+GIGA = 1e9
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(
+    calls: Mapping[str, Call], device: str = "cpu", num_repeats: int = 5, has_warm_up: bool = True
+) -> dict[str, dict[str, float]]:
+    """Time several calls in turns.
+
+    Returns:
+        Per call `median_s`, `low_s` and `high_s` of the repeats, and `first_s` of the warm-up if there was one.
+    """
+    latencies: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(has_warm_up + num_repeats):
+        for name, call in calls.items():
+            synchronize(device)
+            start = time.perf_counter()
+            call()
+            synchronize(device)
+            latencies[name].append(time.perf_counter() - start)
+    return {name: summarize(values, has_warm_up) for name, values in latencies.items()}
+
+
+def summarize(latencies: list[float], has_warm_up: bool) -> dict[str, float]:
+    """Median and spread of timings in seconds; a warm-up, which comes first, is kept apart."""
+    repeats = latencies[1:] if has_warm_up else latencies
+    summary = {"median_s": statistics.median(repeats), "low_s": min(repeats), "high_s": max(repeats)}
+    if has_warm_up:
+        summary["first_s"] = latencies[0]
+    return {name: round(value, 6) for name, value in summary.items()}
+
+
+def matmul_call(dtype: torch.dtype, device: str = "cpu") -> tuple[Call, int]:
+    """A large matrix product and its operations: timed in turns with a model, it tells what the model can hope for."""
+    size = 8192 if device == "cuda" else 1536
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return lambda: left @ right, 2 * size**3
+
+
+def read_call(device: str = "cpu") -> tuple[Call, int]:
+    """A pass over memory that does nothing else, and its bytes: what a step of the prior can hope for."""
+    values = torch.ones(2**27, device=device)
+    return values.sum, 4 * values.numel()
+
+
+def peak_memory(call: Call, device: str = "cpu") -> int | None:
+    """Most MiB in use while `call` runs: of the process on a CPU, on the device otherwise; `None` where unknown."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated() // 2**20
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far; Linux only
+        call()
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM"))
+    except OSError:
+        call()
+        return None
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """What a figure needs beside it: hardware, threads, versions, date."""
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+    packages = ("torch", "transformers", "diffusers")
+    return {
+        "device": f"{device}: {name}",
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "versions": {package: version(package) for package in packages},
+        "date": date.today().isoformat(),
+    }
+
+
+def cpu_name() -> str:
+    """The processor as its maker calls it, or else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    """Parser with the options of every benchmark."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads (all)")
+    parser.add_argument("--repeats", type=int, help="timed calls per scenario (as the scenario says)")
+    parser.add_argument("--results", type=Path, help="folder for the tables and the record; by default only printed")
+    return parser
+
+
+def print_table(rows: Iterable[Mapping[str, Any]], columns: list[str]) -> str:
+    """Print rows as a Markdown table and return it; values are rounded to three digits."""
+    lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
+    lines += ["| " + " | ".join(show(row.get(column)) for column in columns) + " |" for row in rows]
+    table = "\n".join(lines)
+    print(table, flush=True)
+    return table
+
+
+def show(value: Any) -> str:
+    """A value as a table cell."""
+    if value is None:
+        return "not measured"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def finish(name: str, record: dict[str, Any], tables: list[str], results: Path | None) -> None:
+    """Print the record as the last line, and keep it with its tables if a folder for results is given."""
+    if results is not None:
+        results.mkdir(parents=True, exist_ok=True)
+        machine = record["machine"]
+        heading = f"# {name}\n\n{machine['device']}, {machine['threads']} threads, {machine['date']}"
+        versions = ", ".join(f"{package} {number}" for package, number in machine["versions"].items())
+        text = "\n\n".join([f"{heading}, {versions}.", *tables]) + "\n"
+        (results / f"{name}.md").write_text(text, encoding="utf-8")
+        (results / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(record), flush=True)

@@ -1,0 +1,291 @@
+"""Turn a data set of pictures into token ids once, so that a prior can be trained without the tokenizer.
+
+    python scripts/tokenize_dataset.py --train_data FOLDER_OR_NAME --output tokens --caption_column text --crops 4
+    accelerate launch scripts/tokenize_dataset.py ...        (several processes, each with a device of its own)
+
+Writes parquet shards with one row per picture: `token_ids` as a list of crops, coarsest token first, and the caption
+and class columns as they were. The first crop is the middle of the picture, the others are random squares of it. A
+shard appears when it is complete; started again with the same options, only missing shards are made. Unreadable
+pictures are left out and named in the JSON file beside their shard.
+"""
+
+import argparse
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import PartialState
+from datasets import Sequence, Value
+from huggingface_hub import DatasetCard, DatasetCardData
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from flextok_hf import FlexTokPipeline, embedded_model
+from flextok_hf.evaluation import weights_hash
+from flextok_hf.outputs import write_atomically
+from flextok_hf.serving import tokenize_batches
+from flextok_hf.training.batches import draw_seed
+from flextok_hf.training.data import ImageDataset, load_training_dataset
+from flextok_hf.training.rows import Columns, ImageTransform, UnreadableRow, read_picture
+
+
+logger = logging.getLogger(__name__)
+
+
+class PictureCrops(Dataset):
+    """Rows of a data set: (row, uint8 crops (crops, 3, R, R) or `None`, values to keep, why there are no crops)."""
+
+    def __init__(self, dataset: ImageDataset, rows: list[int], options: argparse.Namespace):
+        self.dataset = dataset
+        self.rows = rows
+        self.num_crops = options.crops
+        self.seed = options.seed
+        resolution = dataset.transform.resolution
+        self.middle = ImageTransform(resolution)
+        self.random = ImageTransform(resolution, random_crop=True)
+        self.random_flip = options.random_flip
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[int, torch.Tensor | None, dict[str, Any], str]:
+        row = self.rows[index]
+        values = dict(self.dataset.rows[row])
+        try:
+            picture = read_picture(values.pop(self.dataset.columns.image))
+            for name, value in values.items():
+                if value is None or value == []:
+                    raise UnreadableRow(f"its '{name}' is empty")
+        except UnreadableRow as error:
+            return row, None, values, str(error)
+        crops = [self.middle.to_pixels(picture)]
+        for number in range(1, self.num_crops):
+            generator = torch.Generator().manual_seed(draw_seed(self.seed, row, number))
+            pixels = self.random.to_pixels(picture, generator)
+            is_flipped = self.random_flip and torch.rand((), generator=generator).item() < 0.5
+            crops.append(pixels.flip(-1) if is_flipped else pixels)
+        return row, torch.stack(crops), values, ""
+
+
+class ShardWriter:
+    """Collects rows in the order of the data set and writes each shard when its last row is there."""
+
+    def __init__(self, options: argparse.Namespace, dataset: ImageDataset, codebook_size: int):
+        self.options = options
+        self.num_rows = len(dataset)
+        id_type = Value("uint16" if codebook_size <= 2**16 else "uint32")
+        kept = {name: dataset.rows.features[name] for name in (options.caption_column, options.class_column) if name}
+        self.features = datasets.Features({"token_ids": Sequence(Sequence(id_type)), **kept})
+        self.rows: dict[str, list] = {name: [] for name in self.features}
+        self.skipped: dict[int, str] = {}
+
+    def shard_of(self, row: int) -> int:
+        return row // self.options.shard_size
+
+    def path(self, shard: int) -> Path:
+        """Name of a shard's file in the usual pattern of the Hub."""
+        count = -(-self.num_rows // self.options.shard_size)
+        return self.options.output / f"{self.options.split}-{shard:05d}-of-{count:05d}.parquet"
+
+    def missing_rows(self, process_index: int, num_processes: int) -> list[int]:
+        """Rows of the shards that this process has to make."""
+        count = -(-self.num_rows // self.options.shard_size)
+        shards = [shard for shard in range(process_index, count, num_processes) if not self.path(shard).is_file()]
+        size = self.options.shard_size
+        return [row for shard in shards for row in range(shard * size, min(self.num_rows, (shard + 1) * size))]
+
+    def add(self, row: int, token_ids: list | None, values: dict[str, Any], reason: str) -> None:
+        """Take the next row; without token ids it is left out for `reason`."""
+        if token_ids is None:
+            self.skipped[row] = reason
+        else:
+            for name, value in {"token_ids": token_ids, **values}.items():
+                self.rows[name].append(value)
+        if row + 1 == self.num_rows or self.shard_of(row + 1) != self.shard_of(row):
+            self.write(self.shard_of(row))
+
+    def write(self, shard: int) -> None:
+        """Write a shard, its report first: whoever sees the shard finds both."""
+        report = {"rows": len(self.rows["token_ids"]), "skipped": self.skipped}
+        path = self.path(shard)
+        write_atomically(path.with_suffix(".json"), lambda name: Path(name).write_text(json.dumps(report) + "\n"))
+        table = datasets.Dataset.from_dict(self.rows, features=self.features)
+        write_atomically(path, table.to_parquet)
+        self.rows = {name: [] for name in self.features}
+        self.skipped = {}
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the options; those that `train.py` has too are called the same."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--train_data", nargs="+", required=True, help="folder, parquet files, name on the Hub, synthetic"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder for the shards; made if missing")
+    parser.add_argument("--model", help="folder or Hub id of the tokenizer (the model in the package)")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--image_column", default="image")
+    parser.add_argument("--caption_column", help="column to keep: a caption or a list of wordings")
+    parser.add_argument("--class_column", help="column to keep: a class")
+    parser.add_argument("--max_train_samples", type=int, help="use only the first rows")
+    parser.add_argument("--crops", type=int, default=1, help="crops of each picture; the first is the middle (1)")
+    parser.add_argument("--random_flip", action="store_true", help="mirror half of the crops after the first")
+    parser.add_argument("--max_tokens", type=int, help="tokens to keep of each picture (all)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch_size", type=int, default=32, help="crops computed at a time (32)")
+    parser.add_argument("--shard_size", type=int, default=10_000, help="pictures per file (10,000)")
+    parser.add_argument("--dataloader_num_workers", type=int, default=0, help="processes that read pictures")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--device", help="by default what accelerate chooses")
+    options = parser.parse_args(argv)
+    for name in ("crops", "batch_size", "shard_size"):
+        if getattr(options, name) < 1:
+            parser.error(f"`--{name}` must be 1 or more, got {getattr(options, name)}.")
+    return options
+
+
+def check_settings(options: argparse.Namespace, facts: dict[str, Any]) -> None:
+    """Keep what decides the ids beside the shards, and refuse to mix shards of different settings.
+
+    Raises:
+        ValueError: if the folder holds shards that were made with other settings.
+    """
+    path = options.output / "settings.json"
+    if not path.is_file():
+        write_atomically(path, lambda name: Path(name).write_text(json.dumps(facts, indent=2) + "\n"))
+        return
+    earlier = json.loads(path.read_text())
+    # the weights count, not where they lie
+    changed = [name for name in facts if name != "model" and earlier.get(name) != facts[name]]
+    if changed:
+        lines = ", ".join(f"{name} was {earlier.get(name)!r} and is {facts[name]!r}" for name in changed)
+        raise ValueError(
+            f"`--output` {str(options.output)!r} holds shards of other settings: {lines}. Name another folder."
+        )
+
+
+def describe(options: argparse.Namespace, pipe: FlexTokPipeline, num_rows: int) -> dict[str, Any]:
+    """All that decides what the shards hold."""
+    names = ("train_data", "split", "image_column", "caption_column", "class_column", "crops", "random_flip", "seed")
+    modules = {name: getattr(pipe, name) for name in ("encoder", "vae") if getattr(pipe, name) is not None}
+    return {
+        **{name: getattr(options, name) for name in (*names, "shard_size", "dtype")},
+        "model": options.model or "embedded",
+        "weights_sha256": weights_hash(modules),
+        "codebook_size": pipe.codebook_size,
+        "num_registers": pipe.num_registers,
+        "num_tokens": min(options.max_tokens or pipe.num_registers, pipe.num_registers),
+        "resolution": pipe.resolution,
+        "num_rows": num_rows,
+    }
+
+
+def tokenize_rows(pipe: FlexTokPipeline, crops: PictureCrops, options: argparse.Namespace) -> Iterator[tuple]:
+    """Yield (row, ids of its crops or `None`, values, reason) in the order of the rows."""
+    loader = DataLoader(
+        crops,
+        batch_size=max(1, options.batch_size // options.crops),
+        num_workers=options.dataloader_num_workers,
+        collate_fn=list,
+    )
+    waiting: deque[list[tuple]] = deque()  # rows whose ids are still computed; the reader is ahead of the ids
+
+    def pixel_batches() -> Iterator[torch.Tensor]:
+        rows: list[tuple] = []
+        for batch in loader:
+            rows += batch
+            pixels = [entry[1] for entry in batch if entry[1] is not None]
+            if pixels:  # otherwise the rows join the next batch
+                waiting.append(rows)
+                rows = []
+                yield torch.cat(pixels)
+        waiting.append(rows)
+
+    for token_ids in tokenize_batches(pipe, pixel_batches(), options.max_tokens):
+        of_pictures = iter(token_ids.split(options.crops))
+        for row, pixels, values, reason in waiting.popleft():
+            yield row, None if pixels is None else next(of_pictures).tolist(), values, reason
+    for row, _, values, reason in waiting.popleft():
+        yield row, None, values, reason
+
+
+def write_card(options: argparse.Namespace, writer: ShardWriter, facts: dict[str, Any]) -> None:
+    """Write a README.md that says what the ids are and how to read them."""
+    reports = [json.loads(path.read_text()) for path in sorted(options.output.glob(f"{options.split}-*.json"))]
+    num_rows, num_skipped = (sum(counts) for counts in zip(*((r["rows"], len(r["skipped"])) for r in reports)))
+    data_files = [{"split": options.split, "path": f"{options.split}-*.parquet"}]
+    metadata = DatasetCardData(
+        tags=["flextok", "image-tokens"], configs=[{"config_name": "default", "data_files": data_files}]
+    )
+    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    text = f"""---
+{metadata.to_yaml()}
+---
+
+# Pictures as FlexTok tokens
+
+{num_rows:,} pictures as token ids; {num_skipped:,} could not be read and are left out. `token_ids` holds for each
+picture a list of crops, the first of them its middle; each crop is a list of {facts["num_tokens"]} ids below
+{facts["codebook_size"]:,}, coarsest first, of which any prefix describes the picture. Made by
+`scripts/tokenize_dataset.py` of flextok_hf. The ids mean something only to the tokenizer with these weights, and the
+rights in pictures and captions are those of their source.
+
+```python
+from datasets import load_dataset
+
+rows = load_dataset("parquet", data_files="{options.split}-*.parquet", split="train")
+first_crop = rows[0]["token_ids"][0]
+```
+
+| setting | value |
+| --- | --- |
+{table}
+"""
+    write_atomically(options.output / "README.md", lambda name: DatasetCard(text).save(name))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Tokenize what is missing and report the speed."""
+    options = parse_arguments(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    state = PartialState(cpu=options.device == "cpu")
+    pipe = FlexTokPipeline.from_pretrained(options.model or embedded_model(), dtype=getattr(torch, options.dtype))
+    pipe.to(options.device or state.device)
+    dataset = load_training_dataset(
+        options.train_data[0] if len(options.train_data) == 1 else options.train_data,
+        options.split,
+        transform=ImageTransform(pipe.resolution),
+        columns=Columns(options.image_column, options.caption_column, options.class_column),
+        max_samples=options.max_train_samples,
+        seed=options.seed,
+    )
+    facts = describe(options, pipe, len(dataset))
+    options.output.mkdir(parents=True, exist_ok=True)
+    with state.main_process_first():
+        check_settings(options, facts)
+    writer = ShardWriter(options, dataset, pipe.codebook_size)
+    crops = PictureCrops(dataset, writer.missing_rows(state.process_index, state.num_processes), options)
+    start, num_pictures = time.perf_counter(), 0
+    with tqdm(total=len(crops), unit=" pictures", disable=not state.is_main_process) as progress:
+        for row, token_ids, values, reason in tokenize_rows(pipe, crops, options):
+            if token_ids is None:
+                logger.warning("Row %d is left out: %s", row, reason)
+            writer.add(row, token_ids, values, reason)
+            num_pictures += 1
+            progress.update()
+    seconds = time.perf_counter() - start
+    state.wait_for_everyone()
+    if state.is_main_process:
+        write_card(options, writer, facts)
+    speed = f"{options.crops * num_pictures / seconds:.1f} crops/s"
+    print(f"{options.output}: {num_pictures} pictures in {seconds:.1f} s, {speed}, process {state.process_index}")
+
+
+if __name__ == "__main__":
+    main()

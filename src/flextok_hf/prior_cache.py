@@ -1,0 +1,68 @@
+"""Caches of the prior: one that reserves its memory once, so that the last token costs as much as the first.
+
+Letters: B batch, S keys so far.
+"""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+
+from .configuration_prior import FlexTokPriorConfig
+
+
+class PreallocatedLayer(DynamicLayer):
+    """Keys and values of one layer, (B, heads, S, head_dim) each: a `DynamicLayer` that grows without being copied.
+
+    Args:
+        capacity: positions to reserve first; when they are full, everything moves to twice the memory.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, capacity: int):
+        super().__init__()
+        self.capacity = capacity
+        self.buffers: list[Tensor | None] = [None, None]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Append (B, heads, L, head_dim) to keys and values; returns all of them as views."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._append(0, self.keys, key_states)
+        self.values = self._append(1, self.values, value_states)
+        return self.keys, self.values
+
+    def _append(self, index: int, states: Tensor, new: Tensor) -> Tensor:
+        start = states.shape[-2] if states.numel() else 0
+        end = start + new.shape[-2]
+        buffer = self.buffers[index]
+        # beam search and its like put other tensors in place of the views
+        is_view = buffer is not None and (states.data_ptr(), states.shape[0]) == (buffer.data_ptr(), buffer.shape[0])
+        if buffer is None or not is_view or end > buffer.shape[-2]:
+            capacity = max(self.capacity, 2 * start, end)
+            buffer = torch.empty(*new.shape[:-2], capacity, new.shape[-1]).to(new)
+            if start:
+                buffer[..., :start, :] = states
+            self.buffers[index] = buffer
+        buffer[..., start:end, :] = new
+        return buffer[..., :end, :]
+
+
+def static_shape(cache: Cache) -> tuple | None:
+    """Rows, text length, data type and device of a static cache: whether it fits; `None` while it is empty."""
+    text_cache = None
+    if isinstance(cache, EncoderDecoderCache):
+        cache, text_cache = cache.self_attention_cache, cache.cross_attention_cache
+    keys = cache.layers[0].keys
+    if not cache.layers[0].is_initialized:
+        return None
+    text_length = 0 if text_cache is None else text_cache.layers[0].keys.shape[2]
+    return keys.shape[0], text_length, keys.dtype, keys.device
+
+
+def with_text_cache(config: FlexTokPriorConfig, cache: Cache) -> Cache:
+    """Give the cache of a model with text a place for the text's keys and values, unless it has one."""
+    if config.text_hidden_size is None or isinstance(cache, EncoderDecoderCache):
+        return cache
+    return EncoderDecoderCache(cache, DynamicCache(config=config))

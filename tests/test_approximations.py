@@ -1,0 +1,136 @@
+"""Opt-in shortcuts: they change results a little, do less work, and leave nothing behind."""
+
+import pytest
+import torch
+from conftest import CODEBOOK_SIZE, NUM_REGISTERS, make_pipeline
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FirstBlockCacheConfig,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    MagCacheConfig,
+    UniPCMultistepScheduler,
+)
+
+from flextok_hf.guidance import guidance_interval
+from flextok_hf.modeling_decoder import DecoderBlock
+
+
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 1.0}
+TOKEN_IDS = torch.randint(0, CODEBOOK_SIZE, (2, NUM_REGISTERS), generator=torch.Generator().manual_seed(0))
+STEPS = 8
+
+
+@pytest.fixture
+def pipe():
+    """A pipeline whose velocity changes gently; fresh time embeddings would make it jump between noise levels."""
+    pipe = make_pipeline()
+    with torch.no_grad():
+        pipe.decoder.velocity_proj.weight.mul_(0.3)
+        pipe.decoder.time_embedder.linear_1.weight.mul_(0.002)
+    return pipe
+
+
+@pytest.fixture
+def block_calls(monkeypatch):
+    """Names the rows of every call of a decoder block that does its work."""
+    calls = []
+    forward = DecoderBlock.forward
+
+    def counted_forward(self, hidden_states, *args):
+        calls.append(len(hidden_states))
+        return forward(self, hidden_states, *args)
+
+    monkeypatch.setattr(DecoderBlock, "forward", counted_forward)
+    return calls
+
+
+def draw(pipe, num_inference_steps=STEPS, guidance_scale=3.0, count=NUM_REGISTERS):
+    noise = pipe.prepare_latents(2, torch.Generator().manual_seed(1))
+    options = {"guidance": "cfg", "latents": noise, "output_type": "latent"}
+    return pipe.detokenize(TOKEN_IDS[:, :count], num_inference_steps, guidance_scale, **options).images
+
+
+NEVER = [
+    FirstBlockCacheConfig(threshold=0.0),
+    MagCacheConfig(threshold=0.0, num_inference_steps=STEPS, mag_ratios=[1.1] * STEPS),
+]
+OFTEN = [
+    FirstBlockCacheConfig(threshold=100.0),
+    MagCacheConfig(threshold=100.0, retention_ratio=0.1, num_inference_steps=STEPS, mag_ratios=[1.0] * STEPS),
+]
+
+
+@pytest.mark.parametrize("config", NEVER, ids=lambda config: type(config).__name__)
+def test_a_cache_that_never_skips_changes_nothing(pipe, config):
+    expected = draw(pipe)
+    pipe.decoder.enable_cache(config)
+    torch.testing.assert_close(draw(pipe), expected)
+
+
+@pytest.mark.parametrize("config", OFTEN, ids=lambda config: type(config).__name__)
+def test_a_cache_skips_blocks_and_starts_anew_in_every_run(pipe, config, block_calls):
+    expected = draw(pipe)
+    num_calls = len(block_calls)
+    pipe.decoder.enable_cache(config)
+    first = draw(pipe)
+    assert len(block_calls) - num_calls < 0.8 * num_calls
+    assert not torch.allclose(first, expected, atol=1e-3)
+    draw(pipe, count=2)
+    torch.testing.assert_close(draw(pipe), first)
+    pipe.decoder.disable_cache()
+    torch.testing.assert_close(draw(pipe), expected)
+
+
+def test_a_cache_forgets_a_run_that_was_interrupted(pipe):
+    pipe.decoder.enable_cache(OFTEN[0])
+    expected = draw(pipe)
+
+    def interrupt(pipe, step, timestep, tensors):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipe.detokenize(TOKEN_IDS[:1], 2, 3.0, callback_on_step_end=interrupt)
+    torch.testing.assert_close(draw(pipe), expected)
+
+
+def test_guidance_in_an_interval_leaves_out_the_unconditional_rows_elsewhere(pipe, block_calls):
+    draw(pipe, 4)
+    always = sum(block_calls)
+    block_calls.clear()
+    inside = draw(pipe, 4, guidance_interval(3.0, 0.4, 0.8))  # levels 1, 0.75, 0.5, 0.25: two of four
+    assert sum(block_calls) == 0.75 * always
+    torch.testing.assert_close(inside, draw(pipe, 4, lambda sigma: 3.0 if sigma in (0.75, 0.5) else 1.0))
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(shift=2.0),
+        FlowMatchHeunDiscreteScheduler(),
+        DPMSolverMultistepScheduler(**FLOW),
+        UniPCMultistepScheduler(**FLOW),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_other_solvers_and_grids_follow_the_same_path(pipe, scheduler):
+    expected = draw(pipe, 200)
+    pipe.scheduler = scheduler
+    distances = [(draw(pipe, steps) - expected).square().mean().sqrt() / expected.std() for steps in (2, 40)]
+    assert distances[1] < 0.01
+    assert distances[1] < distances[0] / 4
+
+
+def test_a_solver_of_second_order_needs_a_quarter_of_the_steps(pipe):
+    expected = draw(pipe, 400)
+    euler = (draw(pipe, 40) - expected).square().mean()
+    pipe.scheduler = UniPCMultistepScheduler(**FLOW)
+    assert (draw(pipe, 10) - expected).square().mean() < euler
+
+
+def test_a_scheduler_for_other_models_is_refused(pipe):
+    for scheduler in (DDIMScheduler(), DPMSolverMultistepScheduler()):
+        pipe.scheduler = scheduler
+        with pytest.raises(ValueError, match=f"`scheduler` is a {type(scheduler).__name__}.*use_flow_sigmas"):
+            draw(pipe)

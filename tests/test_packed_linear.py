@@ -1,0 +1,86 @@
+"""Packed weights: the same products, for the length of a `with` block, and only where they can be used."""
+
+import pytest
+import torch
+from torch import nn
+
+from flextok_hf import packed_linear
+from flextok_hf.packed_linear import PackableLinear, can_pack, packed_weights
+
+
+CAN_PACK = can_pack([torch.zeros(1, 1)])
+needs_kernels = pytest.mark.skipif(not CAN_PACK, reason="this build or machine has no kernels for packed weights")
+
+
+def make_model(bias=False, dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(PackableLinear(24, 40, bias=bias), nn.SiLU(), PackableLinear(40, 17, bias=bias)).to(dtype)
+
+
+def random(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(24,), (1, 24), (2, 24), (2, 1, 24), (3, 5, 24), (2, 70, 24)])
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_products_are_the_same_for_any_number_of_rows(shape, bias):
+    model, inputs = make_model(bias), random(*shape)
+    expected = model(inputs)
+    with packed_weights(model, num_calls=100):
+        assert all(layer.packed_weight is not None for layer in (model[0], model[2]))
+        actual = model(inputs)
+    assert actual.shape == expected.shape
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+
+
+@needs_kernels
+def test_products_in_half_precision_are_rounded_once(monkeypatch):
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this machine has no kernels for bfloat16")
+    model, inputs = make_model(dtype=torch.bfloat16)[0], random(3, 24).bfloat16()
+    with packed_weights(model, num_calls=100), torch.no_grad():
+        assert model.packed_weight is not None
+        exact = inputs.float() @ model.weight.float().T
+        torch.testing.assert_close(model(inputs).float(), exact, atol=0, rtol=2**-7)
+
+
+@needs_kernels
+def test_gradients_pass_as_ever_while_weights_are_packed():
+    model, inputs = make_model(), random(3, 24)
+    model(inputs).square().sum().backward()
+    expected = model[0].weight.grad.clone()
+    model.zero_grad()
+    with packed_weights(model, num_calls=100):
+        model(inputs).square().sum().backward()
+    assert model[0].weight.grad.equal(expected)
+
+
+@needs_kernels
+def test_packed_weights_end_with_their_block_also_after_an_error():
+    model = make_model()
+    names = set(model.state_dict())
+    with pytest.raises(KeyError), packed_weights(model, num_calls=100):
+        assert set(model.state_dict()) == names
+        raise KeyError
+    assert model[0].packed_weight is None
+    with torch.no_grad():
+        model[0].weight.zero_()
+        assert not model[0](random(2, 24)).any()
+
+
+@needs_kernels
+def test_nothing_is_packed_where_it_does_not_pay_or_cannot_work(monkeypatch):
+    def is_packed(model, num_calls=100):
+        with packed_weights(model, num_calls):
+            return any(layer.packed_weight is not None for layer in (model[0], model[2]))
+
+    assert is_packed(make_model())
+    assert not is_packed(make_model(), num_calls=packed_linear.MIN_CALLS - 1)
+    assert not is_packed(make_model(dtype=torch.float64))
+    assert not is_packed(make_model().to("meta"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not is_packed(make_model())
+    monkeypatch.setattr(packed_linear, "MAX_SHARE_OF_MEMORY", 1e-9)
+    assert not is_packed(make_model())

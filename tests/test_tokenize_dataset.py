@@ -1,0 +1,134 @@
+"""Tokenizing a data set from end to end, with a tiny pipeline: what is written, resumed, refused and left out."""
+
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CODEBOOK_SIZE, NUM_REGISTERS, make_pipeline
+from datasets import ClassLabel, Dataset, Features, Sequence, Value, load_dataset
+from datasets import Image as ImageFeature
+from huggingface_hub import DatasetCard
+from PIL import Image
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+tokenize_dataset = import_module("tokenize_dataset")
+
+NUM_ROWS, SHARD_SIZE, DAMAGED = 7, 3, 4
+
+
+def picture(row):
+    generator = torch.Generator().manual_seed(row)
+    return Image.fromarray(torch.randint(0, 256, (20, 30, 3), dtype=torch.uint8, generator=generator).numpy())
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return make_pipeline()
+
+
+@pytest.fixture(scope="module")
+def model(pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Seven pictures in parquet, one of them damaged."""
+    folder = tmp_path_factory.mktemp("source")
+    images = [picture(row) for row in range(NUM_ROWS)]
+    features = {"image": ImageFeature(), "text": Sequence(Value("string")), "label": ClassLabel(names=["a", "b"])}
+    rows = Dataset.from_dict(
+        {
+            "image": images,
+            "text": [[f"row {row}", f"number {row}"] for row in range(NUM_ROWS)],
+            "label": [row % 2 for row in range(NUM_ROWS)],
+        },
+        features=Features(features),
+    ).cast_column("image", ImageFeature(decode=False))
+
+    def damage(row, index):
+        return {**row, "image": {"bytes": row["image"]["bytes"][:40], "path": None}} if index == DAMAGED else row
+
+    path = folder / "pictures.parquet"
+    rows.map(damage, with_indices=True, features=rows.features).cast_column("image", ImageFeature()).to_parquet(path)
+    return path
+
+
+def run(source, model, output, *more):
+    options = ["--train_data", source, "--model", model, "--output", output, "--caption_column", "text"]
+    options += ["--class_column", "label", "--shard_size", SHARD_SIZE, "--device", "cpu", "--batch_size", 4, *more]
+    tokenize_dataset.main([str(option) for option in options])
+    return load_dataset("parquet", data_files=f"{output}/train-*.parquet", split="train")
+
+
+def test_ids_captions_and_classes_are_written_and_damaged_pictures_reported(source, model, pipe, tmp_path, capsys):
+    rows = run(source, model, tmp_path / "tokens", "--crops", 3, "--random_flip")
+    kept = [row for row in range(NUM_ROWS) if row != DAMAGED]
+    assert rows.features["token_ids"] == Sequence(Sequence(Value("uint16")))
+    assert rows.features["label"].names == ["a", "b"]
+    assert rows["text"][:] == [[f"row {row}", f"number {row}"] for row in kept]
+    assert rows["label"][:] == [row % 2 for row in kept]
+    assert [len(crops) for crops in rows["token_ids"]] == [3] * len(kept)
+    expected = pipe.tokenize([picture(row) for row in kept])
+    assert [crops[0] for crops in rows["token_ids"]] == expected.tolist()
+    assert any(crops[1] != crops[0] for crops in rows["token_ids"])
+    reports = [json.loads(path.read_text()) for path in sorted((tmp_path / "tokens").glob("train-*.json"))]
+    assert [report["rows"] for report in reports] == [3, 2, 1]
+    assert list(reports[1]["skipped"]) == [str(DAMAGED)] and "is not a picture" in reports[1]["skipped"][str(DAMAGED)]
+    assert "7 pictures in" in capsys.readouterr().out
+    card = DatasetCard.load(tmp_path / "tokens" / "README.md")
+    assert "6 pictures as token ids; 1 could not be read" in card.text
+    assert card.data.configs[0]["data_files"] == [{"split": "train", "path": "train-*.parquet"}]
+
+
+def test_a_second_run_makes_only_what_is_missing_and_the_same(source, model, tmp_path):
+    first = run(source, model, tmp_path, "--crops", 2, "--max_tokens", 2)["token_ids"][:]
+    shards = sorted(tmp_path.glob("train-*.parquet"))
+    assert [path.name for path in shards] == [f"train-{shard:05d}-of-00003.parquet" for shard in range(3)]
+    shards[1].unlink()
+    times = [path.stat().st_mtime_ns for path in (shards[0], shards[2])]
+    assert run(source, model, tmp_path, "--crops", 2, "--max_tokens", 2)["token_ids"][:] == first
+    assert [path.stat().st_mtime_ns for path in (shards[0], shards[2])] == times
+    assert {len(ids) for crops in first for ids in crops} == {2}
+
+
+def test_shards_of_other_settings_are_not_mixed(source, model, tmp_path):
+    run(source, model, tmp_path)
+    with pytest.raises(ValueError, match="num_tokens was 6 and is 3.*Name another folder"):
+        run(source, model, tmp_path, "--max_tokens", 3)
+
+
+def test_processes_share_the_shards(source, tmp_path):
+    options = tokenize_dataset.parse_arguments(
+        ["--train_data", "x", "--output", str(tmp_path), "--shard_size", str(SHARD_SIZE)]
+    )
+    rows = Dataset.from_dict({"image": [None] * NUM_ROWS})
+
+    class Source:
+        def __init__(self):
+            self.rows = rows
+
+        def __len__(self):
+            return NUM_ROWS
+
+    writer = tokenize_dataset.ShardWriter(options, Source(), CODEBOOK_SIZE)
+    parts = [writer.missing_rows(index, 2) for index in range(2)]
+    assert parts == [[0, 1, 2, 6], [3, 4, 5]]
+
+
+def test_the_number_of_tokens_is_that_of_the_model_unless_asked_otherwise(source, model, tmp_path):
+    rows = run(source, model, tmp_path)
+    assert {len(ids) for crops in rows["token_ids"] for ids in crops} == {NUM_REGISTERS}
+
+
+@pytest.mark.parametrize("name", ["crops", "batch_size", "shard_size"])
+def test_counts_below_one_are_refused(name, capsys):
+    with pytest.raises(SystemExit):
+        tokenize_dataset.parse_arguments(["--train_data", "x", "--output", "y", f"--{name}", "0"])
+    assert f"`--{name}` must be 1 or more, got 0" in capsys.readouterr().err
