@@ -21,10 +21,10 @@ from flextok_hf.flow import add_noise, velocity_target
 from flextok_hf.nested_dropout import token_ladder
 from flextok_hf.outputs import write_atomically
 from flextok_hf.training.arguments import TokenizerArguments
+from flextok_hf.training.collapse import count_distinct
 from flextok_hf.training.data import Columns, ImageTransform, load_training_dataset
 from flextok_hf.training.parsing import parse_arguments
 from flextok_hf.training.stages import train_tokenizer
-from flextok_hf.training.tokenizer import count_distinct
 
 
 SAME_WORK = "joint_lengths_same_work"
@@ -39,6 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "null_condition_0": {"null_condition_probability": 0.0},
     "null_condition_0.3": {"null_condition_probability": 0.3},
     "no_aids_against_collapse": {"unrounded_probability": 0.0, "feature_penalty": 0.0},
+    "correlation_penalty": {"correlation_penalty": 0.5},
 }
 NUM_PICTURES = 256  # held out
 NOISE_LEVELS = (0.3, 0.5, 0.7, 0.9)  # at which the loss is measured

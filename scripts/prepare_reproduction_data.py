@@ -18,6 +18,7 @@ The validation split holds, in every second picture, a combination of shape and 
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from io import BytesIO
 from itertools import count, islice
 from pathlib import Path
@@ -30,6 +31,7 @@ from flextok_hf.synthetic import Scene, draw_scene, make_scene
 
 PROMPTS = ("shape_prompt", "object_prompt", "scene_prompt")
 ATTRIBUTES = ("shape", "color", "size", "place", "background")
+MAGNIFICATION = 1.6  # of the shapes of `flextok_hf.synthetic`, so small that a short training sees backgrounds only
 
 
 def describe(scene: Scene) -> dict[str, str]:
@@ -54,12 +56,18 @@ def single_scenes(split: str, seed: int) -> Iterator[Scene]:
     return (scene for scene in (make_scene(index, seed, split) for index in count()) if len(scene.objects) == 1)
 
 
+def magnify(scene: Scene) -> Scene:
+    """Return the scene with larger shapes, in the same places."""
+    objects = (replace(item, diameter=MAGNIFICATION * item.diameter) for item in scene.objects)
+    return replace(scene, objects=tuple(objects))
+
+
 def make_split(split: str, size: int, resolution: int, seed: int) -> Dataset:
     """Draw the pictures of one split."""
     rows = []
     for scene in islice(single_scenes(split, seed), size):
         content = BytesIO()
-        draw_scene(scene, resolution).save(content, format="PNG")
+        draw_scene(magnify(scene), resolution).save(content, format="PNG")
         row = describe(scene)
         image = {"bytes": content.getvalue(), "path": None}
         rows.append(row | {"image": image, "captions": [row[key] for key in PROMPTS]})

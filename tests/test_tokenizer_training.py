@@ -10,9 +10,10 @@ from flextok_hf.modeling_decoder import FlexTokFlowDecoder
 from flextok_hf.training.alignment import FeatureAlignment
 from flextok_hf.training.arguments import TokenizerArguments
 from flextok_hf.training.chance import Chance
+from flextok_hf.training.collapse import correlation_penalty, count_distinct, spread_penalty
 from flextok_hf.training.optimization import split_by_decay
 from flextok_hf.training.stages import tokenizer_groups
-from flextok_hf.training.tokenizer import TokenizerForTraining, build_tokenizer, count_distinct, spread_penalty
+from flextok_hf.training.tokenizer import TokenizerForTraining, build_tokenizer
 from flextok_hf.training.vision import FrozenVision
 
 
@@ -45,7 +46,13 @@ def dinov2(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"unrounded_probability": 0.5, "feature_penalty": 0.1}, {"joint_lengths": True}, {"repa": True}]
+    "options",
+    [
+        {},
+        {"unrounded_probability": 0.5, "feature_penalty": 0.1, "correlation_penalty": 0.5},
+        {"joint_lengths": True},
+        {"repa": True},
+    ],
 )
 def test_every_parameter_receives_a_gradient(options, dinov2):
     options = {"repa_network": dinov2} if options.pop("repa", False) else {"full_length_probability": 0.3} | options
@@ -130,6 +137,24 @@ def test_the_spread_penalty_grows_when_features_collapse_or_drift():
     assert spread_penalty(spread) < 1e-6
     assert spread_penalty(collapsed) == pytest.approx(1, abs=1e-4)
     assert spread_penalty(drifted) == pytest.approx(4, abs=1e-3)
+
+
+def test_the_correlation_penalty_is_the_mean_squared_correlation_of_different_features():
+    features = torch.randn(40, 3, 2, generator=torch.Generator().manual_seed(0))
+    correlation = torch.corrcoef(features.flatten(1).T)
+    expected = correlation[~torch.eye(6, dtype=torch.bool)].square().mean()
+    assert correlation_penalty(features).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_the_correlation_penalty_is_1_where_all_features_say_the_same():
+    one = torch.randn(40, 1, 1, generator=torch.Generator().manual_seed(0))
+    assert correlation_penalty(one.expand(-1, 3, 2) * torch.tensor([1.0, -2.0])).item() == pytest.approx(1, abs=1e-4)
+
+
+def test_the_correlation_penalty_of_a_collapsed_batch_has_a_gradient():
+    features = torch.zeros(8, 3, 2, requires_grad=True)
+    correlation_penalty(features).backward()
+    assert features.grad is not None and features.grad.isfinite().all()
 
 
 def test_distinct_ids_are_counted_per_position():

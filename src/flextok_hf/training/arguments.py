@@ -194,6 +194,9 @@ class TokenizerArguments(TrainingArguments):
     feature_penalty: float = option(
         0.0, "Weight that keeps features spread before rounding; fades to a sixth over 40%."
     )
+    correlation_penalty: float = option(
+        0.0, "Weight of a penalty on features that say the same over the batch; fades like the other."
+    )
     repa_network: str | None = option(
         None,
         "Vision transformer whose features the decoder is to resemble (REPA), folder or Hub id; none: no such term.",
@@ -217,6 +220,7 @@ class TokenizerArguments(TrainingArguments):
         "encoder_learning_rate_scale": (0, inf),
         "unrounded_probability": (0, 1),
         "feature_penalty": (0, inf),
+        "correlation_penalty": (0, inf),
         "repa_weight": (0, inf),
         "repa_layer": (0, inf),
     }
@@ -244,7 +248,7 @@ class TokenizerArguments(TrainingArguments):
                 raise ValueError(
                     "`freeze_encoder` needs a trained encoder: name its pipeline in `pretrained_tokenizer`."
                 )
-            for name in ("unrounded_probability", "feature_penalty"):
+            for name in ("unrounded_probability", "feature_penalty", "correlation_penalty"):
                 if getattr(self, name) > 0:
                     raise ValueError(f"`{name}` trains the encoder, which `freeze_encoder` does not: set it to 0.")
         if self.repa_network is not None and self.cache_latents:

@@ -19,6 +19,7 @@ from .alignment import FeatureAlignment, LayerTap
 from .arguments import TokenizerArguments
 from .caching import latents_of
 from .chance import Chance
+from .collapse import correlation_penalty, count_distinct, spread_penalty
 from .setup import loading
 
 
@@ -90,9 +91,11 @@ class TokenizerForTraining(nn.Module):
         if not self.training:
             return flow_loss, metrics
         loss = flow_loss
-        penalty_weight = arguments.feature_penalty * (1 - 5 / 6 * self.fade(step))
-        if penalty_weight > 0:
-            loss = loss + penalty_weight * spread_penalty(features)
+        aid = 1 - 5 / 6 * self.fade(step)
+        if arguments.feature_penalty > 0:
+            loss = loss + aid * arguments.feature_penalty * spread_penalty(features)
+        if arguments.correlation_penalty > 0:
+            loss = loss + aid * arguments.correlation_penalty * correlation_penalty(features)
         if self.alignment is not None:
             pixel_values = batch["pixel_values"].to(latents.device).repeat(len(copies), 1, 1, 1)
             alignment_loss = self.alignment(patches, pixel_values)
@@ -138,51 +141,6 @@ class TokenizerForTraining(nn.Module):
     def fade(self, step: int) -> float:
         """How far the aids against collapsed codes have faded, from 0 at the start to 1."""
         return min(1.0, step / (FADE_SHARE * self.arguments.max_train_steps))
-
-
-def spread_penalty(features: Tensor) -> Tensor:
-    """Keep each feature near mean 0 and standard deviation 1 or more over the batch; plain FSQ collapses without it.
-
-    The batch is the micro-batch of all processes.
-
-    Args:
-        features: before quantization, (B, K, Q).
-
-    Returns:
-        Mean over K and Q, a scalar.
-    """
-    features = features.float()
-    mean = mean_over_processes(features.mean(dim=0))  # (K, Q)
-    variance = mean_over_processes((features - mean).square().mean(dim=0))
-    std = variance.clamp(min=1e-12).sqrt()  # at 0 the root has no slope
-    return (mean.square() + F.relu(1 - std).square()).mean()
-
-
-class SumOverProcesses(torch.autograd.Function):
-    """Adds up the tensors of all processes; the gradient of each is the sum of all gradients."""
-
-    @staticmethod
-    def forward(context, tensor: Tensor) -> Tensor:
-        total = tensor.clone()
-        torch.distributed.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(context, gradient: Tensor) -> Tensor:
-        return SumOverProcesses.forward(context, gradient)
-
-
-def mean_over_processes(tensor: Tensor) -> Tensor:
-    """Average a tensor over the processes of a distributed training, with a gradient."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return tensor
-    return SumOverProcesses.apply(tensor) / torch.distributed.get_world_size()
-
-
-def count_distinct(token_ids: Tensor) -> Tensor:
-    """Mean number of distinct ids per position of (B, K), as a scalar: 1 means that the codes collapsed."""
-    ordered = token_ids.sort(dim=0).values
-    return 1 + (ordered[1:] != ordered[:-1]).sum(dim=0).float().mean()
 
 
 def build_tokenizer(

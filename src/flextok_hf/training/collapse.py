@@ -1,0 +1,71 @@
+"""Against collapsed codes: penalties on features over a batch, and how to see a collapse."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def spread_penalty(features: Tensor) -> Tensor:
+    """Keep each feature near mean 0 and standard deviation 1 or more over the batch; plain FSQ collapses without it.
+
+    The batch is the micro-batch of all processes.
+
+    Args:
+        features: before quantization, (B, K, Q).
+
+    Returns:
+        Mean over K and Q, a scalar.
+    """
+    features = features.float()
+    mean = mean_over_processes(features.mean(dim=0))  # (K, Q)
+    variance = mean_over_processes((features - mean).square().mean(dim=0))
+    std = variance.clamp(min=1e-12).sqrt()  # at 0 the root has no slope
+    return (mean.square() + F.relu(1 - std).square()).mean()
+
+
+def correlation_penalty(features: Tensor) -> Tensor:
+    """Keep features from saying the same: the covariance term of VICReg (https://arxiv.org/abs/2105.04906), scaled.
+
+    What pictures differ in most, such as their background, is what all features would begin with. The batch is the
+    micro-batch of all processes.
+
+    Args:
+        features: before quantization, (B, K, Q); 0 if there is a single one.
+
+    Returns:
+        Mean of the squared correlations between different features of all tokens, from 0 to 1, a scalar.
+    """
+    features = features.float().flatten(1)  # (B, K * Q)
+    centered = features - mean_over_processes(features.mean(dim=0))
+    variance = mean_over_processes(centered.square().mean(dim=0))
+    centered = centered / variance.clamp(min=1e-6).sqrt()
+    correlation = mean_over_processes(centered.T @ centered / len(centered))  # (K * Q, K * Q)
+    others = correlation - torch.diag(correlation.diagonal())
+    return others.square().sum() / max(1, correlation.numel() - len(correlation))
+
+
+class SumOverProcesses(torch.autograd.Function):
+    """Adds up the tensors of all processes; the gradient of each is the sum of all gradients."""
+
+    @staticmethod
+    def forward(context, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> Tensor:
+        return SumOverProcesses.forward(context, gradient)
+
+
+def mean_over_processes(tensor: Tensor) -> Tensor:
+    """Average a tensor over the processes of a distributed training, with a gradient."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return tensor
+    return SumOverProcesses.apply(tensor) / torch.distributed.get_world_size()
+
+
+def count_distinct(token_ids: Tensor) -> Tensor:
+    """Mean number of distinct ids per position of (B, K), as a scalar: 1 means that the codes collapsed."""
+    ordered = token_ids.sort(dim=0).values
+    return 1 + (ordered[1:] != ordered[:-1]).sum(dim=0).float().mean()
