@@ -89,7 +89,7 @@ bench-embedded: setup  ## time the embedded model and its training; the last lin
 
 results: setup  ## measure the embedded model into docs/results/embedded: about 20 minutes on two cores
 	$(EVALUATE) reconstruction --config $(EVALUATION)/reconstruction.yaml --data $(DATA)/embedded128 --output $(RESULTS)
-	$(EVALUATE) generation --config $(EVALUATION)/generation.yaml --data $(DATA)/embedded128 --output $(RESULTS)
+	$(EVALUATE) generation --config $(EVALUATION)/generation.yaml --data $(DATA)/everyday128 --output $(RESULTS)
 	$(EVALUATE) reconstruction --config $(EVALUATION)/photos.yaml --data $(DATA)/photo_eval --output $(RESULTS)/photos
 	$(EVALUATE) reconstruction --config $(EVALUATION)/caltech.yaml --data $(DATA)/caltech101_128 --output $(RESULTS)/caltech
 

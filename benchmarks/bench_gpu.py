@@ -4,8 +4,8 @@
     python benchmarks/bench_gpu.py --device cpu --tiny --backend eager        (tries the code where there is no GPU)
 
 Weights are random and made on the device. The most important groups come first; results are written after each of
-them. A scenario that fails is recorded with its error, and what no longer fits into the budget of seconds as
-skipped. Last line: JSON.
+them. A scenario that fails is recorded with its error; what no longer fits into the budget of seconds is named.
+Last line: JSON.
 """
 
 import functools
@@ -185,6 +185,7 @@ class Bench:
         self.results = results
         self.compile_options = compile_options
         self.rows: list[dict[str, Any]] = []
+        self.skipped: list[str] = []
         self.pipe: FlexTokPipeline | None = None
         self.prior: FlexTokPriorForCausalLM | None = None
         product, flops = harness.matmul_call(DTYPE, device)
@@ -197,7 +198,8 @@ class Bench:
         """Add the rows of `produce`, or say why there are none."""
         elapsed = time.perf_counter() - START
         if elapsed + estimate_s > self.budget_s:
-            return self.add({"name": label, "error": f"skipped: {elapsed:.0f} s used, about {estimate_s:.0f} needed"})
+            self.skipped.append(label)
+            return
         try:
             for row in produce():
                 self.add(row)
@@ -286,9 +288,15 @@ class Bench:
                 {name: round(value, 6) if isinstance(value, float) else value for name, value in row.items()}
                 for row in self.rows
             ],
+            "skipped": self.skipped,
         }
         heading = "bfloat16; " + ", ".join(f"{name} {harness.show(value)}" for name, value in limits.items())
-        harness.finish("gpu", record, [heading, harness.print_table(shown, [*columns, "error"])], self.results)
+        parts = [heading, harness.print_table(shown, [*columns, "error"])]
+        if self.skipped:
+            parts.append(
+                f"Not measured, as {self.budget_s:.0f} s were spent: {', '.join(dict.fromkeys(self.skipped))}."
+            )
+        harness.finish("gpu", record, parts, self.results)
 
 
 def plan(bench: Bench, is_tiny: bool) -> dict[str, Callable[[], None]]:

@@ -1,6 +1,7 @@
 """Pixels <-> latents: a VAE with its scaling factor, or the identity for models that work on pixels.
 
-What goes into the VAE has its channels last in memory, which is the order that convolutions compute in.
+On the CPU, what goes into the VAE has its channels last in memory, which is the order that convolutions compute in there;
+on an H200 that made encoding a fifth slower (docs/speed.md).
 """
 
 import torch
@@ -16,13 +17,16 @@ def encode_latents(vae: AutoencoderKL | None, pixel_values: Tensor) -> Tensor:
     """
     if vae is None:
         return pixel_values
-    pixel_values = pixel_values.to(vae.dtype, memory_format=torch.channels_last)
-    return vae.encode(pixel_values).latent_dist.mode() * vae.config.scaling_factor
+    return vae.encode(_prepare(pixel_values, vae)).latent_dist.mode() * vae.config.scaling_factor
 
 
 def decode_latents(vae: AutoencoderKL | None, latents: Tensor) -> Tensor:
     """Decode latents (B, C, h, w) as pictures (B, 3, H, W), about [-1, 1] and not clamped."""
     if vae is None:
         return latents
-    latents = (latents / vae.config.scaling_factor).to(vae.dtype, memory_format=torch.channels_last)
-    return vae.decode(latents).sample
+    return vae.decode(_prepare(latents / vae.config.scaling_factor, vae)).sample
+
+
+def _prepare(tensor: Tensor, vae: AutoencoderKL) -> Tensor:
+    layout = torch.channels_last if tensor.device.type == "cpu" else torch.preserve_format
+    return tensor.to(vae.dtype, memory_format=layout)
