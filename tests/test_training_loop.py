@@ -248,7 +248,7 @@ def test_a_prior_is_trained_on_classes(tiny_tokenizer_pipeline, tmp_path, monkey
     pipe = FlexTokPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     assert pipe.prior.config.num_classes == 2 and pipe.text_encoder is None
-    assert len(pipe(class_labels=[0, 1], num_inference_steps=1).images) == 2
+    assert len(pipe(class_labels=["bright", "dark"], num_inference_steps=1).images) == 2
 
 
 def test_a_grid_tokenizer_is_trained_and_reconstructs(tmp_path):

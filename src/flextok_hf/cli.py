@@ -222,7 +222,7 @@ def _add_decoding(parser: argparse.ArgumentParser, steps: int) -> None:
 
 def _add_generate(commands) -> None:
     parser = _add_command(commands, "generate", "turn a prompt into one or more pictures")
-    parser.add_argument("prompt", help='what to draw, such as "a cat"')
+    parser.add_argument("prompt", help='what to draw, such as "a cat"; or a class')
     parser.add_argument(
         "--output", required=True, metavar="FILE", help="picture file; several get numbers: cat-1.png, ..."
     )
@@ -237,7 +237,7 @@ def _add_generate(commands) -> None:
 
 def _add_stream(commands) -> None:
     parser = _add_command(commands, "stream", "draw a picture and show it while its tokens are being written")
-    parser.add_argument("prompt", help='what to draw, such as "a cat"')
+    parser.add_argument("prompt", help='what to draw, such as "a cat"; or a class')
     parser.add_argument(
         "--output", required=True, metavar="FILE", help=".webp: one animation; others get numbers: cat-04.png"
     )

@@ -34,7 +34,7 @@ def generate(options: argparse.Namespace) -> None:
     for start, batch in batches(paths, options, "pictures", pipe):
         # A generator per picture: picture n of seed s is the first picture of seed s + n, whatever the batch.
         result = pipe(
-            options.prompt,
+            **condition(pipe, options.prompt),
             max_tokens=options.max_tokens,
             num_images_per_prompt=len(batch),
             image=options.image,
@@ -56,7 +56,10 @@ def stream(options: argparse.Namespace) -> None:
     width = len(str(pipe.num_registers))
     frames = []
     for count, picture in pipe.stream(
-        options.prompt, options.token_counts, generator=seeded(options.seed), **sampling(options)
+        **condition(pipe, options.prompt),
+        token_counts=options.token_counts,
+        generator=seeded(options.seed),
+        **sampling(options),
     ):
         frames.append(picture)
         if path.suffix.lower() != ANIMATED:
@@ -66,6 +69,14 @@ def stream(options: argparse.Namespace) -> None:
     if path.suffix.lower() == ANIMATED:
         save_animation(frames, path, options.frame_ms)
         report(options, f"{path}: {len(frames)} frame{'s'[: len(frames) > 1]}, up to {token_count_title(count)}")
+
+
+def condition(pipe: FlexTokPipeline, prompt: str) -> dict[str, Any]:
+    """Return the prompt as the pipeline's call takes it: a text, or for a prior of classes a name or number."""
+    has_classes = pipe.prior is not None and pipe.prior.config.num_classes is not None
+    if has_classes and pipe.prior.config.text_hidden_size is None:
+        return {"class_labels": int(prompt) if prompt.isdecimal() else prompt}
+    return {"prompt": prompt}
 
 
 def sampling(options: argparse.Namespace) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Pixels <-> latents: a VAE with its scaling factor, or the identity for models that work on pixels.
 
-On the CPU, what goes into the VAE has its channels last in memory, which is the order that convolutions compute in there;
-on an H200 that made encoding a fifth slower (docs/speed.md).
+On the CPU, what goes into the VAE has its channels last in memory, which is the order that convolutions compute in
+there; on an H200 that made encoding a fifth slower (docs/speed.md).
 """
 
 import torch

@@ -190,7 +190,7 @@ class FlexTokPipeline(StreamingMixin, CardMixin, DiffusionPipeline):
         self,
         prompt: str | list[str] | None = None,
         max_tokens: int | Sequence[int] | None = None,
-        class_labels: int | Sequence[int] | Tensor | None = None,
+        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
         num_images_per_prompt: int = 1,
         num_inference_steps: int = 25,
         guidance_scale: GuidanceScale | None = None,
@@ -215,7 +215,7 @@ class FlexTokPipeline(StreamingMixin, CardMixin, DiffusionPipeline):
             prompt: text or texts; an empty string is no condition.
             max_tokens: most tokens to write, for all or per prompt; more than `num_registers` means all, below 1 is an
                 error. Few tokens give a plausible picture of the general idea, more fix the details.
-            class_labels: classes instead of a prompt, for priors trained on classes.
+            class_labels: classes instead of a prompt, for priors trained on classes: numbers, or names if it has some.
             num_images_per_prompt: pictures of each prompt, next to each other in the result.
             num_inference_steps: evaluations of the flow decoder.
             guidance_scale: how strongly the decoder follows the tokens, 1 is no guidance; or a function of sigma.
@@ -409,7 +409,7 @@ class FlexTokPipeline(StreamingMixin, CardMixin, DiffusionPipeline):
         if (prompt is None) == (class_labels is None):
             raise ValueError("Pass either `prompt` or `class_labels`, and not both.")
         if class_labels is not None:
-            labels = inputs.check_class_labels(class_labels, self.prior.config.num_classes)
+            labels = inputs.check_class_labels(class_labels, self.prior.config)
             labels = labels.to(self._execution_device).repeat_interleave(num_images_per_prompt)
             return len(labels) // num_images_per_prompt, {"class_labels": labels}
         if self.prior.config.text_hidden_size is None or self.text_encoder is None or self.tokenizer is None:

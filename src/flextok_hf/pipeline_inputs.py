@@ -1,5 +1,6 @@
 """Checks at the pipeline's public door: what a caller may pass, and what to do if it was something else."""
 
+import difflib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .configuration_prior import FlexTokPriorConfig
 from .guidance import GUIDANCE_METHODS
 from .nested_dropout import token_ladder
 
@@ -147,14 +149,14 @@ def check_prompts(prompt: Any) -> list[str]:
     return list(prompts)
 
 
-def check_class_labels(class_labels: Any, num_classes: int | None) -> Tensor:
-    """Return class labels as a (B,) int64 tensor.
+def check_class_labels(class_labels: Any, config: FlexTokPriorConfig) -> Tensor:
+    """Return class labels as a (B,) int64 tensor; names are looked up in `config.id2label`.
 
     Raises:
-        TypeError: if they are not whole numbers.
-        ValueError: if there are none, one is out of range, or the prior knows no classes.
+        TypeError: if they are neither whole numbers nor names.
+        ValueError: if there are none, one is out of range or unknown, or the prior knows no classes.
     """
-    if num_classes is None:
+    if config.num_classes is None:
         raise ValueError(
             "`class_labels` were given, but this model's prior knows no classes. Pass a `prompt` instead."
         )
@@ -162,12 +164,29 @@ def check_class_labels(class_labels: Any, num_classes: int | None) -> Tensor:
     labels = labels if isinstance(labels, list | tuple) else [labels]
     if len(labels) == 0:
         raise ValueError("`class_labels` is empty. Give at least one class.")
-    for label in labels:
+    numbers = [find_class(label, config) if isinstance(label, str) else label for label in labels]
+    for label in numbers:
         if not is_whole_number(label):
-            raise TypeError(f"`class_labels` must be whole numbers, got {label!r}.")
-        if not 0 <= label < num_classes:
-            raise ValueError(f"`class_labels` must lie in [0, {num_classes}), the classes of this prior, got {label}.")
-    return torch.tensor(labels)
+            raise TypeError(f"`class_labels` must be whole numbers or names, got {label!r}.")
+        if not 0 <= label < config.num_classes:
+            raise ValueError(
+                f"`class_labels` must lie in [0, {config.num_classes}), the classes of this prior, got {label}."
+            )
+    return torch.tensor(numbers)
+
+
+def find_class(name: str, config: FlexTokPriorConfig) -> int:
+    """Return the number of a class."""
+    names = config.id2label if len(config.id2label) == config.num_classes else {}
+    for number, known in names.items():
+        if known == name:
+            return number
+    if not names:
+        raise ValueError(f"The classes of this prior have no names, so {name!r} is unknown. Give their numbers.")
+    similar = difflib.get_close_matches(name, names.values()) or list(names.values())[:10]
+    raise ValueError(
+        f"`class_labels` names {name!r}, which is none of the {len(names)} classes, such as {', '.join(similar)}."
+    )
 
 
 def check_sampling(

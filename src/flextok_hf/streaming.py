@@ -69,7 +69,7 @@ class StreamingMixin:
         self: Any,
         prompt: str | None = None,
         token_counts: Sequence[int] | None = None,
-        class_labels: int | None = None,
+        class_labels: int | str | None = None,
         num_inference_steps: int = 25,
         guidance_scale: float | Callable[[float], float] | None = None,
         prior_guidance_scale: float | None = None,
@@ -95,7 +95,7 @@ class StreamingMixin:
             prompt: one text.
             token_counts: when to show the picture, growing; more than `num_registers` means all. `None` is 1, 2, 4,
                 ... up to all tokens.
-            class_labels: one class instead of a prompt.
+            class_labels: one class instead of a prompt, its number or name.
             num_inference_steps, guidance_scale, prior_guidance_scale, temperature, top_k, top_p, class_zero_guidance,
                 guidance, generator, latents, image, token_ids, keep_tokens, output_type: as in calling the pipeline.
 

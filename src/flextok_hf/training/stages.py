@@ -180,6 +180,8 @@ def train_prior(arguments: PriorArguments) -> Path:
         None if text_encoder is None else text_encoder.config.d_model,
         None if class_names is None else len(class_names),
     )
+    if class_names is not None:
+        prior.config.id2label = dict(enumerate(class_names))
     if pipe is not None:
         pipe.register_modules(prior=prior, text_encoder=text_encoder, tokenizer=text_tokenizer)
     draw = prior_validation(arguments, pipe, class_names)
