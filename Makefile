@@ -83,7 +83,7 @@ bench: setup  ## measure speed on a CPU into docs/results/speed: about 14 minute
 bench-gpu: setup  ## measure speed on a GPU into docs/results/speed: 2.5 minutes
 	$(BIN)/python benchmarks/bench_gpu.py --results $(SPEED)
 
-bench-embedded: setup  ## time the embedded model and its training; the last line of each benchmark is JSON
+bench-embedded: setup  ## time the embedded model, and training steps of a tokenizer; each last line is JSON
 	$(BIN)/python benchmarks/bench_pipeline.py
 	$(BIN)/python benchmarks/bench_training.py
 

@@ -1,7 +1,11 @@
-r"""Make the embedded model's training set: emoji of all names and styles with plain captions, and photos of things.
+r"""Make the embedded model's training sets: emoji with plain captions, and photos of things.
 
     python scripts/prepare_embedded_data.py --emoji emoji128 --photos caltech101_128 --max_photos 3500 \
         --output data/embedded128
+    python scripts/prepare_embedded_data.py --emoji emoji128 --photos caltech101_128 --max_photos 1200 \
+        --everyday_only --styles 3d flat gradient noto --output data/everyday128
+
+The first set has emoji of all names and styles; the second, for the later parts of the training, everyday ones only.
 
 `--emoji` is a folder (or a Hub data set) with the splits train and validation and the columns image, name and style;
 `--photos` one with image and name. `--output` receives train.parquet and validation.parquet with the columns

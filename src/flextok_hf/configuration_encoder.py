@@ -11,14 +11,18 @@ TOKEN_LAYOUTS = ("registers", "grid")
 class FlexTokEncoderConfig(PreTrainedConfig):
     """Configuration of `FlexTokEncoder`; the defaults are the published d12 size (Bachmann et al., arXiv 2502.13967).
 
-    in_channels (`int`): channels of the latents; 3 for a model that reads pixels.
-    patch_size (`int`): side of a square patch, in latent cells.
-    grid_size (`int`): side of the position grid, in patches; latents have `grid_size * patch_size` cells at most.
-    hidden_size (`int`): width; a multiple of `head_dim` and of 4.
-    token_layout (`str`): "registers", an ordered sequence whose every prefix describes the whole picture; or "grid", a
-        token per patch in raster order, the two-dimensional control of the paper.
-    num_registers (`int`): longest token sequence of a picture; `grid_size ** 2` for a grid.
-    fsq_levels (`list[int]`): levels per code dimension; their product is the codebook size.
+    Args:
+        in_channels (`int`): channels of the latents; 3 for a model that reads pixels.
+        patch_size (`int`): side of a square patch, in latent cells.
+        grid_size (`int`): side of the position grid, in patches; latents have `grid_size * patch_size` cells a side at
+            most.
+        hidden_size (`int`): width; a multiple of `head_dim` and of 4.
+        num_hidden_layers (`int`): number of blocks.
+        head_dim (`int`): width of an attention head.
+        token_layout (`str`): "registers", an ordered sequence whose every prefix describes the whole picture; or
+            "grid", a token per patch in raster order, the two-dimensional control of the paper.
+        num_registers (`int`): longest token sequence of a picture; `grid_size ** 2` for a grid.
+        fsq_levels (`list[int]`): levels per code dimension; their product is the codebook size.
     """
 
     model_type = "flextok_encoder"

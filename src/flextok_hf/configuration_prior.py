@@ -12,26 +12,31 @@ NORM_TYPES = ("rms_norm", "layer_norm")
 class FlexTokPriorConfig(PreTrainedConfig):
     """Configuration of `FlexTokPriorForCausalLM`; the defaults are the smallest published one, FlexAR-113M-T2I.
 
-    codebook_size (`int`): token ids the model writes, the size of the tokenizer's codebook; also called `vocab_size`.
-    hidden_size (`int`): width; a multiple of `num_attention_heads`.
-    intermediate_size (`int`): width inside the gated feed-forward layers.
-    max_position_embeddings (`int`): longest token sequence of a picture, `num_registers` of the tokenizer.
-    norm_type (`str`): "rms_norm" (gain) or "layer_norm" (gain and shift), in front of every layer.
-    norm_eps (`float`): added to the mean square or variance in every normalization; also called `rms_norm_eps`.
-    use_final_norm (`bool`): normalize after the last block.
-    use_head_norm (`bool`): normalize once more in front of the output layer, always by a layer norm.
-    use_bias (`bool`): give every linear layer a bias.
-    qk_norm (`bool`): normalize queries and keys per head in self-attention.
-    cross_qk_norm (`bool`): the same in cross-attention.
-    qk_norm_type (`str`): kind of both, as `norm_type`, which `None` means.
-    qk_norm_eps (`float`): added in both; `None` means `norm_eps`.
-    attention_scale (`float`): factor on the logits of self-attention; `None` means one over the root of the head size.
-    text_hidden_size (`int`): width of the text encoder's states; `None` for a model without text.
-    projector_activation (`str`): activation between the two layers that fit text states to `hidden_size`.
-    num_classes (`int`): size of the class table; `None` for a model without classes.
-    dropout (`float`): share of each residual update set to zero in training; 0 in the published models.
-    initializer_range (`float`): standard deviation of fresh weights.
-    bos_token_id (`int`): id of the start vector, always `codebook_size`: the first id that is not a code.
+    Args:
+        codebook_size (`int`): token ids the model writes, the tokenizer's codebook; also called `vocab_size`.
+        hidden_size (`int`): width; a multiple of `num_attention_heads`.
+        num_hidden_layers (`int`): number of blocks.
+        num_attention_heads (`int`): heads of self-attention and cross-attention.
+        intermediate_size (`int`): width inside the gated feed-forward layers.
+        max_position_embeddings (`int`): longest token sequence of a picture, `num_registers` of the tokenizer.
+        norm_type (`str`): "rms_norm" (gain) or "layer_norm" (gain and shift), in front of every layer.
+        norm_eps (`float`): added to the mean square or variance in every normalization; also called `rms_norm_eps`.
+        use_final_norm (`bool`): normalize after the last block.
+        use_head_norm (`bool`): normalize once more in front of the output layer, always by a layer norm.
+        use_bias (`bool`): give every linear layer a bias.
+        qk_norm (`bool`): normalize queries and keys per head in self-attention.
+        cross_qk_norm (`bool`): the same in cross-attention.
+        qk_norm_type (`str`): kind of both, as `norm_type`, which `None` means.
+        qk_norm_eps (`float`): added in both; `None` means `norm_eps`.
+        attention_scale (`float`): factor on the logits of self-attention; `None` means one over the root of the head
+            size.
+        text_hidden_size (`int`): width of the text encoder's states; `None` for a model without text.
+        projector_activation (`str`): activation between the two layers that fit text states to `hidden_size`.
+        num_classes (`int`): size of the class table; `None` for a model without classes.
+        dropout (`float`): share of each residual update set to zero in training; 0 in the published models.
+        initializer_range (`float`): standard deviation of fresh weights.
+        bos_token_id (`int`): id of the start vector, always `codebook_size`: the first id that is not a code.
+        tie_word_embeddings (`bool`): always False, since the embedding has a row more than the output layer.
     """
 
     model_type = "flextok_prior"

@@ -32,8 +32,9 @@ STATIC_TEXT_MULTIPLE = 32  # texts are padded to it for a static cache, so that 
 class PriorGenerateOutput(GenerateDecoderOnlyOutput):
     """Transformers' output of `generate`, and how likely the choices were.
 
-    log_probs (`torch.FloatTensor` of shape `(B, k)`): log-probability of each new token under the distribution it was
-        drawn from, after guidance, temperature and filters; their sum over a row scores the row.
+    Attributes:
+        log_probs (`torch.FloatTensor` of shape `(B, k)`): log-probability of each new token under the distribution it
+            was drawn from, after guidance, temperature and filters; their sum over a row scores the row.
     """
 
     log_probs: Tensor | None = None

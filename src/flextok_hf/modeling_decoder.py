@@ -288,7 +288,8 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
 
         Args:
             noisy_latents: (1 - sigma) * latents + sigma * noise, (B, C, h, w).
-            sigma: noise level per sample, (B,) in [0, 1], or (1,) for all; 0 is data, 1 is noise.
+            sigma: noise level per sample, (B,) in [0, 1], or (1,) for all; 0 is data, 1 is noise. Not read, and may be
+                `None`, if `modulation` is given.
             codes: quantized features, (B, k, Q) in [-1, 1], k <= K; missing ones count as dropped. The work grows with
                 k, so leave out the codes that no sample keeps.
             num_tokens: how many codes to use per sample, (B,) in [0, k]; `None` uses all.
@@ -298,6 +299,9 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
 
         Returns:
             The velocity, (B, C, h, w).
+
+        Raises:
+            ValueError: if there are more codes than registers, or than patches of a grid.
         """
         patches = self.patch_embedding(noisy_latents)  # (B, N, D)
         num_patches, key_bias = patches.shape[1], None

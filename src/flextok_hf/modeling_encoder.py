@@ -22,9 +22,10 @@ from .quantizer import FiniteScalarQuantizer
 class FlexTokEncoderOutput(ModelOutput):
     """What the encoder says about pictures.
 
-    features (`torch.FloatTensor` of shape `(B, K, Q)`): register features before quantization, coarsest first.
-    codes (`torch.FloatTensor` of shape `(B, K, Q)`): quantized features in [-1, 1].
-    token_ids (`torch.LongTensor` of shape `(B, K)`): their numbers in [0, codebook size).
+    Attributes:
+        features (`torch.FloatTensor` of shape `(B, K, Q)`): register features before quantization, coarsest first.
+        codes (`torch.FloatTensor` of shape `(B, K, Q)`): quantized features in [-1, 1].
+        token_ids (`torch.LongTensor` of shape `(B, K)`): their numbers in [0, codebook size).
     """
 
     features: Tensor | None = None
@@ -140,11 +141,14 @@ class FlexTokEncoder(WholeWeightsMixin, PreTrainedModel):
 
         Args:
             latents: (B, C, h, w), about unit variance.
-            num_tokens: length of the sequences; `None` means all registers.
+            num_tokens: most tokens per picture; `None`, or more than there are, means all.
             return_dict: return a `FlexTokEncoderOutput` rather than a tuple.
 
         Returns:
             Features, codes and token ids.
+
+        Raises:
+            ValueError: if `num_tokens` is not a whole number of 1 or more.
         """
         features = self.compute_features(latents, num_tokens)  # (B, K, Q)
         codes = self.quantizer(features)  # (B, K, Q)

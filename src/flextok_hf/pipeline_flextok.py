@@ -44,8 +44,9 @@ pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(OWN_CLASSES)
 class FlexTokPipelineOutput(BaseOutput):
     """Pictures and the tokens they were made from.
 
-    images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): as `output_type` asks.
-    token_ids (`torch.LongTensor` of shape `(B, k)`, or a list of `(k,)` tensors where the lengths differ).
+    Attributes:
+        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): as `output_type` asks.
+        token_ids (`torch.LongTensor` of shape `(B, k)`): a list of `(k,)` tensors where the lengths differ.
     """
 
     images: list[Image.Image] | np.ndarray | Tensor
@@ -57,6 +58,17 @@ class FlexTokPipeline(StreamingMixin, CardMixin, DiffusionPipeline):
 
     `tokenize` and `detokenize` need the encoder and the decoder only. Calling the pipeline needs a prior, and a prior
     with text needs its text encoder. Without a VAE the latents are the pixels themselves.
+
+    Args:
+        encoder: latents to token ids.
+        decoder: token ids and noise to latents; `num_registers` and `token_layout` as those of the encoder.
+        scheduler: takes the steps from noise to latents.
+        vae: pixels to latents and back.
+        prior: a condition to token ids.
+        text_encoder: prompts to the states that the prior reads.
+        tokenizer: of the text encoder.
+        default_guidance_scale: of the decoder where a call names none.
+        default_prior_guidance_scale: the same of the prior.
     """
 
     model_cpu_offload_seq = "text_encoder->prior->encoder->decoder->vae"
@@ -217,7 +229,7 @@ class FlexTokPipeline(StreamingMixin, CardMixin, DiffusionPipeline):
                 error. Few tokens give a plausible picture of the general idea, more fix the details.
             class_labels: classes instead of a prompt, for priors trained on classes: numbers, or names if it has some.
             num_images_per_prompt: pictures of each prompt, next to each other in the result.
-            num_inference_steps: evaluations of the flow decoder.
+            num_inference_steps: steps of the flow decoder.
             guidance_scale: how strongly the decoder follows the tokens, 1 is no guidance; or a function of sigma.
                 `None` is the model's own default, 7.5 for the published ones.
             prior_guidance_scale: how strongly the prior follows the prompt, 1 is no guidance. `None` is the model's
@@ -228,7 +240,8 @@ class FlexTokPipeline(StreamingMixin, CardMixin, DiffusionPipeline):
             class_zero_guidance: guide classes as the official code does by mistake, away from class 0 after the first
                 token; to reproduce its pictures.
             guidance: rule of the decoder's guidance, "apg" or "cfg".
-            generator: source of randomness; a list with one per picture makes each independent of its batch.
+            generator: source of randomness, PyTorch's global one by default; a list with one per picture makes each
+                independent of its batch.
             latents: noise to start from, (B, C, h, w), instead of drawing it.
             image: picture to vary, one for all prompts or a list with one each, as in `tokenize`; its first
                 `keep_tokens` tokens stay and the prior writes the others. For no wish, the prompt is "".
@@ -287,6 +300,11 @@ class FlexTokPipeline(StreamingMixin, CardMixin, DiffusionPipeline):
 
         Returns:
             Token ids, (B, k) int64 in [0, codebook_size), coarsest first.
+
+        Raises:
+            ValueError: if a picture is damaged or its values do not fit, or `max_tokens` is below 1.
+            TypeError: if a picture is of the wrong kind; see `prepare_images`.
+            FileNotFoundError: if a path names no file.
         """
         token_ids = self.tokenize_pixels(prepare_images(images, self.resolution, self._execution_device), max_tokens)
         self.maybe_free_model_hooks()
@@ -325,6 +343,10 @@ class FlexTokPipeline(StreamingMixin, CardMixin, DiffusionPipeline):
 
         Returns:
             Pictures and the token ids.
+
+        Raises:
+            ValueError: if an id lies outside the codebook, or another argument does not fit.
+            TypeError: if the ids are no integer tensors.
         """
         # 1. Check inputs
         if guidance_scale is None:
