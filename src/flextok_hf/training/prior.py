@@ -12,12 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..configuration_prior import FlexTokPriorConfig
 from ..modeling_prior import FlexTokPriorForCausalLM
 from ..pipeline_flextok import FlexTokPipeline
+from ..prior_inputs import UNCONDITIONAL_LABEL
 from .arguments import PriorArguments
 from .caching import latents_of
 from .chance import Chance
-
-
-UNCONDITIONAL_LABEL = -1
 
 
 class PriorForTraining(nn.Module):
