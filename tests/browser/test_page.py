@@ -9,6 +9,7 @@ import re
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -56,6 +57,12 @@ def shown_picture(page, panel, label):
     return Image.open(io.BytesIO(page.request.get(source).body())).convert("RGB")
 
 
+def assert_same_picture(shown, expected):
+    """Compare pictures up to a gray level, by which two processes may round differently."""
+    difference = np.asarray(shown).astype(int) - np.asarray(expected).astype(int)
+    assert np.abs(difference).max() <= 1
+
+
 def wait_for_count(panel, count):
     panel.get_by_text(re.compile(rf"^{count} of {count} pictures: ")).wait_for()
 
@@ -94,7 +101,7 @@ def test_a_photo_is_reconstructed_and_the_slider_changes_it(open_page, pipe):
     facts.get_by_text(f"{pipe.num_registers} tokens").wait_for()
     whole = facts.inner_text()
     expected = pipe.reconstruct(PHOTO, generator=seeded(0))
-    assert shown_picture(page, panel, "What comes back").tobytes() == expected[-1][0].tobytes()
+    assert_same_picture(shown_picture(page, panel, "What comes back"), expected[-1][0])
     keep_screenshot(page, "reconstruct")
 
     slider = panel.get_by_role("slider")
@@ -106,7 +113,7 @@ def test_a_photo_is_reconstructed_and_the_slider_changes_it(open_page, pipe):
     facts.get_by_text("1 token", exact=True).wait_for()
     assert facts.inner_text() != whole
     assert re.search(r"1 token, 10 bits \(1 bytes?\), PSNR \d+\.\d dB", facts.inner_text())
-    assert shown_picture(page, panel, "What comes back").tobytes() == expected[0][0].tobytes()
+    assert_same_picture(shown_picture(page, panel, "What comes back"), expected[0][0])
 
 
 def test_a_prompt_appears_step_by_step_and_ends_as_the_pipeline_draws_it(open_page, pipe):
@@ -121,7 +128,7 @@ def test_a_prompt_appears_step_by_step_and_ends_as_the_pipeline_draws_it(open_pa
     seconds = (time.monotonic() - start) / len(counts)
     print(f"\n{seconds:.2f} s per picture, {len(counts)} pictures in a stream")
     expected = pipe("a red apple", generator=seeded(3)).images[0]
-    assert shown_picture(page, panel, "The picture so far").tobytes() == expected.tobytes()
+    assert_same_picture(shown_picture(page, panel, "The picture so far"), expected)
     assert panel.locator(".grid-container img").count() == len(counts)
     keep_screenshot(page, "generate")
 
@@ -155,7 +162,7 @@ def test_a_token_is_replaced(open_page, pipe):
     changed = token_ids.clone()
     changed[0, 1] = new_id
     expected = pipe.detokenize(changed, generator=seeded(0)).images[0]
-    assert shown_picture(page, panel, "After").tobytes() == expected.tobytes()
+    assert_same_picture(shown_picture(page, panel, "After"), expected)
     keep_screenshot(page, "tokens")
 
 
@@ -208,7 +215,7 @@ def test_two_people_at_once_get_their_own_pictures(open_page, pipe):
     for page, panel, prompt in zip(pages, panels, prompts):
         wait_for_count(panel, len(token_ladder(pipe.num_registers)))
         expected = pipe(prompt, generator=seeded(1)).images[0]
-        assert shown_picture(page, panel, "The picture so far").tobytes() == expected.tobytes()
+        assert_same_picture(shown_picture(page, panel, "The picture so far"), expected)
 
 
 def test_a_tab_closed_during_a_job_leaves_the_way_free(open_page, pipe):
