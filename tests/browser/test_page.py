@@ -38,6 +38,7 @@ def seeded(seed):
 
 def tab(page, name):
     """Open a tab, also one that a narrow page keeps in a menu; returns its panel."""
+    page.get_by_role("tab").first.wait_for()  # counting does not wait for the page
     if page.get_by_role("tab", name=name).count() == 0:
         page.get_by_role("button", name="More tabs").click()
         page.locator(".overflow-dropdown").get_by_role("button", name=name).click()
