@@ -7,6 +7,7 @@ TORCH ?= torch==2.13.0
 OUTPUTS ?= outputs
 PHOTO ?= docs/assets/parrots.jpg
 PROMPT ?= a cat
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
@@ -49,8 +50,8 @@ quality: setup  ## check lint, format and types
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 
-test: setup  ## run the whole test suite
-	$(BIN)/python -m pytest
+test: setup  ## run the whole test suite, in WORKERS processes of one thread each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 docs: $(VENV)/.installed-docs  ## build the documentation site into site/, with every warning an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
