@@ -88,6 +88,14 @@ def tiny_class_pipeline() -> FlexTokPipeline:
 
 
 @pytest.fixture(scope="session")
+def named_class_pipeline() -> FlexTokPipeline:
+    """The same with names for the classes. Shared by all tests: do not change it."""
+    pipe = make_pipeline(prior=make_prior(text_hidden_size=None, num_classes=3))
+    pipe.prior.config.id2label = {0: "cat", 1: "dog", 2: "red panda"}
+    return pipe
+
+
+@pytest.fixture(scope="session")
 def tiny_tokenizer_pipeline() -> FlexTokPipeline:
     """Tokenizer without a prior. Shared by all tests: do not change it."""
     return make_pipeline()

@@ -1,6 +1,5 @@
 """The command line: help, wrong input, and runs from end to end with the embedded model."""
 
-import copy
 import json
 import os
 import re
@@ -470,10 +469,8 @@ def test_info_tells_resolution_tokens_and_parameters(capsys, model):
 
 @pytest.mark.parametrize("prompt", ["dog", "1"])
 @pytest.mark.parametrize("command", ["generate", "stream"])
-def test_a_prior_of_classes_draws_from_names_and_numbers(capsys, tmp_path, tiny_class_pipeline, command, prompt):
-    prior = copy.deepcopy(tiny_class_pipeline.prior)
-    prior.config.id2label = {0: "cat", 1: "dog", 2: "red panda"}
-    FlexTokPipeline(**{**tiny_class_pipeline.components, "prior": prior}).save_pretrained(tmp_path / "classes")
+def test_a_prior_of_classes_draws_from_names_and_numbers(capsys, tmp_path, named_class_pipeline, command, prompt):
+    named_class_pipeline.save_pretrained(tmp_path / "classes")
     output = tmp_path / "dog.webp"
     code, _, err = run(
         capsys, command, prompt, "--model", tmp_path / "classes", "--output", output, "--num-inference-steps", 1

@@ -1,6 +1,5 @@
 """The public door: prompt or picture -> token ids -> picture."""
 
-import copy
 import json
 
 import numpy as np
@@ -339,23 +338,15 @@ def test_a_wrong_class_is_refused_by_name(tiny_class_pipeline, labels, error):
         tiny_class_pipeline(class_labels=labels)
 
 
-@pytest.fixture
-def named_classes(tiny_class_pipeline):
-    """The pipeline of classes, with names for them."""
-    prior = copy.deepcopy(tiny_class_pipeline.prior)
-    prior.config.id2label = {0: "cat", 1: "dog", 2: "red panda"}
-    return FlexTokPipeline(**{**tiny_class_pipeline.components, "prior": prior})
-
-
-def test_a_class_can_be_named(named_classes):
-    by_name = named_classes(class_labels=["dog", "red panda"], generator=[seeded(0), seeded(1)], **FAST)
-    by_number = named_classes(class_labels=[1, 2], generator=[seeded(0), seeded(1)], **FAST)
+def test_a_class_can_be_named(named_class_pipeline):
+    by_name = named_class_pipeline(class_labels=["dog", "red panda"], generator=[seeded(0), seeded(1)], **FAST)
+    by_number = named_class_pipeline(class_labels=[1, 2], generator=[seeded(0), seeded(1)], **FAST)
     assert torch.equal(torch.stack([*by_name.token_ids]), torch.stack([*by_number.token_ids]))
 
 
-def test_an_unknown_class_is_refused_with_similar_names(named_classes):
+def test_an_unknown_class_is_refused_with_similar_names(named_class_pipeline):
     with pytest.raises(ValueError, match="'cats', which is none of the 3 classes, such as cat"):
-        named_classes(class_labels="cats")
+        named_class_pipeline(class_labels="cats")
 
 
 def test_a_name_without_names_is_refused(tiny_class_pipeline):

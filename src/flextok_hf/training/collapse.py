@@ -16,9 +16,7 @@ def spread_penalty(features: Tensor) -> Tensor:
     Returns:
         Mean over K and Q, a scalar.
     """
-    features = features.float()
-    mean = mean_over_processes(features.mean(dim=0))  # (K, Q)
-    variance = mean_over_processes((features - mean).square().mean(dim=0))
+    mean, _, variance = moments(features.float())
     std = variance.clamp(min=1e-12).sqrt()  # at 0 the root has no slope
     return (mean.square() + F.relu(1 - std).square()).mean()
 
@@ -35,13 +33,18 @@ def correlation_penalty(features: Tensor) -> Tensor:
     Returns:
         Mean of the squared correlations between different features of all tokens, from 0 to 1, a scalar.
     """
-    features = features.float().flatten(1)  # (B, K * Q)
-    centered = features - mean_over_processes(features.mean(dim=0))
-    variance = mean_over_processes(centered.square().mean(dim=0))
+    _, centered, variance = moments(features.float().flatten(1))  # (B, K * Q)
     centered = centered / variance.clamp(min=1e-6).sqrt()
     correlation = mean_over_processes(centered.T @ centered / len(centered))  # (K * Q, K * Q)
     others = correlation - torch.diag(correlation.diagonal())
     return others.square().sum() / max(1, correlation.numel() - len(correlation))
+
+
+def moments(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean, difference from it, and variance of features (B, ...) over the batch of all processes."""
+    mean = mean_over_processes(features.mean(dim=0))
+    centered = features - mean
+    return mean, centered, mean_over_processes(centered.square().mean(dim=0))
 
 
 class SumOverProcesses(torch.autograd.Function):
