@@ -10,8 +10,10 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,12 @@ def peak_memory(call: Call, device: str = "cpu") -> int | None:
     except OSError:
         call()
         return None
+
+
+def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function of a module's top level in a process that ends with it, and return what it returned."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def describe_machine(device: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from flextok_hf.layers import (
     PatchEmbedding,
     TimestepEmbedder,
     attend,
+    attend_in_products,
     layer_norm,
     patchify,
     sincos_position_table,
@@ -42,6 +43,31 @@ def test_a_square_mask_says_which_query_sees_which_key_for_any_batch(batch_size)
     torch.testing.assert_close(context[:, 0], value[:, 0])
 
 
+MASKS = {
+    "none": None,
+    "bias per key": random(3, 1, 1, 6, seed=4),
+    "who sees whom": torch.ones(1, 1, 5, 6, dtype=torch.bool).tril(),
+    "logits of each head": random(3, 2, 5, 6, seed=5),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@torch.no_grad()
+def test_attention_in_products_is_attention(mask):
+    query, key, value = random(3, 5, 2, 4), random(3, 6, 2, 4, seed=1), random(3, 6, 2, 4, seed=2)
+    expected = attend(query, key, value, mask, scale=0.7)
+    torch.testing.assert_close(attend_in_products(query, key, value, mask, scale=0.7), expected)
+
+
+@torch.no_grad()
+def test_bfloat16_attention_is_close_to_float32_whatever_the_size():
+    """Large ones are computed in another way than small ones."""
+    for length in (8, 100):
+        query, key, value = (random(2, length, 3, 16, seed=seed).bfloat16() for seed in range(3))
+        expected = attend(query.float(), key.float(), value.float())
+        torch.testing.assert_close(attend(query, key, value).float(), expected, atol=0.02, rtol=0)
+
+
 def test_logits_are_scaled_by_eight_over_the_head_size():
     assert Attention(64, 64).scale == 64**-0.5
     assert Attention(64, 32).scale == 0.25
@@ -52,6 +78,9 @@ def test_layer_norm_computes_in_float32():
     normalized = layer_norm(hidden_states)
     assert normalized.dtype == torch.bfloat16
     assert normalized.equal(layer_norm(hidden_states.float()).bfloat16())
+    scale, shift = random(64, seed=1).bfloat16(), random(64, seed=2).bfloat16()
+    expected = layer_norm(hidden_states.float(), scale.float(), shift.float()).bfloat16()
+    assert layer_norm(hidden_states, scale, shift).equal(expected)
 
 
 def test_patches_are_row_major_with_channels_last():

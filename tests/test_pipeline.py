@@ -298,6 +298,14 @@ def test_prompt_and_class_together_are_refused(tiny_pipeline):
         tiny_pipeline("a star", class_labels=1)
 
 
+def test_a_prompt_that_is_too_long_is_cut_with_a_warning(tiny_pipeline, caplog):
+    tiny_pipeline("a red circle", 1, **FAST)
+    assert not caplog.records
+    tiny_pipeline(["a cross", "very " * 500 + "red"], 1, **FAST)
+    limit = tiny_pipeline.tokenizer.model_max_length
+    assert [f"only the first {limit} are read" in record.getMessage() for record in caplog.records] == [True]
+
+
 def test_neither_prompt_nor_class_is_refused(tiny_pipeline):
     with pytest.raises(ValueError, match="`prompt` or `class_labels`"):
         tiny_pipeline()

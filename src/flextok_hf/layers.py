@@ -15,6 +15,7 @@ from .packed_linear import PackableLinear
 
 
 LAYER_NORM_EPS = 1e-5
+MIN_LOGITS, MAX_LOGITS = 2**12, 2**24  # per head, and of all heads: where attention in two products pays, and fits
 
 
 def attend(
@@ -53,9 +54,49 @@ def attend(
     if attention_mask is not None and attention_mask.ndim == 2:
         # spelled out, because Diffusers takes a mask of (B, Lk) for padding, and a square one can have that shape
         attention_mask = attention_mask[None, None]
+    if backend is None and not is_causal and is_faster_in_products(query, key):
+        return attend_in_products(query, key, value, attention_mask, scale)
     return dispatch_attention_fn(
         query, key, value, attn_mask=attention_mask, scale=scale, is_causal=is_causal, backend=backend
     )
+
+
+def is_faster_in_products(query: Tensor, key: Tensor) -> bool:
+    """Whether `attend_in_products` takes less time than PyTorch's fused kernel: in bfloat16 on a CPU, a third less."""
+    if query.device.type != "cpu" or query.dtype != torch.bfloat16 or torch.compiler.is_compiling():
+        return False
+    num_logits = query.shape[1] * key.shape[1]  # of a head
+    is_large = MIN_LOGITS <= num_logits and num_logits * query.shape[2] <= MAX_LOGITS
+    return is_large and not torch.is_grad_enabled() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def attend_in_products(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scale: float | None
+) -> Tensor:
+    """Compute `attend` as two products and a softmax, for one sample after the other, which reuses the memory.
+
+    Args:
+        query, key, value: (B, L, heads, head_dim).
+        attention_mask: broadcastable to (B, heads, Lq, Lk); boolean, or added to the logits.
+        scale: factor on the logits; `None` means `head_dim ** -0.5`.
+    """
+    batch_size, num_queries, num_heads, head_dim = query.shape
+    scale = head_dim**-0.5 if scale is None else scale
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        attention_mask = torch.zeros(attention_mask.shape).masked_fill_(~attention_mask, -torch.inf)
+    if attention_mask is not None:
+        attention_mask = attention_mask.expand(batch_size, -1, -1, -1)
+    weights = query.new_empty(num_heads, num_queries, key.shape[1])
+    context = torch.empty_like(query)
+    for sample in range(batch_size):
+        # (heads, L, head_dim) each
+        queries, keys, values = (states[sample].transpose(0, 1) for states in (query, key, value))
+        torch.baddbmm(weights, queries, keys.mT, beta=0, alpha=scale, out=weights)
+        if attention_mask is not None:
+            weights.add_(attention_mask[sample])  # in the precision of the mask
+        torch.softmax(weights, dim=-1, out=weights)
+        context[sample] = torch.bmm(weights, values).transpose(0, 1)
+    return context
 
 
 def append_bias_dimensions(
@@ -78,11 +119,13 @@ def append_bias_dimensions(
 
 
 def layer_norm(hidden_states: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-    """Normalize the last dimension to mean 0 and variance 1 in float32, then scale and shift it if asked to, (D,)."""
-    shape = hidden_states.shape[-1:]
+    """Normalize the last dimension to mean 0 and variance 1, then scale and shift it if asked to, (D,).
+
+    The kernels compute in float32 whatever the precision of the states.
+    """
     if scale is not None and shift is not None:
-        scale, shift = scale.float(), shift.float()
-    return F.layer_norm(hidden_states.float(), shape, scale, shift, LAYER_NORM_EPS).type_as(hidden_states)
+        scale, shift = scale.type_as(hidden_states), shift.type_as(hidden_states)
+    return F.layer_norm(hidden_states, hidden_states.shape[-1:], scale, shift, LAYER_NORM_EPS).type_as(hidden_states)
 
 
 class AttentionProcessor:

@@ -30,12 +30,7 @@ def check_output_path(path: str | os.PathLike, extensions: tuple[str, ...]) -> P
         raise ValueError(
             f"`output` {str(path)!r} is a folder; name a file in it, such as {path / ('out' + path.suffix)}"
         )
-    if not path.parent.is_dir():
-        raise ValueError(
-            f"`output` {str(path)!r} lies in a folder that does not exist; create it: mkdir -p {path.parent}"
-        )
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"the folder of `output` {str(path)!r} cannot be written to; choose another one")
+    check_folder_around(path)
     return path
 
 
@@ -53,13 +48,18 @@ def check_output_folder(path: str | os.PathLike) -> Path:
         raise ValueError(f"`output` {str(path)!r} exists and is not empty; choose another name, or remove it first")
     if path.exists() and not path.is_dir():
         raise ValueError(f"`output` {str(path)!r} is a file; choose the name of a new folder")
+    check_folder_around(path)
+    return path
+
+
+def check_folder_around(path: Path) -> None:
+    """Raise a `ValueError` if the folder in which `path` is to be made is missing or read-only."""
     if not path.parent.is_dir():
         raise ValueError(
             f"`output` {str(path)!r} lies in a folder that does not exist; create it: mkdir -p {path.parent}"
         )
     if not os.access(path.parent, os.W_OK):
         raise ValueError(f"the folder of `output` {str(path)!r} cannot be written to; choose another one")
-    return path
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[str], object]) -> None:

@@ -3,6 +3,7 @@
 Letters: B batch, C latent channels, h w latent grid, K registers, Q code dimensions.
 """
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from .nested_dropout import token_ladder
 from .packed_linear import packed_weights
 from .streaming import StreamingMixin
 
+
+logger = logging.getLogger(__name__)
 
 # Diffusers looks up how to save and load a component by the package it comes from. Without these entries a model index
 # names our modules by their full path, which loads from a folder but not from the Hub.
@@ -450,7 +453,14 @@ class FlexTokPipeline(StreamingMixin, CardMixin, DiffusionPipeline):
         }
 
     def encode_prompt(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Encode texts as states (B, M, text_hidden_size) and their mask (B, M), 1 for text and 0 for padding."""
+        """Encode texts as states (B, M, text_hidden_size) and their mask (B, M), 1 for text and 0 for padding.
+
+        What exceeds the tokenizer's `model_max_length` is cut off, with a warning in the log.
+        """
+        limit = self.tokenizer.model_max_length
+        for prompt, ids in zip(prompts, self.tokenizer(prompts, verbose=False).input_ids, strict=True):
+            if len(ids) > limit:
+                logger.warning("The prompt %r has %d tokens; only the first %d are read.", prompt, len(ids), limit)
         batch = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(self._execution_device)
         states = self.text_encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
         return states.to(self.prior.dtype), batch.attention_mask
