@@ -32,7 +32,7 @@ class Scenario:
     dtype: str = "float32"
     batch_size: int = 1  # pictures per call
     num_tokens: int = models.NUM_REGISTERS  # tokens per picture
-    num_repeats: int = 3
+    num_repeats: int = 7
 
 
 SCENARIOS = [

@@ -43,18 +43,19 @@ def attend(
     Returns:
         Context, (B, Lq, heads, head_dim).
     """
-    if key_bias is not None and query.device.type == "cuda":
-        # Kernels that take no mask are the fastest there, so the bias travels as one more dimension of the heads.
+    in_products = backend is None and not is_causal and is_faster_in_products(query, key)
+    if key_bias is not None and (in_products or query.device.type == "cuda"):
+        # Kernels that take no mask are the fastest there, so the bias travels in more dimensions of the heads.
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         padded = append_bias_dimensions(query, key, value, key_bias, scale)
         return attend(*padded, scale=scale, is_causal=is_causal, backend=backend)[..., : value.shape[-1]]
     if key_bias is not None:
-        # On the CPU a mask costs nothing, and may be more precise than the queries.
+        # Other kernels of the CPU take a mask at no cost, and it may be more precise than the queries.
         attention_mask = key_bias.to(torch.float32 if query.device.type == "cpu" else query.dtype)[:, None, None]
     if attention_mask is not None and attention_mask.ndim == 2:
         # spelled out, because Diffusers takes a mask of (B, Lk) for padding, and a square one can have that shape
         attention_mask = attention_mask[None, None]
-    if backend is None and not is_causal and is_faster_in_products(query, key):
+    if in_products:
         return attend_in_products(query, key, value, attention_mask, scale)
     return dispatch_attention_fn(
         query, key, value, attn_mask=attention_mask, scale=scale, is_causal=is_causal, backend=backend
@@ -93,7 +94,7 @@ def attend_in_products(
         queries, keys, values = (states[sample].transpose(0, 1) for states in (query, key, value))
         torch.baddbmm(weights, queries, keys.mT, beta=0, alpha=scale, out=weights)
         if attention_mask is not None:
-            weights.add_(attention_mask[sample])  # in the precision of the mask
+            weights.add_(attention_mask[sample])
         torch.softmax(weights, dim=-1, out=weights)
         context[sample] = torch.bmm(weights, values).transpose(0, 1)
     return context
