@@ -78,6 +78,7 @@ $(VENV)/.installed-browser: $(INSTALLED)
 
 bench: setup  ## measure speed on a CPU into docs/results/speed: about 14 minutes on two quiet cores
 	$(BIN)/python benchmarks/bench_prior.py --results $(SPEED)
+	$(BIN)/python benchmarks/bench_scaling.py --results $(SPEED)
 	$(BIN)/python benchmarks/bench_shortcuts.py --results $(SPEED)
 	$(BIN)/python benchmarks/bench_tokenizer.py --results $(SPEED)
 

@@ -29,13 +29,21 @@ PRIORS = {"113M": (12, 2048), "382M": (18, 3072), "3B": (36, 6144), "tiny": (2, 
 NUM_PATCHES, NUM_REGISTERS = 256, 256
 
 
-def build_tokenizer(size: str, device: str = "cpu", dtype: torch.dtype = torch.float32, with_vae: bool = True):
-    """Pipeline without a prior, of one of the `TOKENIZERS` sizes, for pictures of 256 x 256 pixels."""
+def build_tokenizer(
+    size: str,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    with_vae: bool = True,
+    resolution: int = 256,
+) -> FlexTokPipeline:
+    """Pipeline without a prior, of one of the `TOKENIZERS` sizes, for pictures of 256 x 256 pixels or of others."""
     encoder_depth, decoder_depth = TOKENIZERS[size]
+    grid = {"grid_size": resolution // 16}  # patches of 2 x 2 latents, each of 8 x 8 pixels
+    encoder_shape = {"hidden_size": 64 * encoder_depth, "num_hidden_layers": encoder_depth}
     torch.manual_seed(0)
     with torch.device(device):
-        encoder = FlexTokEncoder(FlexTokEncoderConfig(hidden_size=64 * encoder_depth, num_hidden_layers=encoder_depth))
-        decoder = FlexTokFlowDecoder(hidden_size=64 * decoder_depth, num_layers=decoder_depth)
+        encoder = FlexTokEncoder(FlexTokEncoderConfig(**encoder_shape, **grid))
+        decoder = FlexTokFlowDecoder(hidden_size=64 * decoder_depth, num_layers=decoder_depth, **grid)
         vae = build_vae(32 if size == "tiny" else 128) if with_vae else None
     fill_zeros(decoder)
     pipe = FlexTokPipeline(encoder.eval(), decoder.eval(), FlowMatchEulerDiscreteScheduler(), vae=vae)

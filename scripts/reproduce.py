@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         prepare_data(["--output", str(options.data), *(flags(TOY_DATA) if options.toy else [])])
     network = options.output / "feature_network"
     if not (network / "training.json").exists():
-        sizes = ["--label_column", "object", "--side", "32", "--hidden_sizes", "16", "32", "64", "32", "--flip"]
+        sizes = ["--label_column", "object", "--side", "24", "--hidden_sizes", "16", "32", "64", "32", "--flip"]
         words = ["--data", str(options.data), "--output", str(network), "--name", "shapes_resnet", *sizes]
         train_feature_network.main([*words, "--epochs", "1" if options.toy else "8", "--batch_size", "64"])
     run(training_steps(options))

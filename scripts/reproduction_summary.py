@@ -18,7 +18,10 @@ RECONSTRUCTION = {
     "frechet_distance": "Frechet distance (shapes_resnet), reconstructed",
 }
 GENERATION = {
-    "all": "drawn pictures with everything asked for",
+    "all": "drawn pictures with the color, size and place asked for",
+    "color": "with the color",
+    "size": "with the size",
+    "place": "with the place",
     "frechet_distance": "Frechet distance (shapes_resnet), drawn",
     "precision": "precision",
     "recall": "recall",
@@ -70,7 +73,7 @@ def claim_lengths(records: dict) -> list[str]:
     return [
         f"**Plausible pictures at every length: {held}.** Precision, the share of drawn pictures that lie among real"
         f" ones, is {interval_text(few)} with {counts[0]} token and {interval_text(all_tokens)} with {counts[-1]}."
-        f" With {counts[0]} token of the grid it is {interval_text(grid)}: the ordered model is"
+        f" With {counts[0]} token of the grid it is {interval_text(grid)}; next to that, the ordered model:"
         f" {judge('precision', grid, few)}."
     ]
 
@@ -125,8 +128,8 @@ def claim_order(records: dict) -> list[str]:
         parts = []
         for count in counts:
             pair = [figure_of(records, model, kind, count, key) for model in ("grid", "flexible")]
-            parts.append(f"{count} tokens: {judge(key, *pair)}")
-        lines.append(f"**Ordered tokens against the grid, {title}.** The ordered model is, with {'; '.join(parts)}.")
+            parts.append(f"{count} token{'s' * (count > 1)}: {judge(key, *pair)}")
+        lines.append(f"**Ordered tokens against the grid, {title}.** The ordered model with {'; '.join(parts)}.")
     return lines
 
 

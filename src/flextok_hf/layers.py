@@ -67,8 +67,9 @@ def is_faster_in_products(query: Tensor, key: Tensor) -> bool:
     if query.device.type != "cpu" or query.dtype != torch.bfloat16 or torch.compiler.is_compiling():
         return False
     num_logits = query.shape[1] * key.shape[1]  # of a head
-    is_large = MIN_LOGITS <= num_logits and num_logits * query.shape[2] <= MAX_LOGITS
-    return is_large and not torch.is_grad_enabled() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if num_logits < MIN_LOGITS or num_logits * query.shape[2] > MAX_LOGITS or torch.is_grad_enabled():
+        return False
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def attend_in_products(
