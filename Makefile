@@ -95,7 +95,7 @@ results: setup  ## measure the embedded model into docs/results/embedded: about 
 	$(EVALUATE) reconstruction --config $(EVALUATION)/photos.yaml --data $(DATA)/photo_eval --output $(RESULTS)/photos
 	$(EVALUATE) reconstruction --config $(EVALUATION)/caltech.yaml --data $(DATA)/caltech101_128 --output $(RESULTS)/caltech
 
-reproduce: setup  ## run the study of docs/reproduction.md: about two hours on two cores
+reproduce: setup  ## run the study of docs/reproduction.md: about an hour and a half on two cores
 	$(BIN)/python scripts/reproduce.py
 
 clean:  ## remove what the targets above made

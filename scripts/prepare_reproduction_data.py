@@ -12,9 +12,8 @@ Writes train.parquet and validation.parquet with the columns
     shape, color, size, place   what the picture shows
     object           size, color and shape together, the classes of a feature network
 
-The scenes are those of `flextok_hf.synthetic` with a single shape on gray, made larger: 480 combinations, with a little
-play in position. About half of the validation split shows a combination of shape and color that the train split never
-has.
+The scenes are those of `flextok_hf.synthetic` with one shape on gray, made larger: 480 combinations, and a little play
+in position. About half of the validation split shows a combination of shape and color that the train split never has.
 """
 
 import argparse

@@ -62,19 +62,22 @@ def side_by_side(records: dict, kind: str, keys: dict[str, str]) -> list[str]:
 
 
 def claim_lengths(records: dict) -> list[str]:
-    """Plausible pictures at every length: are drawn pictures as real with one token as with all?"""
+    """Plausible pictures at every length: drawn pictures from one token, next to models that never learned to stop."""
     counts = records["flexible"]["generation"]["token_counts"]
-    few, all_tokens = (
-        figure_of(records, "flexible", "generation", count, "precision") for count in (counts[0], counts[-1])
+    longest = max((name for name in records if name.startswith("fixed-")), key=lambda name: int(name.split("-")[1]))
+    few, cut, grid = (
+        figure_of(records, model, "generation", counts[0], "frechet_distance")
+        for model in ("flexible", longest, "grid")
     )
-    grid = figure_of(records, "grid", "generation", counts[0], "precision")
-    verdict = judge("precision", all_tokens, few)
-    held = "did not hold" if verdict == "worse" else "no loss was found"
+    every = figure_of(records, "flexible", "generation", counts[-1], "frechet_distance")
+    held = {"better": "held", "worse": "did not hold"}.get(judge("frechet_distance", cut, few), "cannot be told")
+    precision = [figure_of(records, "flexible", "generation", count, "precision") for count in (counts[0], counts[-1])]
     return [
-        f"**Plausible pictures at every length: {held}.** Precision, the share of drawn pictures that lie among real"
-        f" ones, is {interval_text(few)} with {counts[0]} token and {interval_text(all_tokens)} with {counts[-1]}."
-        f" With {counts[0]} token of the grid it is {interval_text(grid)}; next to that, the ordered model:"
-        f" {judge('precision', grid, few)}."
+        f"**Plausible pictures at every length: {held}.** The Frechet distance of pictures drawn with {counts[0]}"
+        f" token is {interval_text(few)}, and {interval_text(cut)} for {longest} cut to {counts[0]}; with {counts[-1]}"
+        f" tokens it is {interval_text(every)}. The grid with {counts[0]} token has {interval_text(grid)}; next to it,"
+        f" the ordered model: {judge('frechet_distance', grid, few)}. Precision is {interval_text(precision[0])} with"
+        f" {counts[0]} token and {interval_text(precision[1])} with {counts[-1]}."
     ]
 
 
@@ -116,6 +119,27 @@ def claim_simple_conditions(records: dict) -> list[str]:
     ]
 
 
+def claim_one_token(records: dict) -> list[str]:
+    """How much of what a condition can get one token gives: the share of the adherence with all tokens."""
+    levels = records["flexible"]["complexity"]["results"]
+    shares = {}
+    for level, by_count in levels.items():
+        adherence = [by_count[count]["adherence"] for count in sorted(by_count, key=int)]
+        best = max(figure["share"] for figure in adherence)
+        shares[level] = {key: adherence[0][key] / best for key in ("share", "low", "high")} if best else None
+    known = {level: figure for level, figure in shares.items() if figure is not None}
+    verdict = judge("share", *(list(known.values())[place] for place in (-1, 0))) if len(known) > 1 else ""
+    held = {"better": "held", "worse": "did not hold"}.get(verdict, "cannot be told")
+    listed = "; ".join(
+        f"{level}: {figure['share']:.0%} ({figure['low']:.0%} to {figure['high']:.0%})"
+        for level, figure in known.items()
+    )
+    return [
+        f"**One token gives more of what a simple condition asks for: {held}.** Adherence with the fewest tokens, in"
+        f" shares of the best with any number, whose own interval is left out: {listed}."
+    ]
+
+
 def claim_order(records: dict) -> list[str]:
     """One-dimensional order against a two-dimensional grid, at every number of tokens."""
     lines = []
@@ -154,6 +178,7 @@ CLAIMS: Sequence[Callable[[dict], list[str]]] = (
     claim_lengths,
     claim_more_tokens,
     claim_simple_conditions,
+    claim_one_token,
     claim_order,
     claim_fixed,
 )

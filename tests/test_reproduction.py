@@ -194,6 +194,33 @@ def test_simple_conditions_need_fewer_tokens_only_if_the_intervals_say_so(simple
     assert f"simpler conditions: {verdict}." in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("simple", "detailed", "verdict"),
+    [(0.8, 0.2, "held"), (0.5, 0.45, "cannot be told"), (0.2, 0.5, "did not hold"), (0.2, 0.0, "held")],
+)
+def test_one_token_counts_for_more_only_beyond_the_intervals(simple, detailed, verdict):
+    def level(share):
+        figures = {"1": (share, share - 0.05, share + 0.05), "16": (0.8, 0.8, 0.8)}
+        return {count: {"adherence": dict(zip(("share", "low", "high"), values))} for count, values in figures.items()}
+
+    records = {"flexible": {"complexity": {"results": {"a": level(simple), "b": level(detailed)}}}}
+    assert f"simple condition asks for: {verdict}." in summary.claim_one_token(records)[0]
+
+
+@pytest.mark.parametrize(("cut", "verdict"), [(50, "held"), (10, "cannot be told"), (5, "did not hold")])
+def test_every_length_is_plausible_if_a_model_of_one_length_is_worse_when_cut(cut, verdict):
+    def model(first, last):
+        counts = {
+            count: {"frechet_distance": figure(value, 1), "precision": figure(0.5)}
+            for count, value in (("1", first), ("16", last))
+        }
+        return {"generation": {"token_counts": [1, 16], "results": {"prompts": counts}}}
+
+    records = {"flexible": model(10, 5), "grid": model(20, 5), "fixed-4": model(1, 1), "fixed-16": model(cut, 5)}
+    (line,) = summary.claim_lengths(records)
+    assert f"every length: {verdict}." in line and "fixed-16 cut" in line
+
+
 def test_recipes_of_the_evaluation_of_the_embedded_model_are_valid():
     kinds = {"generation": GenerationOptions}
     for path in sorted((ROOT / "scripts" / "configs" / "embedded_evaluation").glob("*.yaml")):
