@@ -76,7 +76,7 @@ $(VENV)/.installed-browser: $(INSTALLED)
 		{ $(SUDO) apt-get update -qq && $(SUDO) apt-get install --yes -qq chromium; }
 	touch $@
 
-bench: setup  ## measure speed on a CPU into docs/results/speed: about 14 minutes on two quiet cores
+bench: setup  ## measure speed on a CPU into docs/results/speed: about 45 minutes on two quiet cores
 	$(BIN)/python benchmarks/bench_prior.py --results $(SPEED)
 	$(BIN)/python benchmarks/bench_scaling.py --results $(SPEED)
 	$(BIN)/python benchmarks/bench_shortcuts.py --results $(SPEED)

@@ -78,7 +78,7 @@ def main() -> None:
             point = BASE | {name: value}
             pipe = models.build_tokenizer("d12-d12", options.device, dtype, resolution=point.pop("pixels"))
             timings = harness.measure(
-                build_calls(pipe, **point, device=options.device), options.device, options.repeats or 3
+                build_calls(pipe, **point, device=options.device), options.device, options.repeats or 2
             )
             rows.append({"varied": name, **BASE, name: value, "timings": timings})
             rows[-1] |= {f"{call}_s": timing["median_s"] for call, timing in timings.items()}
