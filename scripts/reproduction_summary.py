@@ -40,6 +40,11 @@ def judge(key: str, first: Figure, second: Figure) -> str:
     return "cannot be told apart"
 
 
+def conclude(key: str, first: Figure, second: Figure) -> str:
+    """Say whether the claim held that the second figure is better than the first."""
+    return {"better": "held", "worse": "did not hold"}.get(judge(key, first, second), "cannot be told")
+
+
 def figure_of(records: dict, model: str, kind: str, count: int | str, key: str) -> Figure | None:
     """Return one figure of one model, or `None` where it was not measured."""
     results = records[model][kind]["results"]
@@ -70,7 +75,7 @@ def claim_lengths(records: dict) -> list[str]:
         for model in ("flexible", longest, "grid")
     )
     every = figure_of(records, "flexible", "generation", counts[-1], "frechet_distance")
-    held = {"better": "held", "worse": "did not hold"}.get(judge("frechet_distance", cut, few), "cannot be told")
+    held = conclude("frechet_distance", cut, few)
     precision = [figure_of(records, "flexible", "generation", count, "precision") for count in (counts[0], counts[-1])]
     return [
         f"**Plausible pictures at every length: {held}.** The Frechet distance of pictures drawn with {counts[0]}"
@@ -92,11 +97,9 @@ def claim_more_tokens(records: dict) -> list[str]:
         ("generation", "frechet_distance", "Frechet distance of drawn pictures"),
     ):
         first, last = (figure_of(records, "flexible", kind, count, key) for count in (counts[0], counts[-1]))
-        verdict = judge(key, first, last)
-        held = {"better": "held", "worse": "did not hold"}.get(verdict, "cannot be told")
         lines.append(
-            f"**More tokens improve the {title}: {held}.** {interval_text(first)} with {counts[0]},"
-            f" {interval_text(last)} with {counts[-1]} tokens."
+            f"**More tokens improve the {title}: {conclude(key, first, last)}.** {interval_text(first)} with"
+            f" {counts[0]}, {interval_text(last)} with {counts[-1]} tokens."
         )
     return lines
 
@@ -121,19 +124,17 @@ def claim_simple_conditions(records: dict) -> list[str]:
 
 def claim_one_token(records: dict) -> list[str]:
     """How much of what a condition can get one token gives: the share of the adherence with all tokens."""
-    levels = records["flexible"]["complexity"]["results"]
     shares = {}
-    for level, by_count in levels.items():
-        adherence = [by_count[count]["adherence"] for count in sorted(by_count, key=int)]
-        best = max(figure["share"] for figure in adherence)
-        shares[level] = {key: adherence[0][key] / best for key in ("share", "low", "high")} if best else None
-    known = {level: figure for level, figure in shares.items() if figure is not None}
-    verdict = judge("share", *(list(known.values())[place] for place in (-1, 0))) if len(known) > 1 else ""
-    held = {"better": "held", "worse": "did not hold"}.get(verdict, "cannot be told")
-    listed = "; ".join(
-        f"{level}: {figure['share']:.0%} ({figure['low']:.0%} to {figure['high']:.0%})"
-        for level, figure in known.items()
-    )
+    for level, by_count in records["flexible"]["complexity"]["results"].items():
+        adherence = {int(count): figures["adherence"] for count, figures in by_count.items()}
+        best = max(figure["share"] for figure in adherence.values())
+        if best > 0:
+            shares[level] = {key: adherence[min(adherence)][key] / best for key in ("share", "low", "high")}
+    held = "cannot be told"
+    if len(shares) > 1:
+        simple, *_, detailed = shares.values()
+        held = conclude("share", detailed, simple)
+    listed = "; ".join(f"{level}: {interval_text(figure)}" for level, figure in shares.items())
     return [
         f"**One token gives more of what a simple condition asks for: {held}.** Adherence with the fewest tokens, in"
         f" shares of the best with any number, whose own interval is left out: {listed}."
