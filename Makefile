@@ -79,7 +79,7 @@ $(VENV)/.installed-browser: $(INSTALLED)
 bench: setup  ## measure speed on a CPU into docs/results/speed: about 45 minutes on two quiet cores
 	$(BIN)/python benchmarks/bench_prior.py --results $(SPEED)
 	$(BIN)/python benchmarks/bench_scaling.py --results $(SPEED)
-	$(BIN)/python benchmarks/bench_shortcuts.py --results $(SPEED)
+	$(BIN)/python benchmarks/bench_shortcuts.py --data $(DATA)/everyday128 --results $(SPEED)
 	$(BIN)/python benchmarks/bench_tokenizer.py --results $(SPEED)
 
 bench-gpu: setup  ## measure speed on a GPU into docs/results/speed: 2.5 minutes
@@ -89,7 +89,7 @@ bench-embedded: setup  ## time the embedded model, and training steps of a token
 	$(BIN)/python benchmarks/bench_pipeline.py
 	$(BIN)/python benchmarks/bench_training.py
 
-results: setup  ## measure the embedded model into docs/results/embedded: about 20 minutes on two cores
+results: setup  ## measure the embedded model into docs/results/embedded: about 25 minutes
 	$(EVALUATE) reconstruction --config $(EVALUATION)/reconstruction.yaml --data $(DATA)/embedded128 --output $(RESULTS)
 	$(EVALUATE) generation --config $(EVALUATION)/generation.yaml --data $(DATA)/everyday128 --output $(RESULTS)
 	$(EVALUATE) reconstruction --config $(EVALUATION)/photos.yaml --data $(DATA)/photo_eval --output $(RESULTS)/photos

@@ -20,6 +20,7 @@ import harness
 import models
 import plain_path as plain
 import torch
+import torch.nn.functional as F
 from bench_prior import GUIDANCE_SCALE as PRIOR_GUIDANCE_SCALE
 from bench_prior import write
 
@@ -136,7 +137,7 @@ def attention_rows(device: str, is_tiny: bool) -> Iterator[dict[str, Any]]:
         "without bias": lambda: attend(query, key, value, scale=0.125),
         "bias as mask": lambda: attend(query, key, value, mask, scale=0.125),
         "bias as head dimensions": lambda: attend(
-            *append_bias_dimensions(query, key, value, bias, 0.125), scale=0.125
+            *append_bias_dimensions(query, key, bias, 0.125), F.pad(value, (0, 8)), scale=0.125
         ),
     }
     for name, timing in harness.measure(ways, device, 20).items():

@@ -143,13 +143,13 @@ CALLS = {function.__name__: function for function in (encode_vae, decode_vae, en
 def run(scenario: Scenario, pipe: FlexTokPipeline, device: str) -> dict[str, Any]:
     """Time both ways in turns; a share is of the matrix product's rate at the same precision in the same run."""
     pair = CALLS[scenario.part](pipe, scenario, device)
+    flops = pair.flops * scenario.batch_size
     is_long = scenario.part == "detokenize"  # no warm-up then, since the parts ran before
     with packed_weights(pipe.decoder, num_calls=1000) if pair.is_loop else nullcontext():
-        product, product_flops = harness.matmul_call(getattr(torch, scenario.dtype), device)
+        product, product_flops = harness.matmul_call(getattr(torch, scenario.dtype), device, flops)
         calls = {"plain": pair.plain, "package": pair.package, "product": product}
         timings = harness.measure(calls, device, scenario.num_repeats, has_warm_up=not is_long)
     record = {**asdict(scenario), **{f"{name}_s": timing["median_s"] for name, timing in timings.items()}}
-    flops = pair.flops * scenario.batch_size
     record |= {
         "speed_up": record["plain_s"] / record["package_s"],
         "images_per_s": scenario.batch_size / record["package_s"],

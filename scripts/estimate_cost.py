@@ -1,7 +1,7 @@
 """Say what a training will cost, from its configuration alone: nothing is downloaded, and nothing trained.
 
     python scripts/estimate_cost.py tokenizer scripts/configs/paper/tokenizer_d12_d12.yaml ... --num_processes 64
-    python scripts/estimate_cost.py prior scripts/configs/paper/prior_class_49m.yaml ... --num_processes 32
+    python scripts/estimate_cost.py prior scripts/configs/paper/prior_class_49m.yaml ... --num_processes 16
 
 Operations are counted at full length on PyTorch's meta device, activations in bfloat16 for one picture and one or two
 blocks on the CPU. Frozen text encoders and REPA networks are not counted. Hours assume the share in the header.

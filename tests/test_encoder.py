@@ -95,8 +95,17 @@ def test_saving_and_loading_changes_no_bit(tiny_encoder, latents, tmp_path, dtyp
     assert loaded.config.to_dict() | {"_name_or_path": ""} == tiny_encoder.config.to_dict()
     for name, tensor in tiny_encoder.state_dict().items():
         assert loaded.state_dict()[name].equal(tensor), name
-    if dtype == torch.float32:
-        assert loaded(latents).features.equal(tiny_encoder(latents).features)
+    assert loaded(latents.to(dtype)).features.equal(tiny_encoder(latents.to(dtype)).features)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_an_encoder_loaded_in_half_precision_computes_in_it(tiny_encoder, latents, tmp_path, dtype):
+    """Transformers loads buffers in the precision in which the class makes them, unlike weights."""
+    tiny_encoder.save_pretrained(tmp_path)
+    features = AutoModel.from_pretrained(tmp_path, dtype=dtype)(latents.to(dtype)).features
+    assert features.dtype == dtype
+    torch.testing.assert_close(features.float(), tiny_encoder(latents).features, atol=0.05, rtol=0.05)
 
 
 def test_gradient_checkpointing_changes_nothing(latents):

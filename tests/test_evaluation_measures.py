@@ -21,6 +21,8 @@ from flextok_hf.evaluation.distributions import (
 from flextok_hf.evaluation.intervals import NUM_GROUPS, jackknife, wilson_interval
 from flextok_hf.evaluation.picture_measures import PLAIN_MEASURES, load_lpips, measure_pictures
 from flextok_hf.evaluation.pictures import picture_checksums
+from flextok_hf.evaluation.sampling import FlopCounter
+from flextok_hf.packed_linear import MIN_CALLS
 
 
 def seeded(seed=0):
@@ -278,3 +280,14 @@ def test_the_wilson_interval_stays_within_zero_and_one(successes, bounds):
 def test_impossible_counts_are_refused(successes, trials):
     with pytest.raises(ValueError, match="`successes` must lie in"):
         wilson_interval(successes, trials)
+
+
+@torch.no_grad()
+def test_every_step_counts_the_same_operations_packed_or_not(tiny_tokenizer_pipeline):
+    """Loops of some length use other kernels on a CPU."""
+    counts = []
+    for num_steps in (MIN_CALLS - 2, MIN_CALLS - 1, MIN_CALLS):
+        with FlopCounter() as counter:
+            tiny_tokenizer_pipeline.detokenize(torch.zeros(1, 2, dtype=torch.long), num_inference_steps=num_steps)
+        counts.append(counter.get_total_flops())
+    assert counts[2] - counts[1] == counts[1] - counts[0] > 0

@@ -5,6 +5,7 @@ import torch
 
 from flextok_hf.layers import (
     Attention,
+    GatedMLP,
     PatchEmbedding,
     TimestepEmbedder,
     attend,
@@ -66,6 +67,25 @@ def test_bfloat16_attention_is_close_to_float32_whatever_the_size():
         query, key, value = (random(2, length, 3, 16, seed=seed).bfloat16() for seed in range(3))
         expected = attend(query.float(), key.float(), value.float())
         torch.testing.assert_close(attend(query, key, value).float(), expected, atol=0.02, rtol=0)
+
+
+@torch.no_grad()
+def test_a_bias_per_key_means_the_same_in_bfloat16():
+    query, key, value = (random(2, 100, 3, 16, seed=seed).bfloat16() for seed in range(3))
+    bias = random(2, 100, seed=3)
+    expected = attend(query.float(), key.float(), value.float(), key_bias=bias)
+    torch.testing.assert_close(attend(query, key, value, key_bias=bias).float(), expected, atol=0.03, rtol=0)
+
+
+def test_a_gated_mlp_without_gradients_gives_the_same_and_keeps_its_input():
+    """It writes over its own states then."""
+    mlp = GatedMLP(24)
+    hidden_states = random(2, 5, 24)
+    expected = mlp(hidden_states)
+    with torch.no_grad():
+        update = mlp(hidden_states)
+    assert update.equal(expected)
+    assert hidden_states.equal(random(2, 5, 24))
 
 
 def test_logits_are_scaled_by_eight_over_the_head_size():

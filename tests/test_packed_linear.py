@@ -47,6 +47,28 @@ def test_products_in_half_precision_are_rounded_once(monkeypatch):
 
 
 @needs_kernels
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_large_products_are_the_same_without_packing(bias):
+    layer = PackableLinear(512, 300, bias=bias)
+    inputs = random(2, 20, 512)
+    assert layer.gains_from_onednn(inputs)
+    torch.testing.assert_close(layer(inputs), nn.functional.linear(inputs, layer.weight, layer.bias))
+
+
+@torch.no_grad()
+def test_products_take_the_usual_way_where_another_one_does_not_fit(monkeypatch):
+    layer, inputs = PackableLinear(512, 300), random(20, 512)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not layer.gains_from_onednn(inputs)
+        assert layer(inputs).dtype == torch.bfloat16
+    assert not layer.gains_from_onednn(inputs.double())
+    assert not PackableLinear(24, 40).gains_from_onednn(random(20, 24))  # too small
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not layer.gains_from_onednn(inputs)
+
+
+@needs_kernels
 def test_gradients_pass_as_ever_while_weights_are_packed():
     model, inputs = make_model(), random(3, 24)
     model(inputs).square().sum().backward()

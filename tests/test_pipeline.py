@@ -275,6 +275,7 @@ def test_weights_stored_in_half_precision_load_as_float32(tiny_pipeline, tmp_pat
     tiny_pipeline.save_pretrained(tmp_path / "full")
     half = FlexTokPipeline.from_pretrained(tmp_path / "full", dtype=torch.float16)
     assert half.decoder.dtype == half.encoder.dtype == half.prior.dtype == torch.float16
+    assert half.tokenize(torch.rand(1, 3, 16, 16)).shape == (1, half.num_registers)
     half.save_pretrained(tmp_path / "half")
     loaded = FlexTokPipeline.from_pretrained(tmp_path / "half")
     assert {tensor.dtype for tensor in weights(loaded)} == {torch.float32}

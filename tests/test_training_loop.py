@@ -278,6 +278,19 @@ def test_a_decoder_trained_alone_leaves_the_tokens_as_they_are(tiny_tokenizer_pi
     assert torch.equal(FlexTokPipeline.from_pretrained(folder).tokenize(pictures), token_ids)
 
 
+def test_the_record_names_the_sizes_that_were_trained_not_those_of_options_without_effect(
+    tiny_tokenizer_pipeline, tmp_path
+):
+    tiny_tokenizer_pipeline.save_pretrained(tmp_path / "tokenizer")
+    options = {"pretrained_tokenizer": str(tmp_path / "tokenizer"), "encoder_hidden_size": 768, "num_registers": 99}
+    folder = train_tokenizer(tokenizer_arguments(tmp_path / "run", **options))
+    recorded = json.loads((folder / "training.json").read_text())["arguments"]
+    config = tiny_tokenizer_pipeline.encoder.config
+    assert recorded["encoder_hidden_size"] == config.hidden_size
+    assert recorded["num_registers"] == config.num_registers
+    assert recorded["decoder_num_layers"] == tiny_tokenizer_pipeline.decoder.config.num_layers
+
+
 # Data that is not in order
 
 

@@ -47,8 +47,10 @@ def attend(
     if key_bias is not None and (in_products or query.device.type == "cuda"):
         # Kernels that take no mask are the fastest there, so the bias travels in more dimensions of the heads.
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        padded = append_bias_dimensions(query, key, value, key_bias, scale)
-        return attend(*padded, scale=scale, is_causal=is_causal, backend=backend)[..., : value.shape[-1]]
+        query, key = append_bias_dimensions(query, key, key_bias, scale)
+        padded_value = value if in_products else F.pad(value, (0, query.shape[-1] - value.shape[-1]))
+        context = attend(query, key, padded_value, scale=scale, is_causal=is_causal, backend=backend)
+        return context[..., : value.shape[-1]]
     if key_bias is not None:
         # Other kernels of the CPU take a mask at no cost, and it may be more precise than the queries.
         attention_mask = key_bias.to(torch.float32 if query.device.type == "cpu" else query.dtype)[:, None, None]
@@ -78,18 +80,23 @@ def attend_in_products(
     """Compute `attend` as two products and a softmax, for one sample after the other, which reuses the memory.
 
     Args:
-        query, key, value: (B, L, heads, head_dim).
+        query, key: (B, L, heads, head_dim).
+        value: (B, Lk, heads, value_dim).
         attention_mask: broadcastable to (B, heads, Lq, Lk); boolean, or added to the logits.
         scale: factor on the logits; `None` means `head_dim ** -0.5`.
+
+    Returns:
+        Context, (B, Lq, heads, value_dim).
     """
     batch_size, num_queries, num_heads, head_dim = query.shape
     scale = head_dim**-0.5 if scale is None else scale
     if attention_mask is not None and attention_mask.dtype == torch.bool:
-        attention_mask = torch.zeros(attention_mask.shape).masked_fill_(~attention_mask, -torch.inf)
+        zeros = torch.zeros(attention_mask.shape, dtype=query.dtype)  # the sum of two precisions would be slow
+        attention_mask = zeros.masked_fill_(~attention_mask, -torch.inf)
     if attention_mask is not None:
         attention_mask = attention_mask.expand(batch_size, -1, -1, -1)
     weights = query.new_empty(num_heads, num_queries, key.shape[1])
-    context = torch.empty_like(query)
+    context = query.new_empty(batch_size, num_queries, num_heads, value.shape[-1])
     for sample in range(batch_size):
         # (heads, L, head_dim) each
         queries, keys, values = (states[sample].transpose(0, 1) for states in (query, key, value))
@@ -101,23 +108,21 @@ def attend_in_products(
     return context
 
 
-def append_bias_dimensions(
-    query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def append_bias_dimensions(query: Tensor, key: Tensor, key_bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Widen the heads by 8, so that `scale * query @ key` contains `key_bias`; kernels want multiples of 8.
 
     Args:
-        query, key, value: (B, L, heads, head_dim).
+        query, key: (B, L, heads, head_dim).
         key_bias: (B, L) float32; it is split in two, which keeps it exact in half precision.
         scale: factor on the logits.
 
     Returns:
-        Query, key and value, (B, L, heads, head_dim + 8); the new dimensions of the value are zero.
+        Query and key, (B, L, heads, head_dim + 8).
     """
     coarse = key_bias.to(key.dtype)
     pair = torch.stack([coarse, (key_bias - coarse).to(key.dtype)], dim=-1)  # (B, L, 2)
     key = torch.cat([key, F.pad(pair, (0, 6))[:, :, None].expand(*key.shape[:-1], 8)], dim=-1)
-    return F.pad(query, (0, 8), value=1 / scale), key, F.pad(value, (0, 8))
+    return F.pad(query, (0, 8), value=1 / scale), key
 
 
 def layer_norm(hidden_states: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
@@ -193,7 +198,10 @@ class GatedMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Transform every position of (B, L, D) by itself."""
-        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate, update = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        if torch.is_grad_enabled():
+            return self.down_proj(F.silu(gate) * update)
+        return self.down_proj(F.silu(gate, inplace=True).mul_(update))  # the widest states: no memory for new ones
 
 
 class TimestepEmbedder(nn.Module):
@@ -259,7 +267,8 @@ class PatchEmbedding(nn.Module):
                 " Resize or crop the picture first."
             )
         positions = self.positions[:rows, :columns].flatten(0, 1)  # (N, D)
-        return self.proj(patchify(latents, self.patch_size)) + positions
+        # Transformers may load the table in another precision than the weights.
+        return (self.proj(patchify(latents, self.patch_size)) + positions).to(latents.dtype)
 
 
 def patchify(latents: Tensor, patch_size: int) -> Tensor:

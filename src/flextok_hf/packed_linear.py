@@ -1,8 +1,8 @@
-"""Faster linear layers for loops on a CPU: weights in the order in which the kernel reads them.
+"""Faster linear layers on a CPU: oneDNN's kernels, and in loops weights in the order in which these kernels read them.
 
-A step of the prior multiplies a few rows by every weight, so it lasts as long as reading them does; the usual product
-reads at half of the memory's speed or less. Larger products in float32 gain up to a quarter. Results stay the same up
-to the order of the sums.
+PyTorch gives products in float32 to another library, which takes a fifth longer for hundreds of rows. A step of the
+prior multiplies a few rows by every weight, so it lasts as long as reading them does; the usual product reads at half
+of the memory's speed or less. Results stay the same up to the order of the sums.
 """
 
 import ctypes
@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+MIN_SIZE, MIN_ROWS_UNPACKED = 2**17, 16  # of a weight, of its input: below, calling oneDNN costs more than it saves
 MIN_CALLS = 8  # bringing a weight in order takes as long as a few products
 MIN_ROWS = 4  # the kernels for 1 to 3 rows are slower than the one for 4
 USUAL_ROWS = 64  # a hint to the library; it matters little
+IS_X86 = platform.machine() in ("x86_64", "AMD64")
 MAX_SHARE_OF_MEMORY = 0.25  # of the machine's; packed weights come on top of the model's own
 
 
@@ -29,16 +31,25 @@ class PackableLinear(nn.Linear):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Multiply (..., in_features) by the weight; what needs gradients or is compiled takes the usual way."""
-        if torch.compiler.is_compiling() or self.packed_weight is None:  # in this order: no guard on a passing state
-            return super().forward(hidden_states)
-        if torch.is_grad_enabled() or hidden_states.device.type != "cpu":
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or hidden_states.device.type != "cpu":
             return super().forward(hidden_states)
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        num_rows = rows.shape[0]
-        if num_rows < MIN_ROWS:
+        num_rows, weight = rows.shape[0], self.packed_weight  # read once: another thread may end its loop
+        if weight is None:
+            if not (num_rows >= MIN_ROWS_UNPACKED and self.gains_from_onednn(hidden_states)):
+                return super().forward(hidden_states)
+            weight = self.weight
+        elif num_rows < MIN_ROWS:
             rows = F.pad(rows, (0, 0, 0, MIN_ROWS - num_rows))
-        product = torch.ops.mkldnn._linear_pointwise(rows, self.packed_weight, self.bias, "none", [], "")
+        product = torch.ops.mkldnn._linear_pointwise(rows, weight, self.bias, "none", [], "")
         return product[:num_rows].view(*hidden_states.shape[:-1], -1)
+
+    def gains_from_onednn(self, hidden_states: Tensor) -> bool:
+        """Whether oneDNN multiplies by the weight as it is, and faster; half precision goes there in any case."""
+        if self.weight.numel() < MIN_SIZE or type(self.weight) is not nn.Parameter:  # subclasses have their own ways
+            return False
+        is_float32 = self.weight.dtype == hidden_states.dtype == torch.float32
+        return is_float32 and has_kernels() and not torch.is_autocast_enabled("cpu")
 
 
 @contextmanager
@@ -103,10 +114,15 @@ def return_freed_memory() -> None:
             trim(0)
 
 
+def has_kernels() -> bool:
+    """Whether this build of PyTorch has oneDNN's products, and the machine is one that they were measured on."""
+    is_built = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    return is_built and torch.backends.mkldnn.enabled and IS_X86
+
+
 def can_pack(weights: list[Tensor]) -> bool:
     """Whether this build of PyTorch and this machine can pack weights of this kind and size."""
-    has_kernels = hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and torch.backends.mkldnn.enabled
-    if not (has_kernels and torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")):
+    if not has_kernels():
         return False
     dtypes = {torch.float32}
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():

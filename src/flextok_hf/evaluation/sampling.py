@@ -4,6 +4,7 @@ batches nor processes change it, and all its token counts start from the same no
 Letters: B batch, R side of the square pictures.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -139,15 +140,19 @@ def generate(
 
 
 class FlopCounter(FlopCounterMode):
-    """Counts floating-point operations, attention on CPUs included, which PyTorch leaves out."""
+    """Counts floating-point operations, attention and oneDNN's products on CPUs included, which PyTorch leaves out."""
 
     def __init__(self, modules: nn.Module | None = None):
-        cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-        def count(query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs) -> int:
+        def count_attention(query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs) -> int:
             return sdpa_flop_count(query_shape, key_shape, value_shape)
 
-        super().__init__(modules, display=False, custom_mapping={cpu_attention: count})
+        def count_product(rows_shape, *args, out_shape=None, **kwargs) -> int:
+            return 2 * math.prod(rows_shape) * out_shape[-1]
+
+        cpu_counts = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: count_attention}
+        if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+            cpu_counts[torch.ops.mkldnn._linear_pointwise] = count_product
+        super().__init__(modules, display=False, custom_mapping=cpu_counts)
 
 
 def cost_of(num_images: int, seconds: float, flops: float, num_flop_images: int) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from .rows import Columns
 from .setup import build_accelerator, loading
 from .text import build_text_encoder, train_text_tokenizer
 from .token_data import check_token_data
-from .tokenizer import TokenizerForTraining, build_tokenizer, load_tokenizer
+from .tokenizer import TokenizerForTraining, build_tokenizer, load_tokenizer, size_options
 from .vae import VaeForTraining, build_vae, measure_scaling_factor
 from .validation import (
     choose_pictures,
@@ -102,6 +102,7 @@ def train_tokenizer(arguments: TokenizerArguments) -> Path:
         encoder, decoder = build_tokenizer(arguments, vae)
     else:
         encoder, decoder, vae = load_tokenizer(arguments, vae)
+        arguments = replace(arguments, **size_options(encoder, decoder))  # what is recorded is what is trained
     if vae is not None:
         vae.requires_grad_(False).eval().to(accelerator.device)
     columns = Columns(arguments.image_column)
@@ -200,6 +201,7 @@ def train_prior(arguments: PriorArguments) -> Path:
     if pipe is None:
         pipe = FlexTokPipeline.from_pretrained(arguments.tokenizer)
         pipe.register_modules(prior=prior, text_encoder=text_encoder, tokenizer=text_tokenizer)
+        trainer.arguments = replace(arguments, resolution=pipe.resolution)  # for the record; no picture was read
     return export(trainer, pipe, "prior")
 
 

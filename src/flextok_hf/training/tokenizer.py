@@ -3,6 +3,8 @@
 Letters: B batch, C latent channels, h w latent grid, N patches, K registers, D hidden size, Q code dimensions.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
@@ -191,6 +193,23 @@ def build_tokenizer(
         with torch.no_grad():
             encoder.feature_proj.weight.mul_(ratio**0.5)
     return encoder, decoder
+
+
+def size_options(encoder: FlexTokEncoder, decoder: FlexTokFlowDecoder) -> dict[str, Any]:
+    """Return the options of `TokenizerArguments` that would make such an encoder and decoder."""
+    return {
+        "token_layout": encoder.config.token_layout,
+        "num_registers": encoder.config.num_registers,
+        "fsq_levels": list(encoder.config.fsq_levels),
+        "head_dim": encoder.config.head_dim,
+        "encoder_hidden_size": encoder.config.hidden_size,
+        "encoder_num_layers": encoder.config.num_hidden_layers,
+        "encoder_patch_size": encoder.config.patch_size,
+        "decoder_hidden_size": decoder.config.hidden_size,
+        "decoder_num_layers": decoder.config.num_layers,
+        "decoder_patch_size": decoder.config.patch_size,
+        "remove_dropped": decoder.config.remove_dropped,
+    }
 
 
 def load_tokenizer(
