@@ -58,7 +58,7 @@ def test_the_whole_decoder_compiles_for_all_lengths():
 @torch.no_grad()
 def test_the_encoder_compiles_for_all_lengths():
     plain, encoder = make_encoder(), make_encoder()
-    encoder.compile_features(dynamic=True, **OPTIONS)
+    encoder.compute_features = torch.compile(encoder.compute_features, dynamic=True, **OPTIONS)
     latents = torch.randn(3, 3, 16, 16, generator=seeded(7))
     for num_tokens in range(2, NUM_REGISTERS + 1):
         features = encoder.compute_features(latents, num_tokens)

@@ -217,7 +217,7 @@ def test_damaged_rows_are_counted_named_and_never_used(tmp_path, caplog, cached)
         shades = [shade for batch in [*loader, *loader] for shade in shade_of(batch["pixel_values"])]
 
     assert set(shades) == {0, 1, 2, 5, 6, 7, 8}
-    assert dataset.num_skipped == 3 and set(dataset.skipped) == {3, 4, 9}
+    assert len(dataset.skipped) == 3 and set(dataset.skipped) == {3, 4, 9}
     messages = [record.getMessage() for record in caplog.records if "is skipped" in record.getMessage()]
     assert len(messages) == 3 and any("Row 4 is skipped: a picture of 4 bytes is not a picture" in m for m in messages)
 
@@ -231,7 +231,7 @@ def test_damaged_rows_of_a_stream_are_left_out(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", damaged=(3, 4))
     dataset = load_training_dataset(path, transform=TRANSFORM, streaming=True, shuffle_buffer=0)
     assert [shade_of(sample["pixel_values"]) for sample in dataset] == [0, 1, 2, 5, 6, 7, 8, 9]
-    assert dataset.num_skipped == 2
+    assert len(dataset.skipped) == 2
 
 
 @pytest.mark.parametrize("captions", [["a", None, "b"], [["a"], [], ["b"]], [["a"], None, ["b"]]])

@@ -162,6 +162,23 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, data, num_processes):
     assert one == two
 
 
+@pytest.mark.parametrize("parts", [1, 4], ids=["one process", "micro-batches"])
+def test_a_run_goes_on_in_another_division(tmp_path, parts):
+    whole = arguments_for(tmp_path / "whole", train_batch_size=8)
+    assert run(lambda: train_tokenizer(whole), tmp_path / "whole") == [0]
+    first = replace(whole, output_dir=str(tmp_path / "run"), train_batch_size=4)
+    run(lambda: die_after(3, first), tmp_path / "run", num_processes=2)
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-3"]
+
+    division = {"train_batch_size": 8 // parts, "gradient_accumulation_steps": parts}
+    second = replace(first, resume_from_checkpoint="latest", **division)
+    assert run(lambda: train_tokenizer(second), tmp_path / "run") == [0], errors(tmp_path / "run")
+    torch.testing.assert_close(losses(tmp_path / "run"), losses(tmp_path / "whole"), atol=1e-5, rtol=1e-5)
+    assert [entry["lr"] for entry in curve(tmp_path / "run")] == pytest.approx(
+        [entry["lr"] for entry in curve(tmp_path / "whole")]
+    )
+
+
 def unfinished(folder):
     """Identities of folders that are being written."""
     return {path.stat().st_ino for path in folder.glob("checkpoint-*.partial") if path.exists()}

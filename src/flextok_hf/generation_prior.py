@@ -50,6 +50,7 @@ class GuidedSampling:
     generator: torch.Generator | list[torch.Generator] | None
     return_log_probs: bool
     class_zero_guidance: bool
+    owns_cache: bool  # no caller gave one
 
 
 class PriorGenerationMixin(GenerationMixin):
@@ -119,7 +120,9 @@ class PriorGenerationMixin(GenerationMixin):
             is_static |= given_cache is not None and given_cache.is_compileable
             multiple = STATIC_TEXT_MULTIPLE if is_static else 1
             negative = pad_texts(conditions, *negative, multiple) if guidance_scale != 1.0 else (None, None)
-            sampling = GuidedSampling(guidance_scale, *negative, generator, return_log_probs, class_zero_guidance)
+            sampling = GuidedSampling(
+                guidance_scale, *negative, generator, return_log_probs, class_zero_guidance, given_cache is None
+            )
             given["custom_generate"] = partial(type(self).sample_guided, sampling=sampling)
         limits = [getattr(generation_config, name) for name in ("max_new_tokens", "max_length")]
         num_steps = next((limit for limit in limits if limit is not None), self.config.max_position_embeddings)
@@ -170,7 +173,7 @@ class PriorGenerationMixin(GenerationMixin):
                 first_unconditional = first.logits[:, -1].float()  # (B, V)
             double_batch(model_kwargs, sampling, batch_size)
         compiled = self._valid_auto_compile_criteria(model_kwargs, generation_config)
-        if compiled:
+        if compiled and sampling.owns_cache:
             model_kwargs[CACHE_NAME] = self.recall_cache(model_kwargs, batch_size * (2 if is_guided else 1))
         next_forward = self.get_compiled_call(generation_config.compile_config) if compiled else self
         other_criteria = [rule for rule in stopping_criteria if not isinstance(rule, MaxLengthCriteria)]
@@ -200,7 +203,8 @@ class PriorGenerationMixin(GenerationMixin):
                 break
 
         if not (generation_config.return_dict_in_generate or sampling.return_log_probs):
-            self.keep_cache(cache)
+            if sampling.owns_cache:
+                self.keep_cache(cache)
             return input_ids
         return PriorGenerateOutput(
             sequences=input_ids,

@@ -11,6 +11,7 @@ from torch import Tensor
 from .guidance import Guidance
 from .length_groups import LengthGroups
 from .modeling_decoder import FlexTokFlowDecoder
+from .packed_linear import is_offloaded
 
 
 GuidanceScale = float | Callable[[float], float]
@@ -48,7 +49,7 @@ class GuidedVelocity:
         self.guide = Guidance(guidance)
         self.groups = {is_guided: self.group_rows(is_guided) for is_guided in {scale != 1 for scale in self.scales}}
         # What depends on the noise level alone is computed once, unless offloading brings the weights for a call only.
-        self.modulation = None if hasattr(decoder, "_hf_hook") else decoder.compute_modulation(self.sigmas)
+        self.modulation = None if is_offloaded(decoder) else decoder.compute_modulation(self.sigmas)
 
     def group_rows(self, is_guided: bool) -> LengthGroups:
         """Divide a step's rows among decoder calls: the samples, and with guidance the same without tokens."""

@@ -55,6 +55,8 @@ def load_image(source: str | Path | bytes) -> Image.Image:
     except PILLOW_BOMBS as error:
         raise ValueError(_bomb_message(name, error)) from error
     except PILLOW_ERRORS as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system cannot read, whatever the file holds
+            raise
         raise ValueError(f"{name} is damaged or cut off ({error}). Fetch or save the file again.") from error
 
 

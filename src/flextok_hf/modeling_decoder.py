@@ -121,7 +121,7 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DecoderBlock"]
     _repeated_blocks = ["DecoderBlock"]
-    _skip_layerwise_casting_patterns = ["patch_embedding", "time_embedder", "modulation", "velocity_proj"]
+    _skip_layerwise_casting_patterns = ["patch_embedding", "code_proj", "time_embedder", "modulation", "velocity_proj"]
 
     @register_to_config
     def __init__(

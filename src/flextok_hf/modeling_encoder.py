@@ -156,10 +156,6 @@ class FlexTokEncoder(WholeWeightsMixin, PreTrainedModel):
         output = FlexTokEncoderOutput(features=features, codes=codes, token_ids=token_ids)
         return output if return_dict else output.to_tuple()
 
-    def compile_features(self, **options) -> None:
-        """Compile what comes before the quantizer, in place; `options` are those of `torch.compile`."""
-        self.compute_features = torch.compile(self.compute_features, **options)  # type: ignore[method-assign]
-
     def check_num_tokens(self, num_tokens: int | None) -> int:
         """Resolve `num_tokens`, an upper bound: more than there are registers means all of them."""
         if num_tokens is None:

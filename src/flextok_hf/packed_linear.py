@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import psutil
 import torch
 import torch.nn.functional as F
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from torch import Tensor, nn
 
 
@@ -81,8 +82,7 @@ class PackedWeights:
         layers = [module for module in model.modules() if isinstance(module, PackableLinear)]
         is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
         is_packed = any(layer.packed_weight is not None for layer in layers)
-        is_offloaded = hasattr(model, "_hf_hook")  # its weights are elsewhere during a call
-        pays = num_calls >= MIN_CALLS and not (is_compiled or is_packed or is_offloaded)
+        pays = num_calls >= MIN_CALLS and not (is_compiled or is_packed or is_offloaded(model))
         self.weights: dict[PackableLinear, Tensor] = {}
         if pays and can_pack([layer.weight for layer in layers]):
             for layer in layers:
@@ -104,6 +104,11 @@ class PackedWeights:
         if self.weights:
             self.weights.clear()
             return_freed_memory()
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether hooks of accelerate or Diffusers bring the weights for the length of a call only."""
+    return hasattr(model, "_hf_hook") or _is_group_offload_enabled(model)
 
 
 def return_freed_memory() -> None:

@@ -3,8 +3,10 @@
 import difflib
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,8 +16,8 @@ from .nested_dropout import token_ladder
 
 
 def is_whole_number(value: Any) -> bool:
-    """Tell Python integers from booleans and floats."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Tell integers, of Python or NumPy, from booleans and floats."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def resolve_max_tokens(max_tokens: int | Sequence[int] | None, batch_size: int, num_registers: int) -> list[int]:
@@ -29,7 +31,7 @@ def resolve_max_tokens(max_tokens: int | Sequence[int] | None, batch_size: int, 
     Raises:
         ValueError: if a bound is not a whole number of 1 or more, or there are more or fewer of them than samples.
     """
-    if isinstance(max_tokens, Tensor):
+    if isinstance(max_tokens, Tensor | np.ndarray):
         max_tokens = max_tokens.tolist()
     bounds: Any = [num_registers] * batch_size if max_tokens is None else max_tokens
     if not isinstance(bounds, list | tuple):
@@ -45,7 +47,7 @@ def resolve_max_tokens(max_tokens: int | Sequence[int] | None, batch_size: int, 
                 f"`max_tokens` must be whole numbers of 1 or more, got {bound!r}. A picture needs at least one token;"
                 f" leave `max_tokens` out to use all {num_registers}."
             )
-    return [min(bound, num_registers) for bound in bounds]
+    return [min(int(bound), num_registers) for bound in bounds]
 
 
 def check_token_counts(token_counts: Any, num_registers: int) -> list[int]:
@@ -160,7 +162,7 @@ def check_class_labels(class_labels: Any, config: FlexTokPriorConfig) -> Tensor:
         raise ValueError(
             "`class_labels` were given, but this model's prior knows no classes. Pass a `prompt` instead."
         )
-    labels = class_labels.tolist() if isinstance(class_labels, Tensor) else class_labels
+    labels = class_labels.tolist() if isinstance(class_labels, Tensor | np.ndarray) else class_labels
     labels = labels if isinstance(labels, list | tuple) else [labels]
     if len(labels) == 0:
         raise ValueError("`class_labels` is empty. Give at least one class.")
@@ -210,10 +212,16 @@ def spread_generators(
     """Check that a list of generators has one per sample; one generator or none passes through.
 
     Raises:
+        TypeError: if they are no generators.
         ValueError: if the number of generators differs from `batch_size`.
     """
     if generator is None or isinstance(generator, torch.Generator):
         return generator
+    if not isinstance(generator, list | tuple) or not all(isinstance(each, torch.Generator) for each in generator):
+        raise TypeError(
+            f"`generator` must be a `torch.Generator` or a list of them, got {generator!r}. For a seed, pass"
+            " `torch.Generator().manual_seed(seed)`."
+        )
     if len(generator) != batch_size:
         raise ValueError(
             f"`generator` has {len(generator)} entries for {batch_size} pictures. Pass a single generator, or one per"

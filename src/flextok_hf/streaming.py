@@ -176,9 +176,14 @@ class StreamingMixin:
             inputs.check_keep_tokens(keep_tokens, self.num_registers, "the model has that many")
             token_ids = self.tokenize(image, keep_tokens)
         else:
-            token_ids, _ = inputs.pad_token_ids(token_ids, self.codebook_size, self.num_registers)
+            token_ids, lengths = inputs.pad_token_ids(token_ids, self.codebook_size, self.num_registers)
             if keep_tokens is not None:
-                inputs.check_keep_tokens(keep_tokens, token_ids.shape[1], "`token_ids` has that many")
+                inputs.check_keep_tokens(keep_tokens, min(lengths), "the shortest row of `token_ids` has that many")
+            elif min(lengths) < max(lengths):
+                raise ValueError(
+                    f"`token_ids` has rows of {min(lengths)} to {max(lengths)} ids, but pictures go on from equally"
+                    f" many. Set `keep_tokens` to {min(lengths)} or fewer."
+                )
         if token_ids.shape[0] not in (1, num_conditions):
             raise ValueError(
                 f"{token_ids.shape[0]} pictures or rows of `token_ids` do not fit {num_conditions} prompts or classes."

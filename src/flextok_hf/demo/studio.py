@@ -209,6 +209,6 @@ class Studio:
     @staticmethod
     def _whole_number(value: Any, what: str, low: int, high: int) -> int:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or value != value or value != int(value) or not low <= value <= high:
+        if not is_number or not low <= value <= high or value != int(value):  # in this order: infinity is no integer
             raise ValueError(f"{what} must be a whole number from {low} to {high:,}.")
         return int(value)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..card_sections import markdown_table
 from ..outputs import save_picture
 from ..sheets import contact_sheet, token_count_title
 from .accumulators import KeptPictures, MeanWithInterval, share_of
@@ -22,7 +23,7 @@ from .measurement import Cost
 from .options import ComplexityOptions
 from .pictures import to_pil
 from .plots import plot_curves
-from .results import interval_text, markdown_table, protocol_lines, write_record
+from .results import interval_text, protocol_lines, write_record
 from .sampling import generate
 
 

@@ -1,7 +1,8 @@
 """Records of generation and complexity as pages for reading."""
 
+from ..card_sections import markdown_table
 from .adherence import TOP
-from .results import interval_text, markdown_table, protocol_lines
+from .results import interval_text, protocol_lines
 
 
 TITLES = {

@@ -41,7 +41,7 @@ def load_split(source: str | Sequence[str], split: str, image_column: str = "ima
         rows = SyntheticShapes(SYNTHETIC_ROWS.get(split, 0), split=split)
     else:
         try:
-            rows = load_rows(source, split, False, None, None)
+            rows = load_rows(source, split, False, None)
         except ValueError as error:
             raise ValueError(f"`data` {source!r} cannot be read as split {split!r}: {error}") from error
     if image_column not in rows.column_names:

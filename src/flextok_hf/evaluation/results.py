@@ -6,7 +6,7 @@ network, seeds. Two records may only be compared if their protocols agree.
 
 import json
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -130,12 +130,6 @@ def compare_records(first: dict, second: dict) -> list[list[Any]]:
     if not rows:
         raise ValueError("These results share no figure: they are of different numbers of tokens.")
     return rows
-
-
-def markdown_table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
-    """Return a Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def interval_text(figure: dict[str, float], digits: int = 3) -> str:

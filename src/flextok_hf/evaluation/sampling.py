@@ -5,7 +5,7 @@ Letters: B batch, R side of the square pictures.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -149,7 +149,9 @@ class FlopCounter(FlopCounterMode):
         def count_product(rows_shape, *args, out_shape=None, **kwargs) -> int:
             return 2 * math.prod(rows_shape) * out_shape[-1]
 
-        cpu_counts = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: count_attention}
+        cpu_counts: dict[Any, Callable[..., int]] = {
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: count_attention
+        }
         if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
             cpu_counts[torch.ops.mkldnn._linear_pointwise] = count_product
         super().__init__(modules, display=False, custom_mapping=cpu_counts)

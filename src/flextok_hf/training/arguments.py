@@ -162,7 +162,7 @@ class TokenizerArguments(TrainingArguments):
     vae: str | None = option(None, "Frozen AutoencoderKL, folder or Hub id; none: pixel space.")
     pretrained_tokenizer: str | None = option(
         None,
-        "Start from this pipeline's tokenizer, folder or Hub id; its sizes hold, and its VAE unless `vae` names another.",
+        "Start from this pipeline's tokenizer, folder or Hub id; its sizes hold, and its VAE unless `vae` is set.",
     )
     freeze_encoder: bool = option(False, "Train the decoder only: the tokens of a picture stay what they are.")
     token_layout: str = option("registers", "An ordered sequence, or a grid with a token per patch as the control.")

@@ -58,10 +58,6 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         """Let the next iteration run through `epoch` from `first_batch` on."""
         self.epoch, self.first_batch = epoch, first_batch
 
-    def set_epoch(self, epoch: int) -> None:
-        """Let the next iteration run through the whole of `epoch`."""
-        self.set_position(epoch)
-
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch
         order = torch.arange(self.num_rows)

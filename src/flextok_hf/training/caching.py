@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..images import pixels_to_values
 from ..latents import encode_latents
-from .rows import UnreadableRow, draw_conditions, draw_flip, read_picture
+from .rows import UnreadableRow, draw_conditions, draw_flip, no_picture_error, read_picture
 
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def read_rows(dataset: "ImageDataset", num_workers: int) -> Iterator[tuple[int, 
         for start, items in zip(range(0, len(dataset), READ_BATCH), loader, strict=True):
             for row, (pixels, values) in enumerate(items, start):
                 if pixels is None:
-                    dataset.skip(row, values)
+                    dataset.skipped.add(row, values)
                 else:
                     yield row, torch.from_numpy(pixels), values
             bar.update(len(items))
@@ -115,7 +115,7 @@ def cache_latents(dataset: "ImageDataset", vae: AutoencoderKL, num_workers: int 
     if pending:
         encode()
     if not kept:
-        raise dataset.no_picture_error(f"all {len(dataset)} rows")
+        raise no_picture_error(f"all {len(dataset)} rows", dataset.columns)
     return LatentDataset(torch.cat(batches), kept, dataset)
 
 

@@ -47,7 +47,6 @@ def load_training_dataset(
     seed: int = 0,
     fail_on_unreadable: bool = False,
     config_name: str | None = None,
-    revision: str | None = None,
 ) -> ImageDataset | StreamedImageDataset:
     """Load one split of a data set for training; serve it with `build_dataloader`.
 
@@ -65,8 +64,7 @@ def load_training_dataset(
         max_samples: use only the first rows.
         seed: decides the synthetic pictures and the order and draws of a streamed data set.
         fail_on_unreadable: an unreadable row is an error.
-        config_name: of a data set on the Hub that has several.
-        revision: of a data set on the Hub.
+        config_name: of a data set that has several.
     """
     if streaming and cache_in_memory:
         raise ValueError("`cache_in_memory` needs all rows at the start: turn off either it or `streaming`.")
@@ -82,7 +80,7 @@ def load_training_dataset(
         num_examples = max_samples or SYNTHETIC_ROWS[split]
         rows = SyntheticShapes(num_examples, seed, transform.resolution, split=split, streaming=streaming)
     else:
-        rows = load_rows(source, split, streaming, config_name, revision)
+        rows = load_rows(source, split, streaming, config_name)
         if max_samples is not None:
             rows = rows.take(max_samples)
     if streaming:

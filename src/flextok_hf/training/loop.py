@@ -3,8 +3,9 @@
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,19 @@ class Trainer:
         accelerator: devices, precision and processes.
         model: computes the loss in its `forward(batch, step, chance)`; returns (loss, metrics).
         parameter_groups: for the optimizer, as `torch.optim.AdamW` takes them.
+        vocabulary: what the rows of the model's tables stand for, where the data decide it: classes, pieces of text.
     """
 
     def __init__(
-        self, arguments: TrainingArguments, accelerator: Accelerator, model: nn.Module, parameter_groups: list
+        self,
+        arguments: TrainingArguments,
+        accelerator: Accelerator,
+        model: nn.Module,
+        parameter_groups: list,
+        vocabulary: Sequence[str] = (),
     ):
         self.arguments = arguments
+        self.vocabulary = sha256("\n".join(vocabulary).encode()).hexdigest()
         self.accelerator = accelerator
         optimizer = torch.optim.AdamW(
             parameter_groups,
@@ -60,9 +68,9 @@ class Trainer:
             weight_decay=arguments.weight_decay,
             fused=accelerator.device.type == "cuda",
         )
-        lr_scheduler = build_lr_scheduler(arguments, optimizer, accelerator.num_processes)
+        self.lr_scheduler = build_lr_scheduler(arguments, optimizer)
         self.raw_model = model
-        self.model, self.optimizer, self.lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.average = AveragedWeights(model, arguments.ema_decay)
         self.folder = RunFolder(arguments.output_dir, accelerator.process_index)
         self.step = 0
@@ -134,9 +142,9 @@ class Trainer:
                     if norm is not None:  # DeepSpeed has none before its first step, and then a plain number
                         self.add_metrics({"grad_norm": torch.as_tensor(whole(norm), device=accelerator.device)}, 1.0)
                 self.optimizer.step()
-                self.lr_scheduler.step()
                 self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self.lr_scheduler.step()
         self.average.step()
 
     def chance(self, part: int) -> Chance:
@@ -250,6 +258,7 @@ class Trainer:
             state = {
                 "step": self.step,
                 "num_processes": accelerator.num_processes,
+                "vocabulary": self.vocabulary,
                 "arguments": asdict(self.arguments),
             }
             (folder / checkpoints.STATE_FILE).write_text(json.dumps(state, indent=2))
@@ -267,10 +276,17 @@ class Trainer:
             return
         state = checkpoints.read_state(folder)
         options = asdict(self.arguments)
+        if state["vocabulary"] != self.vocabulary:
+            raise ValueError(
+                f"The classes, or the pieces of text, of the training data are others than those that {folder} was"
+                " trained with, so its tables would mean something else. Go on with the same data, or start anew."
+            )
         for line in checkpoints.compare_options(state, options, self.accelerator.num_processes):
             logger.warning("Going on with other options than before: %s", line)
         self.accelerator.load_state(str(folder))
+        self.accelerator.step = 0  # its count of micro-batches, in the division of a step that was
         self.step = state["step"]
+        self.lr_scheduler.last_epoch = self.step
         self.average.load(folder, self.step)
         stream_file = folder / f"stream_{self.accelerator.process_index}.json"
         if stream_file.is_file():

@@ -14,7 +14,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .caching import read_rows
-from .rows import Columns, ImageTransform, UnreadableRow, class_range_message, draw_conditions, read_sample
+from .rows import (
+    Columns,
+    ImageTransform,
+    UnreadableRow,
+    class_range_message,
+    draw_conditions,
+    no_picture_error,
+    read_sample,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -95,11 +103,6 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
-    def num_skipped(self) -> int:
-        """Rows found unreadable so far, also by the workers whose batches have arrived."""
-        return len(self.skipped)
-
     def all_captions(self) -> list[str]:
         """Every wording of every row."""
         name = self.columns.caption
@@ -110,7 +113,7 @@ class ImageDataset(Dataset):
         row, draw = key if isinstance(key, tuple) else (key, None)
         if not 0 <= row < len(self):
             raise IndexError(f"Row {row} does not exist in a data set of {len(self)} rows.")
-        generator = None if draw is None else torch.Generator().manual_seed(draw)
+        generator = seeded_generator(draw)
         if self.pixels is not None:  # unreadable rows are gone already
             pixel_values = self.transform.to_values(self.pixels[row], generator)
             return {"pixel_values": pixel_values, **draw_conditions(self.rows[row], self.columns, generator)}
@@ -119,27 +122,25 @@ class ImageDataset(Dataset):
         for candidate in (index % len(self) for index in range(row, row + num_tries)):
             try:
                 if candidate not in self.skipped:
+                    generator = seeded_generator(draw)  # the same whether a row before failed now or is known to
                     sample = read_sample(self.rows[candidate], self.columns, self.transform, generator)
                     return {**sample, "unreadable": unreadable} if unreadable else sample
             except UnreadableRow as error:
-                self.skip(candidate, error)
+                self.skipped.add(candidate, error)
                 unreadable[candidate] = str(error)
-        raise self.no_picture_error(f"{num_tries} rows from row {row} on")
-
-    def skip(self, row: int, reason: Exception) -> None:
-        """Count a row that cannot be used and warn of it, once."""
-        self.skipped.add(row, reason)
-
-    def no_picture_error(self, where: str) -> ValueError:
-        """Say that nothing usable was found in `where`."""
-        return no_picture_error(where, self.columns)
+        raise no_picture_error(f"{num_tries} rows from row {row} on", self.columns)
 
     def _fill_cache(self, num_workers: int) -> None:
         found = [(values, pixels) for _, pixels, values in read_rows(self, num_workers)]
         if not found:
-            raise self.no_picture_error(f"all {len(self.rows)} rows")
+            raise no_picture_error(f"all {len(self.rows)} rows", self.columns)
         self.rows = [values for values, _ in found]  # plain dictionaries: reading one row of an Arrow table is slow
         self.pixels = torch.stack([pixels for _, pixels in found]).share_memory_()  # one copy for all workers
+
+
+def seeded_generator(draw: int | None) -> torch.Generator | None:
+    """Return the source of chance of one draw; `None` is PyTorch's global one."""
+    return None if draw is None else torch.Generator().manual_seed(draw)
 
 
 def check_classes(dataset: datasets.Dataset, columns: Columns) -> None:
@@ -155,11 +156,3 @@ def undecoded(dataset: Any, columns: Columns) -> Any:
     """Keep the columns in use and leave the pictures as bytes: decoding happens row by row, where it may fail."""
     dataset = dataset.select_columns(columns.names())
     return dataset if columns.token_ids else dataset.cast_column(columns.image, datasets.Image(decode=False))
-
-
-def no_picture_error(where: str, columns: Columns) -> ValueError:
-    """Say that nothing usable was found in `where`."""
-    return ValueError(
-        f"No usable picture in {where}; the warnings above say why. Check `image_column` ('{columns.image}') and"
-        f" `caption_column` ('{columns.caption}')."
-    )

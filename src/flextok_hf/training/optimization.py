@@ -43,15 +43,18 @@ def split_by_decay(modules: list[nn.Module], learning_rate: float, width_ratio: 
     ]
 
 
-def build_lr_scheduler(arguments: TrainingArguments, optimizer: torch.optim.Optimizer, num_processes: int) -> LambdaLR:
-    """Make the schedule of the learning rate: after the warm-up, `lr_end_ratio` takes the place of 0."""
-    # the prepared scheduler steps once per process, so its lengths are counted in process steps
-    num_warmup_steps = arguments.lr_warmup_steps * num_processes
+def build_lr_scheduler(arguments: TrainingArguments, optimizer: torch.optim.Optimizer) -> LambdaLR:
+    """Make the schedule of the learning rate: after the warm-up, `lr_end_ratio` takes the place of 0.
+
+    It counts steps of training. Prepared by accelerate it would count those of all processes together, and a run that
+    goes on with another number of processes would be elsewhere in its course.
+    """
+    num_warmup_steps = arguments.lr_warmup_steps
     scheduler = get_scheduler(
         arguments.lr_scheduler,
         optimizer,
         num_warmup_steps=num_warmup_steps,
-        num_training_steps=arguments.max_train_steps * num_processes,
+        num_training_steps=arguments.max_train_steps,
     )
     if arguments.lr_end_ratio == 0:
         return scheduler

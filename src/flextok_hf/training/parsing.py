@@ -64,6 +64,10 @@ def read_flags(path: Path, known: dict[str, argparse.Action]) -> list[str]:
         if value is None or value == []:
             if value != default:
                 raise ValueError(f"`{name}` in {path} is empty. Leave it out to get the default, {default!r}.")
+        elif isinstance(value, bool) and not isinstance(default, bool):
+            raise ValueError(
+                f"`{name}` in {path} is a word that YAML reads as {value}: put it in quotes, or name another value."
+            )
         elif isinstance(value, list):
             if known[name].nargs != "+":
                 raise ValueError(f"`{name}` in {path} takes one value, got {value}.")

@@ -76,8 +76,10 @@ class PriorForTraining(nn.Module):
         if "token_ids" in batch:
             return batch["token_ids"].to(self.prior.device, non_blocking=True)
         tokenizer = self.frozen["image_tokenizer"]
-        latents = latents_of(batch, tokenizer.vae, self.prior.device)  # (B, C, h, w)
-        return tokenizer.encoder(latents).token_ids
+        # in full precision whatever the prior trains in, so that the ids are those the tokenizer gives elsewhere
+        with torch.autocast(self.prior.device.type, enabled=False):
+            latents = latents_of(batch, tokenizer.vae, self.prior.device)  # (B, C, h, w)
+            return tokenizer.encoder(latents).token_ids
 
     def encode_condition(self, batch: dict[str, Any], is_dropped: Tensor) -> dict[str, Tensor]:
         """Turn captions or classes into arguments of the prior; dropped ones become "" or class -1."""

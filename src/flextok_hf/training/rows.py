@@ -208,6 +208,14 @@ def class_range_message(name: str, label: int, num_classes: int) -> str:
     )
 
 
+def no_picture_error(where: str, columns: Columns) -> ValueError:
+    """Say that nothing usable was found in `where`."""
+    return ValueError(
+        f"No usable picture in {where}; the warnings above say why. Check `image_column` ('{columns.image}') and"
+        f" `caption_column` ('{columns.caption}')."
+    )
+
+
 def draw_token_ids(value: Any, columns: Columns, generator: torch.Generator | None) -> Tensor:
     """Take the token ids of one crop, (K,) int64, from those of all crops of a picture.
 
@@ -224,7 +232,8 @@ def draw_token_ids(value: Any, columns: Columns, generator: torch.Generator | No
     if len(value) != num_tokens or (codebook_size is not None and max(value) >= codebook_size):
         raise ValueError(
             f"`token_column` '{columns.token_ids}' holds {len(value)} ids up to {max(value)}, but the tokenizer writes"
-            f" {num_tokens} ids below {codebook_size}. Name the `tokenizer` that the data was made with."
+            f" {num_tokens} ids below {codebook_size}. Name the `tokenizer` that the data was made with; if the ids"
+            " were cut by `--max_tokens`, make them again without it."
         )
     return token_ids
 

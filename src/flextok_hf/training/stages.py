@@ -67,6 +67,8 @@ def train_vae(arguments: VaeArguments) -> Path:
         vae.enable_gradient_checkpointing()
     model = VaeForTraining(vae, arguments).to(memory_format=torch.channels_last)
     if arguments.compile:
+        if arguments.adversarial_weight > 0:  # whose adaptive weight goes back through the decoder more than once
+            torch._functorch.config.donated_buffer = False
         vae.encoder.compile()
         vae.decoder.compile()
     trainer = Trainer(arguments, accelerator, model, split_by_decay([model], arguments.learning_rate))
@@ -172,6 +174,13 @@ def train_prior(arguments: PriorArguments) -> Path:
         arguments = replace(arguments, resolution=pipe.resolution)
     dataset, held_out = load_train_data(arguments, columns), load_validation_data(arguments, columns)
     text_tokenizer, text_encoder, class_names = None, None, dataset.class_names
+    if held_out is not None and held_out.class_names != class_names:
+        pairs = itertools.zip_longest(held_out.class_names or [], class_names or [])
+        number, (there, here) = next((number, pair) for number, pair in enumerate(pairs) if pair[0] != pair[1])
+        raise ValueError(
+            f"`validation_data` has other classes than `train_data`: class {number} is {there!r} there and {here!r}"
+            " here. Give it the same classes in the same order."
+        )
     if arguments.caption_column is not None:
         text_tokenizer, text_encoder = text_components(arguments, dataset)
     prior = build_prior(
@@ -194,7 +203,8 @@ def train_prior(arguments: PriorArguments) -> Path:
     if arguments.compile:
         for block in prior.blocks:
             block.compile(dynamic=True)  # texts differ in length
-    trainer = Trainer(arguments, accelerator, model, split_by_decay([model], arguments.learning_rate))
+    groups = split_by_decay([model], arguments.learning_rate)
+    trainer = Trainer(arguments, accelerator, model, groups, vocabulary_of(arguments, text_tokenizer, class_names))
     trainer.resume()
     batches = serve(arguments, accelerator, dataset)
     trainer.train(batches, draw, held_out_batches(arguments, held_out, accelerator))
@@ -203,6 +213,16 @@ def train_prior(arguments: PriorArguments) -> Path:
         pipe.register_modules(prior=prior, text_encoder=text_encoder, tokenizer=text_tokenizer)
         trainer.arguments = replace(arguments, resolution=pipe.resolution)  # for the record; no picture was read
     return export(trainer, pipe, "prior")
+
+
+def vocabulary_of(
+    arguments: PriorArguments, text_tokenizer: PreTrainedTokenizerBase | None, class_names: list[str] | None
+) -> list[str]:
+    """Return what the data decide: the names of the classes, or the pieces of a text tokenizer learned from them."""
+    if text_tokenizer is None:
+        return class_names or []
+    pieces = text_tokenizer.get_vocab()
+    return [] if arguments.text_encoder is not None else sorted(pieces, key=pieces.__getitem__)
 
 
 def text_components(

@@ -15,8 +15,8 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .chance import draw_seed
-from .map_data import MAX_UNREADABLE_ROWS, SkippedRows, no_picture_error, undecoded
-from .rows import Columns, ImageTransform, UnreadableRow, collate, read_sample
+from .map_data import MAX_UNREADABLE_ROWS, SkippedRows, undecoded
+from .rows import Columns, ImageTransform, UnreadableRow, collate, no_picture_error, read_sample
 
 
 READ_BLOCK = 64  # rows between two places that are kept, where nothing is shuffled
@@ -66,11 +66,6 @@ class StreamedImageDataset(IterableDataset):
         self.skipped = SkippedRows(fail_on_unreadable)
         self.rows = undecoded(dataset, columns)
         self.set_epoch(0)
-
-    @property
-    def num_skipped(self) -> int:
-        """Rows found unreadable so far, also by the workers whose batches have arrived."""
-        return len(self.skipped)
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next iteration take the order and the draws of `epoch`; not called by readers, which share it."""
@@ -153,12 +148,12 @@ class StreamBatches(IterableDataset):
         reader = "0" if worker is None else str(worker.id)
         place = self.places.get(reader)
         samples: list[dict[str, Any]] = []
-        num_reported = self.dataset.num_skipped
+        num_reported = len(self.dataset.skipped)
 
         def news() -> dict[str, Any]:
             nonlocal num_reported
             fresh = dict(islice(self.dataset.skipped.items(), num_reported, None))
-            num_reported = self.dataset.num_skipped
+            num_reported = len(self.dataset.skipped)
             return {"reader": reader, "place": place, **({"unreadable": fresh} if fresh else {})}
 
         for sample, place in self.dataset.read(place):
@@ -168,5 +163,5 @@ class StreamBatches(IterableDataset):
                 samples = []
         if samples and not self.drop_last:
             yield {**collate(samples), **news()}
-        elif self.dataset.num_skipped > num_reported:
+        elif len(self.dataset.skipped) > num_reported:
             yield news()
