@@ -79,7 +79,7 @@ $(VENV)/.installed-browser: $(INSTALLED)
 bench: setup  ## measure speed on a CPU into docs/results/speed: about 45 minutes on two quiet cores
 	$(BIN)/python benchmarks/bench_prior.py --results $(SPEED)
 	$(BIN)/python benchmarks/bench_scaling.py --results $(SPEED)
-	$(BIN)/python benchmarks/bench_shortcuts.py --data $(DATA)/everyday128 --results $(SPEED)
+	$(BIN)/python benchmarks/bench_shortcuts.py $(if $(wildcard $(DATA)/everyday128),--data $(DATA)/everyday128) --results $(SPEED)
 	$(BIN)/python benchmarks/bench_tokenizer.py --results $(SPEED)
 
 bench-gpu: setup  ## measure speed on a GPU into docs/results/speed: 2.5 minutes

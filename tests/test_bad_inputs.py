@@ -28,6 +28,7 @@ CALLS = {
     "too few generators": (
         lambda pipe: pipe(["a", "b"], generator=[torch.Generator()]), ValueError, "`generator`", "one per"
     ),
+    "a seed for a generator": (lambda pipe: pipe("a", generator=0), TypeError, "`generator`", "manual_seed"),
     "ids beyond the codebook": (lambda pipe: pipe.detokenize(IDS + 15), ValueError, "`token_ids", r"\[0, 15\)"),
     "negative ids": (lambda pipe: pipe.detokenize(IDS - 1), ValueError, "`token_ids", r"\[0, 15\)"),
     "ids that are floats": (lambda pipe: pipe.detokenize(IDS.float()), TypeError, "`token_ids", "`tokenize`"),

@@ -130,6 +130,16 @@ def test_an_unknown_attention_backend_is_refused(tiny_decoder):
         tiny_decoder.set_attention_backend("natively")
 
 
+def test_weights_kept_in_eight_bits_draw_almost_the_same(tiny_tokenizer_pipeline):
+    pipe, token_ids = tiny_tokenizer_pipeline, torch.zeros(1, 2, dtype=torch.long)
+    options = {"num_inference_steps": 2, "output_type": "latent", "latents": torch.zeros(1, 3, 16, 16)}
+    expected = pipe.detokenize(token_ids, **options).images
+    pipe.decoder.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    assert pipe.decoder.transformer_blocks[0].attention.to_q.weight.dtype == torch.float8_e4m3fn
+    latents = pipe.detokenize(token_ids, **options).images
+    assert 0 < (latents - expected).norm() < 0.2 * expected.norm()
+
+
 def test_an_adapter_learns_while_the_decoder_stays(tiny_decoder, latents):
     peft = pytest.importorskip("peft")
     before = velocity(tiny_decoder, latents, CODES)

@@ -105,6 +105,7 @@ def test_the_first_frame_of_an_animation_is_taken(studio, tmp_path):
         (lambda studio: studio.generate("cat " * 2500, 3), f"9,999 characters.*{MAX_PROMPT_CHARACTERS}"),
         (lambda studio: studio.generate("a cat", 0), "from 1 to 6"),
         (lambda studio: studio.generate("a cat", float("nan")), "from 1 to 6"),
+        (lambda studio: studio.generate("a cat", float("inf")), "from 1 to 6"),
         (lambda studio: studio.generate("a cat", 2.5), "from 1 to 6"),
         (lambda studio: studio.generate("a cat", 2, seed=None), "The seed"),
         (lambda studio: studio.generate("a cat", 2, seed=-1), "The seed"),

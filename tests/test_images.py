@@ -1,3 +1,5 @@
+import errno
+
 import numpy as np
 import pytest
 import torch
@@ -177,6 +179,17 @@ def test_cut_off_files_are_refused(tmp_path, suffix):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match=f"cut.{suffix}' is (damaged or cut off|not a picture)"):
         load_image(path)
+
+
+def test_what_the_system_cannot_read_is_not_called_damaged(tmp_path, monkeypatch):
+    photo().save(tmp_path / "whole.png")
+
+    def too_many_files(*args):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Image, "open", too_many_files)
+    with pytest.raises(OSError, match="Too many open files"):
+        load_image(tmp_path / "whole.png")
 
 
 def test_a_cut_off_file_opened_by_the_caller_is_refused(tmp_path):

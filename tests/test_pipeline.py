@@ -2,11 +2,13 @@
 
 import json
 
+import accelerate
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from flextok_hf.packed_linear import MIN_CALLS
 from flextok_hf.pipeline_flextok import FlexTokPipeline, FlexTokPipelineOutput
 
 
@@ -269,6 +271,20 @@ def test_the_model_index_names_the_package(tiny_pipeline, tmp_path):
     classes = {"encoder": "FlexTokEncoder", "decoder": "FlexTokFlowDecoder", "prior": "FlexTokPriorForCausalLM"}
     assert {name: index[name] for name in classes} == {name: ["flextok_hf", kind] for name, kind in classes.items()}
     assert index["vae"] == [None, None]
+
+
+def test_weights_that_come_for_a_call_only_draw_the_same(tiny_pipeline):
+    """As `enable_sequential_cpu_offload` has it, which wants an accelerator."""
+    options = {"num_inference_steps": MIN_CALLS, "output_type": "pt"}
+    expected = tiny_pipeline("a star", generator=seeded(0), **options)
+    token_ids = tiny_pipeline.tokenize(expected.images)
+    for module in tiny_pipeline.components.values():
+        if isinstance(module, torch.nn.Module):
+            accelerate.cpu_offload(module, execution_device=torch.device("cpu"), offload_buffers=True)
+    output = tiny_pipeline("a star", generator=seeded(0), **options)
+    assert output.token_ids.equal(expected.token_ids)
+    torch.testing.assert_close(output.images, expected.images, atol=1e-5, rtol=0)
+    assert tiny_pipeline.tokenize(expected.images).equal(token_ids)
 
 
 def test_weights_stored_in_half_precision_load_as_float32(tiny_pipeline, tmp_path):

@@ -291,6 +291,16 @@ def test_residual_outputs_start_smaller_than_other_weights():
 # Generation
 
 
+def test_the_cache_of_a_caller_stays_theirs():
+    prior = make_prior("class")
+    condition, inputs = make_condition(prior.config), torch.full((3, 1), VOCABULARY)
+    cache = StaticCache(config=prior.config, max_cache_len=4)
+    prior.generate(inputs, **condition, generator=torch.Generator(), max_new_tokens=3, **{CACHE_NAME: cache})
+    assert int(cache.get_seq_length()) == 3 and prior.kept_cache is None
+    prior.generate(inputs, **condition, generator=torch.Generator(), cache_implementation="static")
+    assert prior.kept_cache is not None
+
+
 @pytest.mark.parametrize("options", [{"use_cache": False}, {"cache_implementation": "static"}, {"num_beams": 1}])
 def test_all_caches_write_the_same_tokens(prior, options):
     condition = make_condition(prior.config)

@@ -220,6 +220,14 @@ def test_a_stream_starts_with_the_kept_tokens(tiny_pipeline):
     assert torch.equal(shown[-1][1], whole) and torch.equal(shown[0][1], first)
 
 
+RAGGED = [torch.tensor([1]), torch.tensor([2, 3, 4])]
+
+
+def test_rows_of_different_lengths_go_on_from_what_all_of_them_have(tiny_pipeline):
+    output = tiny_pipeline(["a red circle"] * 2, token_ids=RAGGED, keep_tokens=1, **FEW_STEPS)
+    assert output.token_ids[:, 0].tolist() == [1, 2]
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -233,6 +241,8 @@ def test_a_stream_starts_with_the_kept_tokens(tiny_pipeline):
         ({"image": [picture()] * 3, "keep_tokens": 2}, "3 pictures"),
         ({"token_ids": torch.zeros(1, 2, dtype=torch.long), "keep_tokens": 3}, "from 1 to 2"),
         ({"token_ids": torch.full((1, 2), 15)}, "codebook"),
+        ({"token_ids": RAGGED}, "rows of 1 to 3 ids"),
+        ({"token_ids": RAGGED, "keep_tokens": 2}, "from 1 to 1 \\(the shortest row"),
         ({"token_ids": torch.zeros(1, 7, dtype=torch.long)}, "1 to 6 ids"),
     ],
 )

@@ -246,6 +246,26 @@ def test_rows_without_a_caption_are_skipped(tmp_path, captions):
         assert set(dataset.skipped) == {1}
 
 
+def test_a_draw_gives_the_same_whether_a_row_is_found_unusable_or_known_to_be(tmp_path):
+    """The flip is drawn before the missing caption is noticed."""
+    path = write_parquet(tmp_path / "a.parquet", 2, text=[None, ["a", "b", "c", "d", "e", "f"]])
+
+    def load():
+        return load_training_dataset(path, transform=ImageTransform(R, random_flip=True), columns=TEXT)
+
+    found = [load()[0, draw]["captions"] for draw in range(8)]
+    known = load()
+    assert known[0, 0] and set(known.skipped) == {0}
+    assert [known[0, draw]["captions"] for draw in range(8)] == found
+
+
+def test_a_folder_without_the_split_says_where_to_put_it(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "0.png").write_bytes(png(0))
+    with pytest.raises(ValueError, match="'validation' is not in .*, which has train. Put .* into .*pictures/validation"):
+        load_training_dataset(tmp_path / "pictures", "validation", transform=TRANSFORM)
+
+
 def test_missing_picture_files_are_skipped(tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()

@@ -291,6 +291,36 @@ def test_the_record_names_the_sizes_that_were_trained_not_those_of_options_witho
     assert recorded["decoder_num_layers"] == tiny_tokenizer_pipeline.decoder.config.num_layers
 
 
+def write_classes(path, names):
+    write_parquet(path, 8, label=[row % len(names) for row in range(8)])
+    rows = datasets.Dataset.from_parquet(str(path), cache_dir=str(path.parent / "cache"))
+    rows.cast_column("label", datasets.ClassLabel(names=names)).to_parquet(str(path.with_name(f"named_{path.name}")))
+
+
+def test_a_prior_does_not_go_on_with_other_classes(tiny_tokenizer_pipeline, tmp_path):
+    tiny_tokenizer_pipeline.save_pretrained(tmp_path / "tokenizer")
+    options = {"caption_column": None, "class_column": "label", "max_train_samples": None, "max_train_steps": 2}
+    for name, classes in (("a", ["cat", "dog"]), ("b", ["dog", "cat"])):
+        write_classes(tmp_path / f"{name}.parquet", classes)
+    arguments = prior_arguments(
+        tmp_path / "run", tmp_path / "tokenizer", train_data=[str(tmp_path / "named_a.parquet")], **options
+    )
+    train_prior(arguments)
+    other = {"train_data": [str(tmp_path / "named_b.parquet")], "max_train_steps": 3}
+    with pytest.raises(ValueError, match="The classes, or the pieces of text, .* are others"):
+        train_prior(replace(arguments, **other, resume_from_checkpoint="latest"))
+    other = {"validation_data": [str(tmp_path / "named_b.parquet")], "validation_steps": 1}
+    with pytest.raises(ValueError, match="`validation_data` has other classes .* class 0 is 'dog' there and 'cat'"):
+        train_prior(replace(arguments, **other, output_dir=str(tmp_path / "new")))
+
+
+def test_an_average_is_not_begun_on_the_way(whole_run, tmp_path):
+    copy_checkpoint(whole_run, 3, tmp_path)
+    options = {"gradient_accumulation_steps": 2, "resume_from_checkpoint": "latest", "ema_decay": 0.0}
+    with pytest.raises(ValueError, match="`ema_decay` is 0.0, but the checkpoint was made with 0.9"):
+        train_tokenizer(tokenizer_arguments(tmp_path, **options))
+
+
 # Data that is not in order
 
 

@@ -61,6 +61,7 @@ def test_every_option_survives_the_way_through_a_file(tmp_path, kind):
         ("resolution: [64, 64]", "`resolution` in .* takes one value, got \\[64, 64\\]"),
         ("keep_mode: sometimes", "`keep_mode` must be one of uniform, powers_of_two, uniform_rounded_up, got"),
         ("lr_scheduler: triangle", "`lr_scheduler` must be one of linear, cosine"),
+        ("mixed_precision: no", "`mixed_precision` in .* YAML reads as False: put it in quotes"),
         ("mixed_precision: fp4", "`mixed_precision` must be one of no, bf16, fp16"),
         ("resolution: 0", "`resolution` must be 1 or more, got 0"),
         ("null_condition_probability: 1.5", "`null_condition_probability` must be from 0 to 1, got 1.5"),

@@ -26,6 +26,7 @@ COMPONENT_TITLES = {
 MEASURE_TITLES = {
     "psnr_db": "PSNR (dB)",
     "ssim": "SSIM",
+    "mae": "mean absolute error",
     "perceptual_distance": "perceptual distance",
     "name": "name found",
 }
@@ -202,7 +203,8 @@ def results_section(results: Mapping[str, Mapping[str, Any]]) -> str:
     parts = []
     for name, record in results.items():
         settings = record.get("settings", "defaults of the pipeline")
-        settings = settings if isinstance(settings, str) else json.dumps(settings)
+        if isinstance(settings, Mapping):
+            settings = ", ".join(f"{option} {value}" for option, value in settings.items())
         protocol = {
             "pictures": record.get("real_pictures") or record.get("count"),
             "settings": settings,
