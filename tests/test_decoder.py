@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FSQ_LEVELS, NUM_REGISTERS, SHAPES, make_decoder
+from conftest import FSQ_LEVELS, NUM_REGISTERS, SHAPES, make_decoder, make_pipeline
 
 from flextok_hf import FlexTokFlowDecoder
 
@@ -130,8 +130,8 @@ def test_an_unknown_attention_backend_is_refused(tiny_decoder):
         tiny_decoder.set_attention_backend("natively")
 
 
-def test_weights_kept_in_eight_bits_draw_almost_the_same(tiny_tokenizer_pipeline):
-    pipe, token_ids = tiny_tokenizer_pipeline, torch.zeros(1, 2, dtype=torch.long)
+def test_weights_kept_in_eight_bits_draw_almost_the_same():
+    pipe, token_ids = make_pipeline(), torch.zeros(1, 2, dtype=torch.long)
     options = {"num_inference_steps": 2, "output_type": "latent", "latents": torch.zeros(1, 3, 16, 16)}
     expected = pipe.detokenize(token_ids, **options).images
     pipe.decoder.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)

@@ -23,6 +23,7 @@ from flextok_hf.training.chance import Chance
 from flextok_hf.training.checkpoints import list_checkpoints
 from flextok_hf.training.loop import Trainer
 from flextok_hf.training.optimization import split_by_decay
+from flextok_hf.training.prior import PriorForTraining, build_prior
 from flextok_hf.training.setup import build_accelerator
 from flextok_hf.training.stages import train_prior, train_tokenizer
 from flextok_hf.training.tokenizer import TokenizerForTraining, build_tokenizer
@@ -192,6 +193,17 @@ def test_a_prior_is_trained_resumed_and_draws_from_a_prompt(tiny_tokenizer_pipel
     pipe.set_progress_bar_config(disable=True)
     output = pipe("a red circle", num_inference_steps=1)
     assert output.images[0].size == (16, 16) and output.token_ids.shape == (1, 6)
+
+
+def test_a_prior_in_half_precision_learns_the_ids_that_the_tokenizer_gives(tiny_tokenizer_pipeline):
+    arguments = prior_arguments("unused", "unused", caption_column=None, class_column="label")
+    prior = build_prior(arguments, 15, 6, None, 3)
+    model = PriorForTraining(prior, None, None, tiny_tokenizer_pipeline, arguments)
+    pixel_values = torch.rand(32, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.autocast("cpu", torch.bfloat16):
+        token_ids = model.tokenize({"pixel_values": pixel_values})
+        assert not tiny_tokenizer_pipeline.tokenize_pixels(pixel_values).equal(token_ids)
+    assert tiny_tokenizer_pipeline.tokenize_pixels(pixel_values).equal(token_ids)
 
 
 def test_a_prior_exported_in_half_precision_has_the_rounded_weights(tiny_tokenizer_pipeline, tmp_path):
