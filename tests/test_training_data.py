@@ -263,7 +263,7 @@ def test_a_folder_without_the_split_says_where_to_put_it(tmp_path):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "0.png").write_bytes(png(0))
     with pytest.raises(
-        ValueError, match="'validation' is not in .*, which has train. Put .* into .*pictures/validation"
+        ValueError, match="'validation' is not in .*, which has train. Put .* into .*/validation"
     ):
         load_training_dataset(tmp_path / "pictures", "validation", transform=TRANSFORM)
 
