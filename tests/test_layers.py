@@ -83,9 +83,12 @@ def test_a_gated_mlp_without_gradients_gives_the_same_and_keeps_its_input():
     hidden_states = random(2, 5, 24)
     expected = mlp(hidden_states)
     with torch.no_grad():
-        update = mlp(hidden_states)
-    assert update.equal(expected)
+        assert mlp(hidden_states).equal(expected)
+        seen = []
+        mlp.gate_proj.register_forward_hook(lambda layer, inputs, output: seen.append(output))
+        mlp(hidden_states)
     assert hidden_states.equal(random(2, 5, 24))
+    assert seen[0].equal(mlp.gate_proj(hidden_states))
 
 
 def test_logits_are_scaled_by_eight_over_the_head_size():

@@ -199,7 +199,7 @@ class GatedMLP(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Transform every position of (B, L, D) by itself."""
         gate, update = self.gate_proj(hidden_states), self.up_proj(hidden_states)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self.gate_proj._forward_hooks:  # a hook may keep what it sees
             return self.down_proj(F.silu(gate) * update)
         return self.down_proj(F.silu(gate, inplace=True).mul_(update))  # the widest states: no memory for new ones
 
