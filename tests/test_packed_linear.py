@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from flextok_hf import packed_linear
-from flextok_hf.packed_linear import PackableLinear, can_pack, packed_weights
+from flextok_hf.evaluation.sampling import FlopCounter
+from flextok_hf.packed_linear import PackableLinear, can_pack, is_offloaded, packed_weights
 
 
 CAN_PACK = can_pack([torch.zeros(1, 1)])
@@ -52,7 +53,9 @@ def test_products_in_half_precision_are_rounded_once(monkeypatch):
 def test_large_products_are_the_same_without_packing(bias):
     layer = PackableLinear(512, 300, bias=bias)
     inputs = random(2, 20, 512)
-    assert layer.gains_from_onednn(inputs)
+    with FlopCounter() as counter:
+        layer(inputs)
+    assert counter.get_flop_counts()["Global"] == {torch.ops.mkldnn._linear_pointwise: 2 * 40 * 512 * 300}
     torch.testing.assert_close(layer(inputs), nn.functional.linear(inputs, layer.weight, layer.bias))
 
 
@@ -66,6 +69,12 @@ def test_products_take_the_usual_way_where_another_one_does_not_fit(monkeypatch)
     assert not PackableLinear(24, 40).gains_from_onednn(random(20, 24))  # too small
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert not layer.gains_from_onednn(inputs)
+
+
+def test_weights_that_come_in_groups_are_noticed(tiny_decoder):
+    assert not is_offloaded(tiny_decoder)
+    tiny_decoder.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
+    assert is_offloaded(tiny_decoder)
 
 
 @needs_kernels

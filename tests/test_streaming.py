@@ -2,6 +2,7 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -249,6 +250,16 @@ def test_rows_of_different_lengths_go_on_from_what_all_of_them_have(tiny_pipelin
 def test_wrong_variations_are_refused(tiny_pipeline, arguments, words):
     with pytest.raises(ValueError, match=words):
         tiny_pipeline(["a red circle", "a small green star"], **arguments, **FEW_STEPS)
+
+
+def test_numbers_of_numpy_are_numbers(tiny_pipeline):
+    options = {"num_inference_steps": np.int64(1), "guidance_scale": np.float32(2), "output_type": "pt"}
+    output = tiny_pipeline("a red circle", max_tokens=np.int64(3), **options)
+    assert output.token_ids.shape == (1, 3)
+    assert len(tiny_pipeline.reconstruct(picture(), np.array([1, 4]), **options)) == 2
+    assert [count for count, _ in tiny_pipeline.stream("a star", np.array([1, 3]), **options)] == [1, 3]
+    with pytest.raises(TypeError, match="manual_seed"):
+        tiny_pipeline.stream("a star", generator=0)
 
 
 def test_the_pipeline_keeps_its_calls_when_it_is_loaded_again(tiny_pipeline, tmp_path):

@@ -262,7 +262,7 @@ def test_a_draw_gives_the_same_whether_a_row_is_found_unusable_or_known_to_be(tm
 def test_a_folder_without_the_split_says_where_to_put_it(tmp_path):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "0.png").write_bytes(png(0))
-    with pytest.raises(ValueError, match="'validation' is not in .*, which has train. Put .* into .*/validation"):
+    with pytest.raises(ValueError, match="'validation' is not in .*train.* Put .* into .*/validation"):
         load_training_dataset(tmp_path / "pictures", "validation", transform=TRANSFORM)
 
 

@@ -3,6 +3,7 @@
 Letters: B batch, R resolution (side of the square picture), H W the side lengths that arrive.
 """
 
+import errno
 import struct
 import zlib
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ OUTPUT_TYPES = ("pil", "np", "pt")
 WHITE = (255, 255, 255)
 # What Pillow raises for files that are no pictures, are cut off or are damaged; each format has its own habits.
 PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, OverflowError, struct.error, zlib.error)
+SYSTEM_ERRORS = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # which say nothing about the file
 PILLOW_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
@@ -35,6 +37,7 @@ def load_image(source: str | Path | bytes) -> Image.Image:
 
     Raises:
         FileNotFoundError: if there is no such file.
+        OSError: if the system cannot read now, whatever the file holds.
         ValueError: if the file is not a picture, is cut off, or is too large to decode safely.
     """
     file: str | Path | BytesIO
@@ -55,8 +58,8 @@ def load_image(source: str | Path | bytes) -> Image.Image:
     except PILLOW_BOMBS as error:
         raise ValueError(_bomb_message(name, error)) from error
     except PILLOW_ERRORS as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the system cannot read, whatever the file holds
-            raise
+        if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
+            raise OSError(error.errno, f"{name} cannot be read: {error.strerror}") from error
         raise ValueError(f"{name} is damaged or cut off ({error}). Fetch or save the file again.") from error
 
 

@@ -4,6 +4,7 @@ Letters: B batch, C latent channels, h w latent grid, N patches, K registers, D 
 """
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -160,12 +161,12 @@ class FlexTokEncoder(WholeWeightsMixin, PreTrainedModel):
         """Resolve `num_tokens`, an upper bound: more than there are registers means all of them."""
         if num_tokens is None:
             return self.config.num_registers
-        if isinstance(num_tokens, bool) or not isinstance(num_tokens, int) or num_tokens < 1:
+        if isinstance(num_tokens, bool) or not isinstance(num_tokens, Integral) or num_tokens < 1:
             raise ValueError(
                 f"`num_tokens` must be a whole number of 1 or more, got {num_tokens!r}. Leave it out to get all"
                 f" {self.config.num_registers}."
             )
-        return min(num_tokens, self.config.num_registers)
+        return min(int(num_tokens), self.config.num_registers)
 
 
 def prefix_causal_mask(num_patches: int, num_registers: int, device: torch.device) -> Tensor:

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 import psutil
 import torch
 import torch.nn.functional as F
-from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from torch import Tensor, nn
 
 
@@ -108,7 +107,8 @@ class PackedWeights:
 
 def is_offloaded(model: nn.Module) -> bool:
     """Whether hooks of accelerate or Diffusers bring the weights for the length of a call only."""
-    return hasattr(model, "_hf_hook") or _is_group_offload_enabled(model)
+    registries = [module._diffusers_hook for module in model.modules() if hasattr(module, "_diffusers_hook")]
+    return hasattr(model, "_hf_hook") or any(hooks.get_hook("group_offloading") for hooks in registries)
 
 
 def return_freed_memory() -> None:
@@ -120,7 +120,7 @@ def return_freed_memory() -> None:
 
 
 def has_kernels() -> bool:
-    """Whether this build of PyTorch has oneDNN's products, and the machine is one that they were measured on."""
+    """Whether this build of PyTorch has oneDNN's products, and the machine an x86, where they were measured."""
     is_built = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     return is_built and torch.backends.mkldnn.enabled and IS_X86
 

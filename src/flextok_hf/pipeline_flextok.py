@@ -395,7 +395,7 @@ class FlexTokPipeline(StreamingMixin, CardMixin, DiffusionPipeline):
         """
         if max_tokens is None:
             max_tokens = token_ladder(self.num_registers)
-        lengths = list(max_tokens) if isinstance(max_tokens, Sequence) else [max_tokens]
+        lengths = list(max_tokens) if isinstance(max_tokens, Sequence | np.ndarray) else [max_tokens]
         lengths = inputs.resolve_max_tokens(lengths, len(lengths), self.num_registers)
         if not lengths:
             raise ValueError("`max_tokens` is an empty list. Name at least one length.")

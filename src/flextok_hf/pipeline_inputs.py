@@ -3,7 +3,7 @@
 import difflib
 import math
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,8 @@ def check_token_counts(token_counts: Any, num_registers: int) -> list[int]:
     """
     if token_counts is None:
         return token_ladder(num_registers)
-    asked = list(token_counts) if isinstance(token_counts, list | tuple | range) else [token_counts]
+    is_several = isinstance(token_counts, list | tuple | range | np.ndarray)
+    asked = list(token_counts) if is_several else [token_counts]
     counts = resolve_max_tokens(asked, len(asked), num_registers)
     if not asked or asked != sorted(set(asked)):
         raise ValueError(f"`token_counts` must be growing numbers, such as [1, 4, 16], got {token_counts!r}.")
@@ -197,7 +198,7 @@ def check_sampling(
     """Raise a ValueError or TypeError unless the options of the flow decoder's sampler make sense."""
     if not is_whole_number(num_inference_steps) or num_inference_steps < 1:
         raise ValueError(f"`num_inference_steps` must be a whole number of 1 or more, got {num_inference_steps!r}.")
-    is_number = isinstance(guidance_scale, int | float) and not isinstance(guidance_scale, bool)
+    is_number = isinstance(guidance_scale, Real) and not isinstance(guidance_scale, bool)
     if not callable(guidance_scale) and not (is_number and math.isfinite(guidance_scale)):
         raise TypeError(f"`guidance_scale` must be a finite number, or a function of sigma, got {guidance_scale!r}.")
     if guidance not in GUIDANCE_METHODS:

@@ -108,6 +108,7 @@ class StreamingMixin:
         """
         if guidance_scale is None:
             guidance_scale = self.config.default_guidance_scale
+        generator = inputs.spread_generators(generator, 1)
         inputs.check_sampling(num_inference_steps, guidance_scale, guidance, output_type, (*OUTPUT_TYPES, "latent"))
         counts = inputs.check_token_counts(token_counts, self.num_registers)
         num_conditions, conditions = self.encode_condition(prompt, class_labels, num_images_per_prompt=1)

@@ -140,10 +140,10 @@ def compare_options(saved: dict[str, Any], arguments: dict[str, Any], num_proces
                 f"`{name}` is {now[name]}, but the checkpoint was made with {before[name]}, and a run that goes on"
                 " keeps it. Set it back, or start anew from the exported model."
             )
-    if (before["ema_decay"] > 0) != (now["ema_decay"] > 0):
+    if before["ema_decay"] == 0 < now["ema_decay"]:
         raise ValueError(
-            f"`ema_decay` is {now['ema_decay']}, but the checkpoint was made with {before['ema_decay']}: an average of"
-            " weights has to be kept from the start. Set it back, or start anew from the exported model."
+            f"`ema_decay` is {now['ema_decay']}, but the checkpoint was made without an average of weights, which has"
+            " to be kept from the start. Set it to 0, or start anew from the exported model."
         )
     silent = ("output_dir", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id")
     return [f"{name}: {before[name]} -> {now[name]}" for name in changed if name not in silent]

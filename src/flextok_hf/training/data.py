@@ -64,7 +64,7 @@ def load_training_dataset(
         max_samples: use only the first rows.
         seed: decides the synthetic pictures and the order and draws of a streamed data set.
         fail_on_unreadable: an unreadable row is an error.
-        config_name: of a data set that has several.
+        config_name: of a data set on the Hub that has several.
     """
     if streaming and cache_in_memory:
         raise ValueError("`cache_in_memory` needs all rows at the start: turn off either it or `streaming`.")

@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from hashlib import sha256
@@ -144,7 +145,9 @@ class Trainer:
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.lr_scheduler.step()
+        with warnings.catch_warnings():  # where the first steps overflow in half precision, PyTorch suspects a mistake
+            warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step", UserWarning)
+            self.lr_scheduler.step()
         self.average.step()
 
     def chance(self, part: int) -> Chance:
@@ -276,7 +279,7 @@ class Trainer:
             return
         state = checkpoints.read_state(folder)
         options = asdict(self.arguments)
-        if state["vocabulary"] != self.vocabulary:
+        if state.get("vocabulary", self.vocabulary) != self.vocabulary:
             raise ValueError(
                 f"The classes, or the pieces of text, of the training data are others than those that {folder} was"
                 " trained with, so its tables would mean something else. Go on with the same data, or start anew."

@@ -10,17 +10,17 @@ import datasets
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 
 
-def load_folder(
-    path: Path, split: str, streaming: bool, config_name: str | None
-) -> datasets.Dataset | datasets.IterableDataset:
+def load_folder(path: Path, split: str, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
     """Load a split of a folder, which `datasets` tells by the names in it; all is "train" if there are none."""
-    splits = datasets.get_dataset_split_names(str(path), config_name)
-    if split not in splits:
+    try:
+        return datasets.load_dataset(str(path), split=split, streaming=streaming)
+    except ValueError as error:
+        if "split" not in str(error):
+            raise
         raise ValueError(
-            f"`split` '{split}' is not in {path}, which has {', '.join(splits)}. Put what belongs to it into"
-            f" {path / split}."
-        )
-    return datasets.load_dataset(str(path), config_name, split=split, streaming=streaming)
+            f"`split` '{split}' is not in {path}: {error} Put what belongs to it into {path / split}, and what to"
+            f" train with into {path / 'train'}."
+        ) from error
 
 
 def load_rows(
@@ -56,7 +56,7 @@ def load_rows(
             saved = saved[split]
         return saved.to_iterable_dataset() if streaming else saved
     if path.is_dir():
-        return load_folder(path, split, streaming, config_name)
+        return load_folder(path, split, streaming)
     if isinstance(source, Path) or str(source).startswith((".", "/", "~")) or path.suffix in BUILDERS:
         raise FileNotFoundError(f"`source` '{source}' does not exist. Give a folder, files or a Hub name.")
     return datasets.load_dataset(str(source), config_name, split=split, streaming=streaming)

@@ -174,13 +174,8 @@ def train_prior(arguments: PriorArguments) -> Path:
         arguments = replace(arguments, resolution=pipe.resolution)
     dataset, held_out = load_train_data(arguments, columns), load_validation_data(arguments, columns)
     text_tokenizer, text_encoder, class_names = None, None, dataset.class_names
-    if held_out is not None and held_out.class_names != class_names:
-        pairs = itertools.zip_longest(held_out.class_names or [], class_names or [])
-        number, (there, here) = next((number, pair) for number, pair in enumerate(pairs) if pair[0] != pair[1])
-        raise ValueError(
-            f"`validation_data` has other classes than `train_data`: class {number} is {there!r} there and {here!r}"
-            " here. Give it the same classes in the same order."
-        )
+    if held_out is not None:
+        check_same_classes(held_out.class_names, class_names)
     if arguments.caption_column is not None:
         text_tokenizer, text_encoder = text_components(arguments, dataset)
     prior = build_prior(
@@ -213,6 +208,19 @@ def train_prior(arguments: PriorArguments) -> Path:
         pipe.register_modules(prior=prior, text_encoder=text_encoder, tokenizer=text_tokenizer)
         trainer.arguments = replace(arguments, resolution=pipe.resolution)  # for the record; no picture was read
     return export(trainer, pipe, "prior")
+
+
+def check_same_classes(held_out: list[str] | None, trained: list[str] | None) -> None:
+    """Raise a ValueError if validation data name their classes otherwise than training data; numbers fit any names."""
+    numbers = [str(number) for number in range(len(trained or []))]
+    if held_out == trained or numbers in (held_out, trained):
+        return
+    pairs = itertools.zip_longest(held_out or [], trained or [])
+    there, here = next(pair for pair in pairs if pair[0] != pair[1])
+    raise ValueError(
+        f"`validation_data` has other classes than `train_data`, such as {there!r} for {here!r}. Give it the same"
+        " classes in the same order."
+    )
 
 
 def vocabulary_of(
