@@ -57,16 +57,16 @@ def summarize(latencies: list[float], has_warm_up: bool) -> dict[str, float]:
     return {name: round(value, 6) for name, value in summary.items()}
 
 
-def matmul_call(dtype: torch.dtype, device: str = "cpu", min_flops: int = 0) -> tuple[Call, int]:
+def matmul_call(dtype: torch.dtype, device: str = "cpu", flops: int = 0) -> tuple[Call, int]:
     """Large matrix products and their operations: timed in turns with a model, they tell what it can hope for.
 
-    With `min_flops` of the model's call they last about as long: a short product would rarely meet a slow moment of a
+    With `flops` of the model's call they last about as long: a short product would rarely meet a slow moment of a
     shared machine, which a long call always does.
     """
     size = 8192 if device == "cuda" else 1536
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(left)
-    num_products = max(1, round(min_flops / (2 * size**3)))
+    num_products = max(1, round(flops / (2 * size**3)))
 
     def multiply() -> None:
         for _ in range(num_products):

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..images import pixels_to_values
 from ..latents import encode_latents
-from .rows import UnreadableRow, draw_conditions, draw_flip, no_picture_error, read_picture
+from .rows import UnreadableRow, draw_conditions, draw_flip, no_picture_error, read_picture, seeded_generator
 
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class LatentDataset(Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         row, draw = key if isinstance(key, tuple) else (key, None)
-        generator = None if draw is None else torch.Generator().manual_seed(draw)
+        generator = seeded_generator(draw)
         view = int(self.latents.shape[1] > 1 and draw_flip(generator))
         return {"latents": self.latents[row, view], **draw_conditions(self.rows[row], self.columns, generator)}
 

@@ -3,7 +3,6 @@
 import itertools
 import json
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from hashlib import sha256
@@ -145,9 +144,7 @@ class Trainer:
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        with warnings.catch_warnings():  # where the first steps overflow in half precision, PyTorch suspects a mistake
-            warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step", UserWarning)
-            self.lr_scheduler.step()
+        self.lr_scheduler.step()
         self.average.step()
 
     def chance(self, part: int) -> Chance:

@@ -22,6 +22,7 @@ from .rows import (
     draw_conditions,
     no_picture_error,
     read_sample,
+    seeded_generator,
 )
 
 
@@ -113,8 +114,8 @@ class ImageDataset(Dataset):
         row, draw = key if isinstance(key, tuple) else (key, None)
         if not 0 <= row < len(self):
             raise IndexError(f"Row {row} does not exist in a data set of {len(self)} rows.")
-        generator = seeded_generator(draw)
         if self.pixels is not None:  # unreadable rows are gone already
+            generator = seeded_generator(draw)
             pixel_values = self.transform.to_values(self.pixels[row], generator)
             return {"pixel_values": pixel_values, **draw_conditions(self.rows[row], self.columns, generator)}
         num_tries = min(len(self), MAX_UNREADABLE_ROWS)
@@ -136,11 +137,6 @@ class ImageDataset(Dataset):
             raise no_picture_error(f"all {len(self.rows)} rows", self.columns)
         self.rows = [values for values, _ in found]  # plain dictionaries: reading one row of an Arrow table is slow
         self.pixels = torch.stack([pixels for _, pixels in found]).share_memory_()  # one copy for all workers
-
-
-def seeded_generator(draw: int | None) -> torch.Generator | None:
-    """Return the source of chance of one draw; `None` is PyTorch's global one."""
-    return None if draw is None else torch.Generator().manual_seed(draw)
 
 
 def check_classes(dataset: datasets.Dataset, columns: Columns) -> None:

@@ -1,5 +1,6 @@
 """What the optimizer does to which weights, and the course of the learning rate."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -49,6 +50,8 @@ def build_lr_scheduler(arguments: TrainingArguments, optimizer: torch.optim.Opti
     It counts steps of training. Prepared by accelerate it would count those of all processes together, and a run that
     goes on with another number of processes would be elsewhere in its course.
     """
+    # where the first steps overflow in half precision, PyTorch suspects a mistake
+    warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step", UserWarning)
     num_warmup_steps = arguments.lr_warmup_steps
     scheduler = get_scheduler(
         arguments.lr_scheduler,

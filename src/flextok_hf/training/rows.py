@@ -169,6 +169,11 @@ def read_picture(value: dict[str, Any] | None) -> Image.Image:
         raise UnreadableRow(str(error)) from error
 
 
+def seeded_generator(draw: int | None) -> torch.Generator | None:
+    """Return the source of chance of one draw; `None` is PyTorch's global one."""
+    return None if draw is None else torch.Generator().manual_seed(draw)
+
+
 def draw_flip(generator: torch.Generator | None) -> bool:
     """Decide whether to mirror a picture: every other one."""
     return torch.rand((), generator=generator).item() < 0.5

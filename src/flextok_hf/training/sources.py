@@ -15,7 +15,7 @@ def load_folder(path: Path, split: str, streaming: bool) -> datasets.Dataset | d
     try:
         return datasets.load_dataset(str(path), split=split, streaming=streaming)
     except ValueError as error:
-        if "split" not in str(error):
+        if not str(error).startswith(("Unknown split", "Bad split")):  # of a whole data set, and of a stream
             raise
         raise ValueError(
             f"`split` '{split}' is not in {path}: {error} Put what belongs to it into {path / split}, and what to"

@@ -229,8 +229,10 @@ def vocabulary_of(
     """Return what the data decide: the names of the classes, or the pieces of a text tokenizer learned from them."""
     if text_tokenizer is None:
         return class_names or []
+    if arguments.text_encoder is not None:
+        return []
     pieces = text_tokenizer.get_vocab()
-    return [] if arguments.text_encoder is not None else sorted(pieces, key=pieces.__getitem__)
+    return sorted(pieces, key=pieces.__getitem__)
 
 
 def text_components(
