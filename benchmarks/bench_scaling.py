@@ -14,7 +14,7 @@ import models
 import torch
 
 from flextok_hf import FlexTokPipeline
-from flextok_hf.outputs import write_atomically
+from flextok_hf.utils.files import write_atomically
 
 
 GUIDANCE_SCALE = 7.5

@@ -27,8 +27,8 @@ from torch import Tensor
 from flextok_hf import FlexTokPipeline, embedded_model
 from flextok_hf.evaluation.adherence import Check, Reference, score
 from flextok_hf.evaluation.conditions import PHOTO
-from flextok_hf.evaluation.pictures import EvaluationPictures, draw_rows, load_split
-from flextok_hf.guidance import guidance_interval
+from flextok_hf.evaluation.images import EvaluationPictures, draw_rows, load_split
+from flextok_hf.pipelines.guidance import guidance_interval
 
 
 REFERENCE_STEPS, STEPS = 100, 20

@@ -18,7 +18,7 @@ import diffusers
 import torch
 import transformers
 
-from flextok_hf.synthetic import draw_scene, make_scene
+from flextok_hf.data.synthetic import draw_scene, make_scene
 from flextok_hf.training import throughput
 from flextok_hf.training.arguments import TokenizerArguments
 from flextok_hf.training.stages import train_tokenizer

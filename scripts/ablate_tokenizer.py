@@ -16,15 +16,15 @@ from typing import Any
 import torch
 
 from flextok_hf import FlexTokPipeline
+from flextok_hf.data.training_dataset import Columns, ImageTransform, load_training_dataset
 from flextok_hf.evaluation import peak_signal_to_noise
-from flextok_hf.flow import add_noise, velocity_target
-from flextok_hf.nested_dropout import token_ladder
-from flextok_hf.outputs import write_atomically
+from flextok_hf.models.nested_dropout import token_ladder
+from flextok_hf.pipelines.flow import add_noise, velocity_target
 from flextok_hf.training.arguments import TokenizerArguments
 from flextok_hf.training.collapse import count_distinct
-from flextok_hf.training.data import Columns, ImageTransform, load_training_dataset
-from flextok_hf.training.parsing import parse_arguments
 from flextok_hf.training.stages import train_tokenizer
+from flextok_hf.utils.files import write_atomically
+from flextok_hf.utils.option_parsing import parse_arguments
 
 
 SAME_WORK = "joint_lengths_same_work"

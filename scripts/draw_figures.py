@@ -19,11 +19,11 @@ from PIL import Image
 from torch import Tensor
 
 from flextok_hf import FlexTokPipeline, embedded_model
-from flextok_hf.images import load_image, prepare_images, resize_and_crop
-from flextok_hf.latents import encode_latents
-from flextok_hf.nested_dropout import token_ladder
-from flextok_hf.outputs import save_animation, save_picture
-from flextok_hf.sheets import contact_sheet, token_count_title
+from flextok_hf.models.nested_dropout import token_ladder
+from flextok_hf.pipelines.images import load_image, prepare_images, resize_and_crop
+from flextok_hf.pipelines.latents import encode_latents
+from flextok_hf.utils.files import save_animation, save_picture
+from flextok_hf.utils.sheets import contact_sheet, token_count_title
 
 
 STRIP_COUNTS = (1, 4, 16, 64, 256)

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from flextok_hf.training.arguments import PriorArguments, TokenizerArguments, TrainingArguments, VaeArguments
-from flextok_hf.training.parsing import parse_arguments
 from flextok_hf.training.prior import build_prior
 from flextok_hf.training.throughput import FORWARD_AND_BACKWARD, FlopCounter
 from flextok_hf.training.tokenizer import build_tokenizer
 from flextok_hf.training.vae import build_vae
+from flextok_hf.utils.option_parsing import parse_arguments
 
 
 H100_FLOPS = 989e12  # bfloat16, dense, by the data sheet

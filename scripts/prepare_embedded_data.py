@@ -31,7 +31,7 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_dataset
 from PIL import Image as PILImage
 
-from flextok_hf.images import resize_and_crop, to_rgb
+from flextok_hf.pipelines.images import resize_and_crop, to_rgb
 
 
 FORMS = ("count", "plural", "mass", "unique", "either")

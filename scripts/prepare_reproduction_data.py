@@ -12,8 +12,9 @@ Writes train.parquet and validation.parquet with the columns
     shape, color, size, place   what the picture shows
     object           size, color and shape together, the classes of a feature network
 
-The scenes are those of `flextok_hf.synthetic` with one shape on gray, made larger: 480 combinations, and a little play
-in position. About half of the validation split shows a combination of shape and color that the train split never has.
+The scenes are those of `flextok_hf.data.synthetic` with one shape on gray, made larger: 480 combinations, and a little
+play in position. About half of the validation split shows a combination of shape and color that the train split never
+has.
 """
 
 import argparse
@@ -25,8 +26,8 @@ from pathlib import Path
 
 from datasets import Dataset, Features, Image, List, Value
 
-from flextok_hf.outputs import write_atomically
-from flextok_hf.synthetic import Scene, draw_scene, make_scene
+from flextok_hf.data.synthetic import Scene, draw_scene, make_scene
+from flextok_hf.utils.files import write_atomically
 
 
 PROMPTS = ("color_prompt", "object_prompt", "scene_prompt")

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from flextok_hf.card_sections import markdown_table
+from flextok_hf.cards.sections import markdown_table
 from flextok_hf.evaluation.plots import plot_curves
 from flextok_hf.evaluation.results import interval_text, point, read_record, write_record
 

@@ -27,12 +27,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from flextok_hf import FlexTokPipeline, embedded_model
+from flextok_hf.data.batches import draw_seed
+from flextok_hf.data.samples import Columns, ImageTransform, UnreadableRow, read_picture
+from flextok_hf.data.training_dataset import ImageDataset, load_training_dataset
 from flextok_hf.evaluation import weights_hash
-from flextok_hf.outputs import write_atomically
-from flextok_hf.serving import tokenize_batches
-from flextok_hf.training.batches import draw_seed
-from flextok_hf.training.data import ImageDataset, load_training_dataset
-from flextok_hf.training.rows import Columns, ImageTransform, UnreadableRow, read_picture
+from flextok_hf.pipelines.bulk_tokenization import tokenize_batches
+from flextok_hf.utils.files import write_atomically
 
 
 logger = logging.getLogger(__name__)

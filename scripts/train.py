@@ -9,8 +9,8 @@ import logging
 import sys
 
 from flextok_hf.training.arguments import PriorArguments, TokenizerArguments, VaeArguments
-from flextok_hf.training.parsing import parse_arguments
 from flextok_hf.training.stages import train_prior, train_tokenizer, train_vae
+from flextok_hf.utils.option_parsing import parse_arguments
 
 
 STAGES = {

@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from flextok_hf.evaluation.feature_networks import TRAINING_RECORD
-from flextok_hf.evaluation.pictures import EvaluationPictures, load_split
-from flextok_hf.outputs import write_atomically
+from flextok_hf.evaluation.images import EvaluationPictures, load_split
+from flextok_hf.utils.files import write_atomically
 
 
 MEAN, STD = 0.5, 0.25  # of the input, per channel: near those of the pictures

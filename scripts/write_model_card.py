@@ -3,7 +3,7 @@
     python scripts/write_model_card.py --model src/flextok_hf/embedded_model --results docs/results/embedded \
         --facts scripts/configs/embedded_card.yaml --pictures docs/assets/strip.webp
 
-What these files are is told in `flextok_hf.model_card`. Results of other weights than the model's are refused.
+What these files are is told in `flextok_hf.cards.model_card`. Results of other weights than the model's are refused.
 """
 
 import argparse
@@ -13,9 +13,9 @@ from pathlib import Path
 from torch import nn
 
 from flextok_hf import FlexTokPipeline
-from flextok_hf.card_sections import read_json
+from flextok_hf.cards.model_card import FACTS_FILE, PICTURES_FOLDER, RESULTS_FOLDER, write_model_card
+from flextok_hf.cards.sections import read_json
 from flextok_hf.evaluation import weights_hash
-from flextok_hf.model_card import FACTS_FILE, PICTURES_FOLDER, RESULTS_FOLDER, write_model_card
 
 
 def check_results(model: Path, results: list[Path]) -> None:

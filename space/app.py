@@ -5,7 +5,7 @@ import os
 import torch
 
 from flextok_hf import FlexTokPipeline, embedded_model
-from flextok_hf.demo.layout import build_demo, launch_options
+from flextok_hf.demo.page import build_demo, launch_options
 
 
 model = os.environ.get("FLEXTOK_MODEL")

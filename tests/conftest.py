@@ -5,12 +5,12 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from refusals import place, prior, text_prior, tokenizer, tokenizer_file  # noqa: F401, fixtures
 
-from flextok_hf.configuration_encoder import FlexTokEncoderConfig
-from flextok_hf.configuration_prior import FlexTokPriorConfig
-from flextok_hf.modeling_decoder import FlexTokFlowDecoder
-from flextok_hf.modeling_encoder import FlexTokEncoder
-from flextok_hf.modeling_prior import FlexTokPriorForCausalLM
-from flextok_hf.pipeline_flextok import FlexTokPipeline
+from flextok_hf.models.configuration_encoder import FlexTokEncoderConfig
+from flextok_hf.models.configuration_prior import FlexTokPriorConfig
+from flextok_hf.models.modeling_decoder import FlexTokFlowDecoder
+from flextok_hf.models.modeling_encoder import FlexTokEncoder
+from flextok_hf.models.modeling_prior import FlexTokPriorForCausalLM
+from flextok_hf.pipelines.pipeline_flextok import FlexTokPipeline
 from flextok_hf.training.text import build_text_encoder, train_text_tokenizer
 
 

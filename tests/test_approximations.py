@@ -13,8 +13,8 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from flextok_hf.guidance import guidance_interval
-from flextok_hf.modeling_decoder import DecoderBlock
+from flextok_hf.models.modeling_decoder import DecoderBlock
+from flextok_hf.pipelines.guidance import guidance_interval
 
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 1.0}

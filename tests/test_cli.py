@@ -31,9 +31,9 @@ from flextok_hf import (
     cli,
     embedded,
 )
-from flextok_hf.outputs import check_output_path, numbered_paths, write_atomically
-from flextok_hf.sheets import contact_sheet
-from flextok_hf.token_files import parse_token_ids, read_json, write_token_file
+from flextok_hf.cli.token_files import parse_token_ids, read_json, write_token_file
+from flextok_hf.utils.files import check_output_path, numbered_paths, write_atomically
+from flextok_hf.utils.sheets import contact_sheet
 
 
 COMMANDS = ("generate", "stream", "tokenize", "detokenize", "reconstruct", "convert", "demo", "info")
@@ -319,7 +319,7 @@ def test_the_second_picture_of_a_seed_is_the_first_of_the_next_seed(capsys, tmp_
 
 
 def test_more_pictures_than_a_batch_holds_are_all_written(capsys, tmp_path, model, monkeypatch):
-    from flextok_hf import commands
+    from flextok_hf.cli import commands
 
     monkeypatch.setattr(commands, "BATCH_SIZE", 2)
     path = tmp_path / "cat.png"

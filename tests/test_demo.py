@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import RepoCard
 from PIL import Image
 
-from flextok_hf.demo.studio import MAX_PROMPT_CHARACTERS, Studio
+from flextok_hf.demo.actions import MAX_PROMPT_CHARACTERS, Studio
 
 
 ROOT = Path(__file__).parents[1]
@@ -151,7 +151,7 @@ def test_the_space_has_what_the_hub_asks_for():
 
 def test_the_page_has_the_tabs_that_its_model_can_fill(tiny_pipeline, tiny_tokenizer_pipeline):
     pytest.importorskip("gradio")
-    from flextok_hf.demo.layout import build_demo
+    from flextok_hf.demo.page import build_demo
 
     def tabs(pipe):
         config = build_demo(pipe, "a model").get_config_file()
@@ -163,7 +163,7 @@ def test_the_page_has_the_tabs_that_its_model_can_fill(tiny_pipeline, tiny_token
 
 def test_the_page_works_on_one_job_of_the_model_at_a_time_and_calls_nowhere(tiny_pipeline):
     pytest.importorskip("gradio")
-    from flextok_hf.demo.layout import build_demo, launch_options
+    from flextok_hf.demo.page import build_demo, launch_options
 
     page = build_demo(tiny_pipeline, "a model")
     jobs = [block for block in page.fns.values() if block.queue]

@@ -30,14 +30,14 @@ from transformers import (
 )
 
 from flextok_hf import FlexTokEncoder, FlexTokEncoderConfig, FlexTokFlowDecoder
-from flextok_hf.configuration_prior import FlexTokPriorConfig
 from flextok_hf.evaluation import complexity
 from flextok_hf.evaluation.adherence import NAME_CHECKS, Reference, checks_for, measure_feature_space, score
 from flextok_hf.evaluation.feature_networks import IMAGENET_MEAN, IMAGENET_STD, ClipScore, load_feature_network
-from flextok_hf.evaluation.pictures import EvaluationPictures, load_split
+from flextok_hf.evaluation.images import EvaluationPictures, load_split
 from flextok_hf.evaluation.sampling import Sampling, generate, reconstruct, seeded_generators
-from flextok_hf.modeling_prior import FlexTokPriorForCausalLM
-from flextok_hf.pipeline_flextok import FlexTokPipeline
+from flextok_hf.models.configuration_prior import FlexTokPriorConfig
+from flextok_hf.models.modeling_prior import FlexTokPriorForCausalLM
+from flextok_hf.pipelines.pipeline_flextok import FlexTokPipeline
 
 
 ROOT = Path(__file__).parents[1]

@@ -18,11 +18,11 @@ from flextok_hf.evaluation.distributions import (
     frechet_distance,
     precision_and_recall,
 )
+from flextok_hf.evaluation.image_measures import PLAIN_MEASURES, load_lpips, measure_pictures
+from flextok_hf.evaluation.images import picture_checksums
 from flextok_hf.evaluation.intervals import NUM_GROUPS, jackknife, wilson_interval
-from flextok_hf.evaluation.picture_measures import PLAIN_MEASURES, load_lpips, measure_pictures
-from flextok_hf.evaluation.pictures import picture_checksums
 from flextok_hf.evaluation.sampling import FlopCounter
-from flextok_hf.packed_linear import MIN_CALLS
+from flextok_hf.models.packed_linear import MIN_CALLS
 
 
 def seeded(seed=0):

@@ -10,11 +10,11 @@ import torch
 from conftest import CODEBOOK_SIZE, FSQ_LEVELS, NUM_REGISTERS, make_decoder, make_encoder, make_pipeline, make_prior
 from diffusers import AutoencoderKL
 
-from flextok_hf import length_groups
-from flextok_hf.latents import decode_latents, encode_latents
-from flextok_hf.layers import append_bias_dimensions, attend
-from flextok_hf.length_groups import LengthGroups, group_by_length
-from flextok_hf.nested_dropout import merged_tail_bias
+from flextok_hf.models.layers import append_bias_dimensions, attend
+from flextok_hf.models.nested_dropout import merged_tail_bias
+from flextok_hf.pipelines import length_groups
+from flextok_hf.pipelines.latents import decode_latents, encode_latents
+from flextok_hf.pipelines.length_groups import LengthGroups, group_by_length
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

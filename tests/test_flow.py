@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from flextok_hf.flow import add_noise, euler_sigmas, sample_sigma, velocity_target
+from flextok_hf.pipelines.flow import add_noise, euler_sigmas, sample_sigma, velocity_target
 
 
 def test_the_path_starts_at_the_data_and_ends_in_noise():

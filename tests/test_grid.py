@@ -6,9 +6,9 @@ from conftest import CODEBOOK_SIZE, FSQ_LEVELS, SHAPES, make_decoder, make_encod
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from flextok_hf import FlexTokEncoder, FlexTokFlowDecoder, FlexTokPipeline
-from flextok_hf.length_groups import LengthGroups
+from flextok_hf.pipelines.length_groups import LengthGroups
 from flextok_hf.training.arguments import TokenizerArguments
-from flextok_hf.training.chance import Chance
+from flextok_hf.training.step_randomness import Chance
 from flextok_hf.training.tokenizer import TokenizerForTraining, build_tokenizer
 
 

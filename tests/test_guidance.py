@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from flextok_hf.guidance import Guidance, clip_norm, remove_projection
+from flextok_hf.pipelines.guidance import Guidance, clip_norm, remove_projection
 
 
 @pytest.mark.parametrize("method", ["cfg", "apg"])

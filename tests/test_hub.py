@@ -22,8 +22,8 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel
 
-from flextok_hf.modeling_decoder import FlexTokFlowDecoder
-from flextok_hf.pipeline_flextok import FlexTokPipeline
+from flextok_hf.models.modeling_decoder import FlexTokFlowDecoder
+from flextok_hf.pipelines.pipeline_flextok import FlexTokPipeline
 
 
 T5_FOLDER = Path(__file__).parent / "fixtures" / "prior" / "t2i" / "text_encoder"

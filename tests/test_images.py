@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flextok_hf.images import load_image, prepare_images, to_output
+from flextok_hf.pipelines.images import load_image, prepare_images, to_output
 
 
 R = 16

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flextok_hf.layers import (
+from flextok_hf.models.layers import (
     Attention,
     GatedMLP,
     PatchEmbedding,

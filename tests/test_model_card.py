@@ -12,10 +12,10 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from flextok_hf.card_sections import duration, logged_seconds, markdown_table, results_table, training_facts
+from flextok_hf.cards.model_card import MARK, is_replaceable, same_weights, write_model_card
+from flextok_hf.cards.sections import duration, logged_seconds, markdown_table, results_table, training_facts
 from flextok_hf.evaluation import weights_hash
-from flextok_hf.model_card import MARK, is_replaceable, same_weights, write_model_card
-from flextok_hf.pipeline_flextok import FlexTokPipeline
+from flextok_hf.pipelines.pipeline_flextok import FlexTokPipeline
 
 
 FIGURE = {"mean": 13.7, "low": 13.1, "high": 14.25}

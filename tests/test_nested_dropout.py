@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from flextok_hf.nested_dropout import mask_tail, sample_num_tokens
+from flextok_hf.models.nested_dropout import mask_tail, sample_num_tokens
 
 
 def draw(mode, num_registers):

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from flextok_hf import packed_linear
 from flextok_hf.evaluation.sampling import FlopCounter
-from flextok_hf.packed_linear import PackableLinear, can_pack, is_offloaded, packed_weights
+from flextok_hf.models import packed_linear
+from flextok_hf.models.packed_linear import PackableLinear, can_pack, is_offloaded, packed_weights
 
 
 CAN_PACK = can_pack([torch.zeros(1, 1)])

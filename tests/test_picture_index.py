@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from flextok_hf.evaluation.picture_index import PictureIndex, gaussian_blur, oriented_gradients, rgb_to_lab
+from flextok_hf.evaluation.image_index import PictureIndex, gaussian_blur, oriented_gradients, rgb_to_lab
 
 
 SHAPES = ("ellipse", "rectangle", "triangle", "cross")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from flextok_hf.packed_linear import MIN_CALLS
-from flextok_hf.pipeline_flextok import FlexTokPipeline, FlexTokPipelineOutput
+from flextok_hf.models.packed_linear import MIN_CALLS
+from flextok_hf.pipelines.pipeline_flextok import FlexTokPipeline, FlexTokPipelineOutput
 
 
 K, V, R = 6, 15, 16

@@ -7,9 +7,9 @@ from huggingface_hub.errors import StrictDataclassError
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache
 
-from flextok_hf.configuration_prior import FlexTokPriorConfig
-from flextok_hf.generation_prior import CACHE_NAME, choose
-from flextok_hf.modeling_prior import FlexTokPriorForCausalLM
+from flextok_hf.models.configuration_prior import FlexTokPriorConfig
+from flextok_hf.models.generation_prior import CACHE_NAME, choose
+from flextok_hf.models.modeling_prior import FlexTokPriorForCausalLM
 
 
 VOCABULARY, NUM_TOKENS, TEXT_WIDTH, TEXT_LENGTH, NUM_CLASSES = 30, 8, 12, 5, 4

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from flextok_hf.prior_cache import PreallocatedLayer
+from flextok_hf.models.prior_cache import PreallocatedLayer
 
 
 def states(length, seed, batch_size=3):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from flextok_hf.quantizer import FiniteScalarQuantizer
+from flextok_hf.models.quantizer import FiniteScalarQuantizer
 
 
 @pytest.mark.parametrize("levels", [(8, 8, 8, 5, 5, 5), (8, 5, 5, 5), (7, 5), (2, 2), (27, 3), (26, 31)])

@@ -11,11 +11,11 @@ import torch
 import yaml
 from datasets import load_dataset
 
+from flextok_hf.data.synthetic import BACKGROUNDS, COLORS, is_held_out
 from flextok_hf.evaluation.feature_networks import load_feature_network
 from flextok_hf.evaluation.options import ComplexityOptions, GenerationOptions, ReconstructionOptions
-from flextok_hf.synthetic import BACKGROUNDS, COLORS, is_held_out
 from flextok_hf.training.arguments import PriorArguments, TokenizerArguments
-from flextok_hf.training.parsing import parse_arguments
+from flextok_hf.utils.option_parsing import parse_arguments
 
 
 ROOT = Path(__file__).parents[1]
@@ -98,7 +98,7 @@ def test_the_feature_network_learns_its_classes_and_states_its_accuracy(network_
 
 
 def data_pixels(image):
-    from flextok_hf.images import image_to_pixels
+    from flextok_hf.pipelines.images import image_to_pixels
 
     return image_to_pixels(image.convert("RGB"))
 

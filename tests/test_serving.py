@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from flextok_hf.serving import read_ahead, tokenize_batches
+from flextok_hf.pipelines.bulk_tokenization import read_ahead, tokenize_batches
 
 
 @pytest.mark.parametrize("depth", [1, 2, 50])

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from flextok_hf import packed_linear
-from flextok_hf.packed_linear import can_pack
-from flextok_hf.pipeline_flextok import FlexTokPipeline
+from flextok_hf.models import packed_linear
+from flextok_hf.models.packed_linear import can_pack
+from flextok_hf.pipelines.pipeline_flextok import FlexTokPipeline
 
 
 FEW_STEPS = {"num_inference_steps": 2, "output_type": "pt"}

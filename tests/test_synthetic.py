@@ -3,7 +3,7 @@ import pickle
 import pytest
 import torch
 
-from flextok_hf.synthetic import (
+from flextok_hf.data.synthetic import (
     BACKGROUNDS,
     COLORS,
     MIN_RESOLUTION,
@@ -14,7 +14,7 @@ from flextok_hf.synthetic import (
     is_held_out,
     make_scene,
 )
-from flextok_hf.synthetic_captions import OPENINGS, parse_caption
+from flextok_hf.data.synthetic_captions import OPENINGS, parse_caption
 
 
 NUM_SCENES = 1000

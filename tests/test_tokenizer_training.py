@@ -5,14 +5,14 @@ import torch
 from conftest import NUM_REGISTERS, make_decoder, make_encoder
 from transformers import Dinov2Config, Dinov2Model, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
-from flextok_hf.length_groups import LengthGroups
-from flextok_hf.modeling_decoder import FlexTokFlowDecoder
-from flextok_hf.training.alignment import FeatureAlignment
+from flextok_hf.models.modeling_decoder import FlexTokFlowDecoder
+from flextok_hf.pipelines.length_groups import LengthGroups
 from flextok_hf.training.arguments import TokenizerArguments
-from flextok_hf.training.chance import Chance
 from flextok_hf.training.collapse import correlation_penalty, count_distinct, spread_penalty
 from flextok_hf.training.optimization import split_by_decay
+from flextok_hf.training.repa import FeatureAlignment
 from flextok_hf.training.stages import tokenizer_groups
+from flextok_hf.training.step_randomness import Chance
 from flextok_hf.training.tokenizer import TokenizerForTraining, build_tokenizer
 from flextok_hf.training.vision import FrozenVision
 

@@ -8,10 +8,10 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 
 from flextok_hf.training.arguments import PriorArguments, TokenizerArguments, VaeArguments
-from flextok_hf.training.parsing import parse_arguments
 from flextok_hf.training.prior import build_prior
 from flextok_hf.training.tokenizer import build_tokenizer
 from flextok_hf.training.vae import build_vae
+from flextok_hf.utils.option_parsing import parse_arguments
 
 
 CONFIGS = Path(__file__).parents[1] / "scripts" / "configs"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flextok_hf.training.data import (
+from flextok_hf.data.training_dataset import (
     Columns,
     EpochBatchSampler,
     ImageTransform,
@@ -278,8 +278,8 @@ def test_missing_picture_files_are_skipped(tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"cache_in_memory": True}, {"streaming": True, "shuffle_buffer": 0}])
 def test_a_data_set_without_a_usable_picture_is_an_error(tmp_path, monkeypatch, options):
-    monkeypatch.setattr("flextok_hf.training.map_data.MAX_UNREADABLE_ROWS", 5)
-    monkeypatch.setattr("flextok_hf.training.streams.MAX_UNREADABLE_ROWS", 5)
+    monkeypatch.setattr("flextok_hf.data.image_dataset.MAX_UNREADABLE_ROWS", 5)
+    monkeypatch.setattr("flextok_hf.data.image_stream.MAX_UNREADABLE_ROWS", 5)
     path = write_parquet(tmp_path / "a.parquet", damaged=range(10))
     with pytest.raises(ValueError, match="No usable picture in .* Check `image_column`"):
         next(iter(load_training_dataset(path, transform=TRANSFORM, **options)))

@@ -15,17 +15,17 @@ from test_training_data import write_parquet
 from torch.utils.data import Dataset
 from training_processes import SMALL_TOKENIZER
 
+from flextok_hf.data.batches import TrainingBatches, build_dataloader
 from flextok_hf.evaluation import weights_hash
-from flextok_hf.pipeline_flextok import FlexTokPipeline
+from flextok_hf.pipelines.pipeline_flextok import FlexTokPipeline
 from flextok_hf.training.arguments import PriorArguments, TokenizerArguments
-from flextok_hf.training.batches import TrainingBatches, build_dataloader
-from flextok_hf.training.chance import Chance
 from flextok_hf.training.checkpoints import list_checkpoints
 from flextok_hf.training.loop import Trainer
 from flextok_hf.training.optimization import split_by_decay
 from flextok_hf.training.prior import PriorForTraining, build_prior
 from flextok_hf.training.setup import build_accelerator
 from flextok_hf.training.stages import train_prior, train_tokenizer
+from flextok_hf.training.step_randomness import Chance
 from flextok_hf.training.tokenizer import TokenizerForTraining, build_tokenizer
 
 

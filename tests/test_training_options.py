@@ -12,8 +12,8 @@ from test_vae_training import vae_arguments
 
 from flextok_hf.training.arguments import PriorArguments, TokenizerArguments, VaeArguments
 from flextok_hf.training.loop import Trainer
-from flextok_hf.training.parsing import parse_arguments
 from flextok_hf.training.stages import train_prior, train_tokenizer, train_vae
+from flextok_hf.utils.option_parsing import parse_arguments
 
 
 STAGES = (VaeArguments, TokenizerArguments, PriorArguments)
@@ -197,7 +197,7 @@ PRIOR_CASES = {
 def test_what_a_prior_cannot_be_trained_with_is_refused(
     tiny_tokenizer_pipeline, tmp_path, options, message, streaming, monkeypatch
 ):
-    monkeypatch.setattr("flextok_hf.training.streams.MAX_UNREADABLE_ROWS", 5)
+    monkeypatch.setattr("flextok_hf.data.image_stream.MAX_UNREADABLE_ROWS", 5)
     options = dict(options)
     if streaming and options.get("caption_column", "text") is not None and "text_encoder" not in options:
         options = {"text_encoder": str(tmp_path / "t5"), **options}

@@ -10,7 +10,7 @@ import yaml
 from training_processes import SMALL_DATA, SMALL_TOKENIZER
 
 from flextok_hf.training.arguments import TokenizerArguments
-from flextok_hf.training.parsing import parse_arguments
+from flextok_hf.utils.option_parsing import parse_arguments
 
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"

@@ -8,15 +8,15 @@ from test_training_data import TRANSFORM, write_parquet
 from training_processes import SMALL_TOKENIZER
 from transformers import ResNetConfig, ResNetModel
 
-from flextok_hf.latents import encode_latents
-from flextok_hf.pipeline_flextok import FlexTokPipeline
+from flextok_hf.data.latent_cache import cache_latents
+from flextok_hf.data.training_dataset import Columns, ImageTransform, build_dataloader, load_training_dataset
+from flextok_hf.pipelines.latents import encode_latents
+from flextok_hf.pipelines.pipeline_flextok import FlexTokPipeline
 from flextok_hf.training.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from flextok_hf.training.arguments import PriorArguments, TokenizerArguments, VaeArguments
-from flextok_hf.training.caching import cache_latents
-from flextok_hf.training.chance import Chance
-from flextok_hf.training.data import Columns, ImageTransform, build_dataloader, load_training_dataset
 from flextok_hf.training.perceptual import PerceptualDistance
 from flextok_hf.training.stages import train_prior, train_tokenizer, train_vae
+from flextok_hf.training.step_randomness import Chance
 from flextok_hf.training.vae import VaeForTraining, build_vae, measure_scaling_factor
 
 

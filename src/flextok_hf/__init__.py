@@ -9,12 +9,12 @@ from .embedded import embedded_model
 
 
 if TYPE_CHECKING:
-    from .configuration_encoder import FlexTokEncoderConfig
-    from .configuration_prior import FlexTokPriorConfig
-    from .modeling_decoder import FlexTokFlowDecoder
-    from .modeling_encoder import FlexTokEncoder
-    from .modeling_prior import FlexTokPriorForCausalLM
-    from .pipeline_flextok import FlexTokPipeline, FlexTokPipelineOutput
+    from .models.configuration_encoder import FlexTokEncoderConfig
+    from .models.configuration_prior import FlexTokPriorConfig
+    from .models.modeling_decoder import FlexTokFlowDecoder
+    from .models.modeling_encoder import FlexTokEncoder
+    from .models.modeling_prior import FlexTokPriorForCausalLM
+    from .pipelines.pipeline_flextok import FlexTokPipeline, FlexTokPipelineOutput
 
 
 __version__ = "0.1.0"
@@ -32,13 +32,13 @@ __all__ = [
 
 # Where the public classes are; they are imported on first use, because the libraries under them take seconds to load.
 _MODULES = {
-    "FlexTokEncoder": "modeling_encoder",
-    "FlexTokEncoderConfig": "configuration_encoder",
-    "FlexTokFlowDecoder": "modeling_decoder",
-    "FlexTokPipeline": "pipeline_flextok",
-    "FlexTokPipelineOutput": "pipeline_flextok",
-    "FlexTokPriorConfig": "configuration_prior",
-    "FlexTokPriorForCausalLM": "modeling_prior",
+    "FlexTokEncoder": "models.modeling_encoder",
+    "FlexTokEncoderConfig": "models.configuration_encoder",
+    "FlexTokFlowDecoder": "models.modeling_decoder",
+    "FlexTokPipeline": "pipelines.pipeline_flextok",
+    "FlexTokPipelineOutput": "pipelines.pipeline_flextok",
+    "FlexTokPriorConfig": "models.configuration_prior",
+    "FlexTokPriorForCausalLM": "models.modeling_prior",
 }
 
 

@@ -2,10 +2,10 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from .configuration_encoder import FlexTokEncoderConfig
-from .configuration_prior import FlexTokPriorConfig
-from .modeling_encoder import FlexTokEncoder
-from .modeling_prior import FlexTokPriorForCausalLM
+from .models.configuration_encoder import FlexTokEncoderConfig
+from .models.configuration_prior import FlexTokPriorConfig
+from .models.modeling_encoder import FlexTokEncoder
+from .models.modeling_prior import FlexTokPriorForCausalLM
 
 
 AutoConfig.register(FlexTokEncoderConfig.model_type, FlexTokEncoderConfig)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from flextok_hf import FlexTokPipeline, embedded_model
-from flextok_hf.nested_dropout import token_ladder
+from flextok_hf.models.nested_dropout import token_ladder
 
 
 pytestmark = pytest.mark.slow

@@ -11,10 +11,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging
 
-from ..card_sections import ORIGINAL_FILE
-from ..model_card import write_model_card
-from ..outputs import check_output_folder
-from ..pipeline_flextok import FlexTokPipeline
+from ..cards.model_card import write_model_card
+from ..cards.sections import ORIGINAL_FILE
+from ..pipelines.pipeline_flextok import FlexTokPipeline
+from ..utils.files import check_output_folder
 from .components import Component
 from .prior import Prior, read_prior
 from .prior_settings import TextSettings

@@ -7,17 +7,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..configuration_prior import FlexTokPriorConfig
-from ..modeling_prior import FlexTokPriorForCausalLM
+from ..models.configuration_prior import FlexTokPriorConfig
+from ..models.modeling_prior import FlexTokPriorForCausalLM
 from .components import Component, Recipe, build, check_nothing_left, check_num_blocks
-from .prior_settings import (
-    BLOCKS_PREFIX,
-    IMAGE_PREFIX,
-    TEXT_PREFIX,
-    PriorSettings,
-    layers_with,
-    read_prior_settings,
-)
+from .prior_settings import BLOCKS_PREFIX, IMAGE_PREFIX, TEXT_PREFIX, PriorSettings, layers_with, read_prior_settings
 from .source import Checkpoint, Weights
 
 

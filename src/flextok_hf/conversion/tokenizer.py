@@ -8,9 +8,9 @@ from typing import Any
 from einops import rearrange
 from torch import nn
 
-from ..configuration_encoder import FlexTokEncoderConfig
-from ..modeling_decoder import FlexTokFlowDecoder
-from ..modeling_encoder import FlexTokEncoder
+from ..models.configuration_encoder import FlexTokEncoderConfig
+from ..models.modeling_decoder import FlexTokFlowDecoder
+from ..models.modeling_encoder import FlexTokEncoder
 from .components import Component, Recipe, build, check_nothing_left, check_num_blocks, check_shape, same
 from .settings import shorten_list
 from .source import Checkpoint

@@ -14,7 +14,7 @@ from diffusers import ModelMixin
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..outputs import check_output_folder
+from ..utils.files import check_output_folder
 from .components import Component
 
 

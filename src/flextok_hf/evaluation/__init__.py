@@ -19,7 +19,7 @@ In the order of the data:
 `scripts/evaluate.py` is the command.
 """
 
-from .plain import peak_signal_to_noise, stack_pictures, weights_hash
+from ..utils.measures import peak_signal_to_noise, stack_pictures, weights_hash
 
 
 __all__ = ["peak_signal_to_noise", "stack_pictures", "weights_hash"]

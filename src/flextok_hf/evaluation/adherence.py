@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .accumulators import MeanWithInterval, StreamedMedian, share_of
-from .picture_index import PictureIndex, gaussian_blur
-from .pictures import draw_rows
+from .image_index import PictureIndex, gaussian_blur
+from .images import draw_rows
 
 
 TOP = 5

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..card_sections import markdown_table
-from ..outputs import save_picture
-from ..sheets import contact_sheet, token_count_title
+from ..cards.sections import markdown_table
+from ..utils.files import save_picture
+from ..utils.sheets import contact_sheet, token_count_title
 from .accumulators import KeptPictures, MeanWithInterval, share_of
 from .adherence import Check
 from .conditions import Condition, ConditionedMeasurement
+from .images import to_pil
 from .intervals import percentile_interval
 from .measurement import Cost
 from .options import ComplexityOptions
-from .pictures import to_pil
 from .plots import plot_curves
 from .results import interval_text, protocol_lines, write_record
 from .sampling import generate

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from .adherence import Check, Reference, checks_for
+from .images import draw_rows
 from .measurement import Measurement
 from .options import ConditionOptions
-from .pictures import draw_rows
 
 
 NAMING_ATTRIBUTES = ("name", "style")

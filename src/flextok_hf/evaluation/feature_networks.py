@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoTokenizer, CLIPModel
 from transformers.image_processing_base import ImageProcessingMixin
 
-from .plain import weights_hash
+from ..utils.measures import weights_hash
 from .results import public_name
 
 

@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..outputs import save_picture
-from ..sheets import contact_sheet, token_count_title
+from ..utils.files import save_picture
+from ..utils.sheets import contact_sheet, token_count_title
 from .accumulators import Checksum, KeptPictures, MeanWithInterval, share_of
 from .adherence import AdherenceScore, measure_feature_space
 from .conditions import Condition, ConditionedMeasurement
 from .distributions import FeatureMoments, FeatureReservoir, StreamedScore, frechet_distance, precision_and_recall
 from .feature_networks import ClipScore
 from .generation_pages import make_markdown, panels_of
+from .images import picture_checksums, to_pil
 from .intervals import wilson_interval
 from .measurement import Cost
 from .options import GenerationOptions
-from .pictures import picture_checksums, to_pil
 from .plots import plot_curves
 from .results import write_record
 from .sampling import Sampling, generate, reconstruct

@@ -1,6 +1,6 @@
 """Records of generation and complexity as pages for reading."""
 
-from ..card_sections import markdown_table
+from ..cards.sections import markdown_table
 from .adherence import TOP
 from .results import interval_text, protocol_lines
 

@@ -10,12 +10,12 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from ..pipeline_flextok import FlexTokPipeline
+from ..pipelines.pipeline_flextok import FlexTokPipeline
 from .accumulators import Accumulator
 from .distributions import check_sample_count
 from .feature_networks import FeatureNetwork, load_feature_network
+from .images import CROP, EvaluationPictures, load_split
 from .options import NO_NETWORK, EvaluationOptions
-from .pictures import CROP, EvaluationPictures, load_split
 from .progress import Evaluation
 from .results import describe_machine, describe_model, public_name, rounded
 from .sampling import FlopCounter, check_token_counts, cost_of, load_pipeline

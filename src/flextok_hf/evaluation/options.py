@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from .picture_measures import EXTRA_MEASURES
+from .image_measures import EXTRA_MEASURES
 from .sampling import Sampling
 
 

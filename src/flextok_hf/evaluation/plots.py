@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..outputs import write_atomically
+from ..utils.files import write_atomically
 from .results import point
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..outputs import write_atomically
+from ..utils.files import write_atomically
 from .accumulators import STRUNG_STATES, Accumulator
 
 

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..card_sections import markdown_table
-from ..outputs import save_picture
-from ..sheets import contact_sheet, token_count_title
+from ..cards.sections import markdown_table
+from ..utils.files import save_picture
+from ..utils.sheets import contact_sheet, token_count_title
 from .accumulators import Checksum, GroupedMean, KeptPictures, MeanWithInterval, share_of
 from .adherence import Reference
 from .distributions import FeatureMoments, frechet_distance
+from .image_measures import EXTRA_MEASURES, IS_LOWER_BETTER, PLAIN_MEASURES, TITLES, PictureMeasure, measure_pictures
+from .images import draw_rows, load_split, picture_checksums, to_pil, to_unit_range
 from .measurement import Cost, Measurement
 from .options import ReconstructionOptions
-from .picture_measures import EXTRA_MEASURES, IS_LOWER_BETTER, PLAIN_MEASURES, TITLES, PictureMeasure, measure_pictures
-from .pictures import draw_rows, load_split, picture_checksums, to_pil, to_unit_range
 from .plots import plot_curves
 from .results import interval_text, protocol_lines, write_record
 from .sampling import reconstruct

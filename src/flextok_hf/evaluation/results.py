@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..outputs import write_atomically
-from .plain import weights_hash
+from ..utils.files import write_atomically
+from ..utils.measures import weights_hash
 
 
 PACKAGES = ("torch", "transformers", "diffusers", "torchmetrics")

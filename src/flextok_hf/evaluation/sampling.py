@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..embedded import resolve_model
-from ..nested_dropout import token_ladder
-from ..pipeline_flextok import FlexTokPipeline
-from .pictures import round_to_8_bits
+from ..models.nested_dropout import token_ladder
+from ..pipelines.pipeline_flextok import FlexTokPipeline
+from .images import round_to_8_bits
 
 
 ASSUMED_FLOPS = 3.5e14  # per second and H100-class accelerator: 35% of its dense bfloat16 peak

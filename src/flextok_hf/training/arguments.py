@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 from diffusers.optimization import SchedulerType
 
-from ..configuration_encoder import TOKEN_LAYOUTS
-from ..flow import SIGMA_DISTRIBUTIONS
-from ..nested_dropout import KEEP_MODES
+from ..models.configuration_encoder import TOKEN_LAYOUTS
+from ..models.nested_dropout import KEEP_MODES
+from ..pipelines.flow import SIGMA_DISTRIBUTIONS
 
 
 def option(default: Any, text: str) -> Any:

@@ -17,14 +17,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..outputs import save_picture
+from ..data.batches import TrainingBatches
+from ..utils.files import save_picture
 from . import checkpoints
 from .arguments import TrainingArguments
-from .batches import TrainingBatches
-from .chance import Chance, draw_seed
 from .optimization import build_lr_scheduler
 from .run_folder import RunFolder
 from .setup import log_picture
+from .step_randomness import Chance, draw_seed
 from .throughput import Meter, count_training_flops, measure_matmul_rate
 from .weights import AveragedWeights, whole
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..configuration_prior import FlexTokPriorConfig
-from ..modeling_prior import FlexTokPriorForCausalLM
-from ..pipeline_flextok import FlexTokPipeline
-from ..prior_inputs import UNCONDITIONAL_LABEL
+from ..data.latent_cache import latents_of
+from ..models.configuration_prior import FlexTokPriorConfig
+from ..models.modeling_prior import FlexTokPriorForCausalLM
+from ..models.prior_inputs import UNCONDITIONAL_LABEL
+from ..pipelines.pipeline_flextok import FlexTokPipeline
 from .arguments import PriorArguments
-from .caching import latents_of
-from .chance import Chance
+from .step_randomness import Chance
 
 
 class PriorForTraining(nn.Module):

@@ -11,9 +11,9 @@ from accelerate import Accelerator
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from ..card_sections import RECIPE_FILE, training_facts
-from ..model_card import write_model_card
-from ..pipeline_flextok import FlexTokPipeline
+from ..cards.model_card import write_model_card
+from ..cards.sections import RECIPE_FILE, training_facts
+from ..pipelines.pipeline_flextok import FlexTokPipeline
 from .arguments import TrainingArguments
 from .checkpoints import finish_folder, unfinished_name
 from .loop import Trainer

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..outputs import write_atomically
+from ..utils.files import write_atomically
 
 
 OPTIONS_FILE, LOG_FILE, REPORT_FILE = "arguments.json", "log.jsonl", "unreadable_rows{}.json"

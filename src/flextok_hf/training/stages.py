@@ -11,21 +11,21 @@ from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
 
-from ..configuration_encoder import FlexTokEncoderConfig
-from ..pipeline_flextok import FlexTokPipeline
+from ..data.batches import TrainingBatches, build_dataloader
+from ..data.latent_cache import LatentDataset, cache_latents
+from ..data.samples import Columns
+from ..data.token_dataset import check_token_data
+from ..data.training_dataset import ImageDataset, ImageTransform, StreamedImageDataset, load_training_dataset
+from ..models.configuration_encoder import FlexTokEncoderConfig
+from ..pipelines.pipeline_flextok import FlexTokPipeline
 from .arguments import PriorArguments, TokenizerArguments, TrainingArguments, VaeArguments
-from .batches import TrainingBatches, build_dataloader
-from .caching import LatentDataset, cache_latents
 from .checkpoints import find_checkpoint
-from .data import ImageDataset, ImageTransform, StreamedImageDataset, load_training_dataset
 from .loop import Trainer
 from .optimization import split_by_decay
 from .prior import PriorForTraining, build_prior
 from .publishing import check_upload, export, publish
-from .rows import Columns
 from .setup import build_accelerator, loading
 from .text import build_text_encoder, train_text_tokenizer
-from .token_data import check_token_data
 from .tokenizer import TokenizerForTraining, build_tokenizer, load_tokenizer, size_options
 from .vae import VaeForTraining, build_vae, measure_scaling_factor
 from .validation import (

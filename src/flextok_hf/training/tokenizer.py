@@ -10,19 +10,19 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from ..configuration_encoder import FlexTokEncoderConfig, check_token_layout
-from ..flow import add_noise, sample_sigma, velocity_target
-from ..length_groups import LengthGroups
-from ..modeling_decoder import FlexTokFlowDecoder
-from ..modeling_encoder import FlexTokEncoder
-from ..nested_dropout import sample_num_tokens
-from ..pipeline_flextok import FlexTokPipeline
-from .alignment import FeatureAlignment, LayerTap
+from ..data.latent_cache import latents_of
+from ..models.configuration_encoder import FlexTokEncoderConfig, check_token_layout
+from ..models.modeling_decoder import FlexTokFlowDecoder
+from ..models.modeling_encoder import FlexTokEncoder
+from ..models.nested_dropout import sample_num_tokens
+from ..pipelines.flow import add_noise, sample_sigma, velocity_target
+from ..pipelines.length_groups import LengthGroups
+from ..pipelines.pipeline_flextok import FlexTokPipeline
 from .arguments import TokenizerArguments
-from .caching import latents_of
-from .chance import Chance
 from .collapse import correlation_penalty, count_distinct, spread_penalty
+from .repa import FeatureAlignment, LayerTap
 from .setup import loading
+from .step_randomness import Chance
 
 
 FADE_SHARE = 0.4  # part of the training over which the aids against collapsed codes fade out

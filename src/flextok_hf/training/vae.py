@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from .adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from .arguments import VaeArguments
-from .chance import Chance
 from .perceptual import PerceptualDistance
 from .setup import loading
+from .step_randomness import Chance
 
 
 class VaeForTraining(nn.Module):

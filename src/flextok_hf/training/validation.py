@@ -10,16 +10,16 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..data.batches import build_dataloader
+from ..data.samples import Columns, ImageTransform
+from ..data.training_dataset import ImageDataset, load_training_dataset
 from ..evaluation import peak_signal_to_noise
-from ..images import to_output
-from ..nested_dropout import token_ladder
-from ..pipeline_flextok import FlexTokPipeline
-from ..sheets import contact_sheet, token_count_title
+from ..models.nested_dropout import token_ladder
+from ..pipelines.images import to_output
+from ..pipelines.pipeline_flextok import FlexTokPipeline
+from ..utils.sheets import contact_sheet, token_count_title
 from .arguments import PriorArguments, TrainingArguments
-from .batches import build_dataloader
-from .data import ImageDataset, load_training_dataset
 from .loop import Draw
-from .rows import Columns, ImageTransform
 
 
 VALIDATION_STEPS = 12  # Euler steps of validation pictures: enough to judge, a quarter of the time of good ones

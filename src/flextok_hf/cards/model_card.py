@@ -1,0 +1,277 @@
+"""Model cards, written from what a model's folder holds and never by hand.
+
+A folder of a saved model may hold, beside configuration and weights:
+
+    training.json      what training was asked for and what it took; written by training
+    original.json      what the model was converted from; written by the conversion
+    model_card.yaml    what no other file knows: title, license, data and their terms, limits; part of the recipe
+    results/*.json     result files of the evaluation scripts
+    pictures/*         pictures for the card
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import safe_open
+
+from ..utils.files import write_atomically
+from .sections import (
+    MEASURE_TITLES,
+    ORIGINAL_FILE,
+    RECIPE_FILE,
+    component_folders,
+    data_section,
+    is_figure,
+    model_section,
+    origins,
+    picture_side,
+    read_json,
+    results_section,
+    training_section,
+)
+
+
+CARD_FILE, FACTS_FILE = "README.md", "model_card.yaml"
+RESULTS_FOLDER, PICTURES_FOLDER = "results", "pictures"
+FACT_NAMES = (
+    *("title", "summary", "prompt", "license", "license_name", "language", "base_model"),
+    *("data", "data_note", "datasets", "limits"),
+)
+# By this line a card of ours is known: such a card is replaced, one that somebody wrote is not.
+MARK = "Written by flextok_hf from the files of this repository."
+DIFFUSERS_MARK = "This model card has been automatically generated."
+METHOD = "(Bachmann et al., 2025, [arXiv 2502.13967](https://arxiv.org/abs/2502.13967))"
+TAGS = ["flextok", "image-tokenizer", "arxiv:2502.13967"]
+
+
+def write_model_card(folder: str | Path, name: str | None = None, changed_from: str | None = None) -> Path:
+    """Write `README.md` for a saved pipeline or VAE from the files beside it (see the top of this module).
+
+    Args:
+        folder: the model, with whatever of these files there is.
+        name: what users load it by, such as a Hub id; the name of the folder by default.
+        changed_from: the model that this one was made from, if it may have other weights and nothing says how.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        ValueError: if `model_card.yaml` names unknown facts, or metadata that huggingface_hub refuses.
+    """
+    folder = Path(folder)
+    facts = read_facts(folder / FACTS_FILE)
+    record, original = read_json(folder / RECIPE_FILE), read_json(folder / ORIGINAL_FILE)
+    results = {path.stem: read_json(path) for path in sorted((folder / RESULTS_FOLDER).glob("*.json"))}
+    results = {key: value for key, value in results.items() if value.get("results")}
+    name = name or folder.resolve().name
+    based_on = [*origins(original), *filter(None, [changed_from])]
+    data = card_data(folder, facts, name, results, [source for source in based_on if source.count("/") == 1])
+    sections = {
+        "Use": usage(folder, name, facts),
+        "Pictures": pictures_section(folder),
+        "Model": model_section(folder),
+        "Data": data_section(record, facts),
+        "Training": training_section(record, original),
+        "Measured": results_section(results),
+        "Limits and bias": limits(folder, facts),
+    }
+    if changed_from:
+        sections["Training"] = f"Made from `{changed_from}`. Whether and how it was trained further is not recorded."
+    body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text)
+    title = facts.get("title") or name
+    text = f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{summary(folder, facts)}\n\n{body}\n\n{MARK}\n"
+    ModelCard(text)  # refuses metadata that cannot be read back
+    path = folder / CARD_FILE
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    return path
+
+
+class CardMixin:
+    """What `FlexTokPipeline` needs to be saved and uploaded with a card; `self` is one."""
+
+    def save_pretrained(self: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Save the pipeline as Diffusers does, with a model card written from what is known about the model.
+
+        Recipe, result files and pictures beside the model that was loaded come along, unless its weights changed.
+        A card that somebody wrote by hand stays.
+        """
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if not kwargs.get("push_to_hub"):  # else the card was written for the upload
+            write_saved_card(self.config.get("_name_or_path"), Path(save_directory), None)
+
+    def _upload_folder(self: Any, working_dir: str | Path, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        # Diffusers ends here with a pipeline saved for an upload, beside a placeholder of a card or that of the Hub.
+        write_saved_card(self.config.get("_name_or_path"), Path(working_dir), repo_id)
+        return super()._upload_folder(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]
+
+
+def write_saved_card(source_name: str | None, folder: Path, name: str | None) -> None:
+    """Write the card of a pipeline that was just saved.
+
+    Args:
+        source_name: folder or Hub id that it was loaded from, if it was.
+        folder: where it was saved.
+        name: what users load it by.
+    """
+    changed_from = None
+    if source_name:
+        source = Path(source_name)
+        if not (source / "model_index.json").is_file():
+            changed_from = source_name  # from the Hub, or gone
+        elif source.resolve() != folder.resolve() and not carry_card_files(source, folder):
+            changed_from = source.name
+    if is_replaceable(folder / CARD_FILE):
+        write_model_card(folder, name, changed_from=changed_from)
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """Read `model_card.yaml`; names that no card has a place for are an error."""
+    facts = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    unknown = sorted(set(facts) - set(FACT_NAMES)) if isinstance(facts, dict) else [type(facts).__name__]
+    if unknown:
+        raise ValueError(f"{path} holds {unknown}, for which a card has no place. Use {', '.join(FACT_NAMES)}.")
+    return facts
+
+
+def is_replaceable(card: Path) -> bool:
+    """Whether a card may be written over: there is none, it is ours, or it is the placeholder of Diffusers."""
+    if not card.is_file():
+        return True
+    text = card.read_text(encoding="utf-8")
+    return MARK in text or DIFFUSERS_MARK in text
+
+
+def carry_card_files(source: Path, target: Path) -> bool:
+    """Copy recipe, facts, results and pictures to a newly saved folder, if it holds the same weights.
+
+    Returns:
+        Whether the weights are the same; figures of other weights are not carried along.
+    """
+    if not same_weights(source, target):
+        return False
+    for name in (RECIPE_FILE, ORIGINAL_FILE, FACTS_FILE):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    for name in (RESULTS_FOLDER, PICTURES_FOLDER):
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name, dirs_exist_ok=True)
+    return True
+
+
+def same_weights(source: Path, target: Path) -> bool:
+    """Whether two saved models have the same parts with equal weights, whatever the precision they are stored in."""
+    parts = component_folders(source)
+    if parts.keys() != component_folders(target).keys():
+        return False
+    return all(equal_tensors(part, component_folders(target)[name]) for name, part in parts.items())
+
+
+def equal_tensors(source: Path, target: Path) -> bool:
+    """Compare the tensors of two folders of weight files one by one, so that one pair is in memory at a time."""
+    files = [sorted(folder.glob("*.safetensors")) for folder in (source, target)]
+    opened = [[safe_open(path, framework="pt") for path in paths] for paths in files]
+    owners = [{key: weights for weights in group for key in weights.keys()} for group in opened]
+    if owners[0].keys() != owners[1].keys():
+        return False
+    for key in owners[0]:
+        first, second = (owner[key].get_tensor(key).float() for owner in owners)
+        if first.shape != second.shape or not first.equal(second):
+            return False
+    return True
+
+
+def card_data(
+    folder: Path, facts: Mapping[str, Any], name: str, results: Mapping[str, Any], based_on: list[str]
+) -> ModelCardData:
+    """Return the metadata of a card; `based_on` are Hub ids."""
+    has_prior = (folder / "prior").is_dir()
+    return ModelCardData(
+        license=facts.get("license"),
+        license_name=facts.get("license_name"),
+        language=facts.get("language") or ("en" if (folder / "text_encoder").is_dir() else None),
+        library_name="flextok_hf" if (folder / "model_index.json").is_file() else "diffusers",
+        pipeline_tag="text-to-image" if has_prior else "image-to-image",
+        tags=TAGS,
+        datasets=facts.get("datasets"),
+        base_model=facts.get("base_model") or based_on or None,
+        model_name=name.split("/")[-1],
+        eval_results=evaluation_results(results, "text-to-image" if has_prior else "image-to-image") or None,
+    )
+
+
+def evaluation_results(results: Mapping[str, Any], task: str) -> list[EvalResult]:
+    """Return the figures at full length as metadata, for result files with one set of pictures."""
+    entries = []
+    for name, record in results.items():
+        by_count = record["results"]
+        if not all(str(key).isdigit() for key in by_count):
+            continue
+        count = max(by_count, key=int)
+        for key, value in by_count[count].items():
+            if is_figure(value):
+                entries.append(
+                    EvalResult(
+                        task_type=task,
+                        dataset_type=name,
+                        dataset_name=f"{name}, {record.get('count', '?')} pictures",
+                        metric_type=key,
+                        metric_name=f"{MEASURE_TITLES.get(key, key)}, {count} tokens",
+                        metric_value=value.get("mean", value.get("share")),
+                    )
+                )
+    return entries
+
+
+def summary(folder: Path, facts: Mapping[str, Any]) -> str:
+    """Say in two sentences what the model is."""
+    if facts.get("summary"):
+        return f"{facts['summary'].strip()} The method is FlexTok {METHOD}."
+    if not (folder / "encoder").is_dir():
+        return f"A VAE for models of the kind FlexTok {METHOD}."
+    what = "draws pictures, and turns pictures" if (folder / "prior").is_dir() else "turns pictures"
+    return (
+        f"A FlexTok model {METHOD}: it {what} into ordered tokens and back. Every number of tokens gives a picture;"
+        " the first say what it is about, later ones add detail."
+    )
+
+
+def usage(folder: Path, name: str, facts: Mapping[str, Any]) -> str:
+    """Show how to load and use the model."""
+    if not (folder / "model_index.json").is_file():
+        return f'```python\nfrom diffusers import AutoencoderKL\n\nvae = AutoencoderKL.from_pretrained("{name}")\n```'
+    lines = ["from flextok_hf import FlexTokPipeline", "", f'pipe = FlexTokPipeline.from_pretrained("{name}")']
+    if name == "embedded_model":
+        lines = ["from flextok_hf import FlexTokPipeline, embedded_model", ""]
+        lines += ["pipe = FlexTokPipeline.from_pretrained(embedded_model())"]
+    if (folder / "prior").is_dir():
+        has_text = (folder / "text_encoder").is_dir()
+        condition = f'"{facts.get("prompt", "a prompt")}"' if has_text else "class_labels=[0]"
+        lines += [f"image = pipe({condition}, max_tokens=8).images[0]"]
+    lines += [
+        'token_ids = pipe.tokenize("photo.jpg")  # coarse first',
+        "few = pipe.detokenize(token_ids[:, :4]).images[0]",
+    ]
+    return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def pictures_section(folder: Path) -> str:
+    """Show the pictures beside the model; what they show is their file's name."""
+    files = sorted(path for path in (folder / PICTURES_FOLDER).glob("*") if path.is_file())
+    return "\n\n".join(f"![{path.stem.replace('_', ' ')}]({PICTURES_FOLDER}/{path.name})" for path in files)
+
+
+def limits(folder: Path, facts: Mapping[str, Any]) -> str:
+    """Say what not to expect."""
+    lines = [facts["limits"].strip()] if facts.get("limits") else []
+    side = picture_side(folder)
+    if side is not None:
+        lines.append(
+            f"Pictures are {side} x {side} pixels. What the training pictures do not show comes back as the nearest"
+            " thing they do, and their view of the world is the model's. A picture from few tokens is a plausible"
+            " guess, not a record: do not take its details for facts."
+        )
+    return "\n\n".join(lines)

@@ -1,0 +1,334 @@
+"""The command line: `flextok generate | stream | tokenize | detokenize | reconstruct | convert | demo | info`.
+
+This module reads and checks arguments. What the commands do is in `commands.py`, imported once the arguments are known
+to be good, so that a mistake costs no wait for PyTorch.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+
+# What a user can cause and mend. Anything else is a defect of ours and keeps its traceback.
+USER_ERRORS = (ValueError, TypeError, OSError)
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+EPILOGS = {
+    "generate": 'example:\n  flextok generate "a cat" --max-tokens 64 --output cat.png',
+    "stream": 'example:\n  flextok stream "a cat" --token-counts 1 4 16 --output cat.webp',
+    "tokenize": "example:\n  flextok tokenize photo.jpg --max-tokens 8 --output ids.json",
+    "detokenize": "example:\n  flextok detokenize ids.json --output out.png",
+    "reconstruct": "example:\n  flextok reconstruct photo.jpg --max-tokens 1 4 16 --output sheet.png",
+    "demo": "example:\n  flextok demo --port 7860",
+    "convert": "example:\n  flextok convert EPFL-VILAB/flextok_d18_d28_dfn --output flextok_d18_d28",
+    "info": "example:\n  flextok info --json",
+}
+
+
+class OneLineErrorParser(argparse.ArgumentParser):
+    """A parser that answers a mistake with one line instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print `message` and the place to look, then leave with exit code 2."""
+        self.exit(2, f"flextok: error: {message} (see `{self.prog} --help`)\n")
+
+
+class WideHelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keep every option and its help on one line, so that a command's help fits a screen."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    parser = OneLineErrorParser(
+        prog="flextok",
+        description="Pictures as ordered token sequences of any length, and back.",
+        epilog=f"`flextok COMMAND --help` explains one command.\n\n{EPILOGS['generate']}",
+        formatter_class=WideHelpFormatter,
+    )
+    parser.add_argument("--version", action=PrintVersion, help="print the installed version and leave")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_generate(commands)
+    _add_stream(commands)
+    _add_tokenize(commands)
+    _add_detokenize(commands)
+    _add_reconstruct(commands)
+    _add_demo(commands)
+    _add_convert(commands)
+    _add_info(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: words after `flextok`; those of the process by default.
+
+    Returns:
+        The exit code: 0 done, 1 nobody reads the output, 2 wrong input (one line on stderr), 130 interrupted.
+    """
+    options = build_parser().parse_args(arguments)
+    try:
+        check_files(options)
+        from . import commands
+
+        commands.COMMANDS[options.command](options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of our output has seen enough, as in `flextok info | head -1`; leave nothing to flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("flextok: interrupted", file=sys.stderr)
+        return 130
+    except USER_ERRORS as error:
+        if options.traceback:
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"flextok: error: {message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def check_files(options: argparse.Namespace) -> None:
+    """Check every file that the options name, and put the folder of the model in place of its name.
+
+    Raises:
+        ValueError: a result cannot be written where it should go, or the model is neither a folder nor a Hub id.
+        FileNotFoundError: there is no such photo or file of ids.
+    """
+    from ..embedded import resolve_model
+    from ..utils.files import PICTURE_EXTENSIONS, check_output_folder, check_output_path
+
+    if options.command == "convert":
+        check_output_folder(options.output)
+        if options.tokenizer is None and options.prior is None:
+            raise ValueError("name a TOKENIZER, a --prior, or both")
+        return
+    if "output" in options:
+        check_output_path(options.output, (".json",) if options.command == "tokenize" else PICTURE_EXTENSIONS)
+    if (getattr(options, "image", None) is None) != (getattr(options, "keep_tokens", None) is None):
+        raise ValueError("`--image` and `--keep-tokens` go together: a photo to vary, and how many of its tokens stay")
+    photos = [*getattr(options, "photos", ()), *filter(None, [getattr(options, "image", None)])]
+    for path in photos:
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"there is no photo {path!r}; check the path")
+    if "ids" in options and not os.path.isfile(options.ids):
+        raise FileNotFoundError(f"there is no file {options.ids!r}; `flextok tokenize` makes one from a photo")
+    options.model = resolve_model(options.model)
+
+
+class PrintVersion(argparse.Action):
+    """Read the version from the installed package only when somebody asks for it."""
+
+    def __init__(self, option_strings, dest, **kwargs):
+        super().__init__(option_strings, dest, nargs=0, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Print the version and leave with exit code 0."""
+        from importlib.metadata import version
+
+        parser.exit(0, f"flextok_hf {version('flextok_hf')}\n")
+
+
+def positive_int(text: str) -> int:
+    """Read an integer of at least 1."""
+    return _bounded(int, text, "an integer of at least 1", lambda value: value >= 1)
+
+
+def non_negative_int(text: str) -> int:
+    """Read an integer of at least 0."""
+    return _bounded(int, text, "an integer of at least 0", lambda value: value >= 0)
+
+
+def port(text: str) -> int:
+    """Read the number of a port."""
+    return _bounded(int, text, "an integer from 1 to 65535", lambda value: 1 <= value < 2**16)
+
+
+def seed(text: str) -> int:
+    """Read a seed that leaves room for the seeds of further pictures below what PyTorch takes."""
+    return _bounded(int, text, "an integer from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)
+
+
+def non_negative_float(text: str) -> float:
+    """Read a finite number of at least 0."""
+    return _bounded(float, text, "a number of at least 0", lambda value: 0 <= value < float("inf"))
+
+
+def positive_float(text: str) -> float:
+    """Read a finite number above 0."""
+    return _bounded(float, text, "a number above 0", lambda value: 0 < value < float("inf"))
+
+
+def probability(text: str) -> float:
+    """Read a number above 0 and up to 1."""
+    return _bounded(float, text, "a number above 0 and up to 1", lambda value: 0 < value <= 1)
+
+
+def _bounded(kind, text: str, allowed: str, is_allowed):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not is_allowed(value):
+        raise argparse.ArgumentTypeError(f"expected {allowed}, got {text!r}")
+    return value
+
+
+def _add_command(commands, name: str, summary: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=EPILOGS[name],
+        formatter_class=WideHelpFormatter,
+    )
+
+
+def _add_shared(parser: argparse.ArgumentParser, has_seed: bool = True) -> None:
+    if has_seed:
+        parser.add_argument("--seed", type=seed, default=0, metavar="N", help="same seed, same result (0)")
+    parser.add_argument("--model", metavar="PATH_OR_ID", help="folder or Hub id (the model in the package)")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (the best there is)")
+    parser.add_argument(
+        "--dtype", metavar="TYPE", choices=DTYPES, default="float32", help="or bfloat16, float16 (float32)"
+    )
+    _add_talk(parser)
+
+
+def _add_talk(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quiet", action="store_true", help="no progress bars and no report")
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+
+
+def _add_decoding(parser: argparse.ArgumentParser, steps: int) -> None:
+    parser.add_argument(
+        "--num-inference-steps", type=positive_int, default=steps, metavar="N", help=f"decoder steps ({steps})"
+    )
+    parser.add_argument(
+        "--guidance-scale",
+        type=non_negative_float,
+        metavar="X",
+        help="guidance of the decoder, 1 is off (the model's)",
+    )
+
+
+def _add_generate(commands) -> None:
+    parser = _add_command(commands, "generate", "turn a prompt into one or more pictures")
+    parser.add_argument("prompt", help='what to draw, such as "a cat"; or a class')
+    parser.add_argument(
+        "--output", required=True, metavar="FILE", help="picture file; several get numbers: cat-1.png, ..."
+    )
+    parser.add_argument("--max-tokens", type=positive_int, metavar="N", help="at most so many tokens (all)")
+    parser.add_argument("--num-images", type=positive_int, default=1, metavar="N", help="pictures to draw (1)")
+    parser.add_argument("--image", metavar="PHOTO", help="vary this photo")
+    parser.add_argument("--keep-tokens", type=positive_int, metavar="K", help="keep its first K tokens")
+    _add_prior(parser)
+    _add_decoding(parser, steps=25)
+    _add_shared(parser)
+
+
+def _add_stream(commands) -> None:
+    parser = _add_command(commands, "stream", "draw a picture and show it while its tokens are being written")
+    parser.add_argument("prompt", help='what to draw, such as "a cat"; or a class')
+    parser.add_argument(
+        "--output", required=True, metavar="FILE", help=".webp: one animation; others get numbers: cat-04.png"
+    )
+    parser.add_argument(
+        "--token-counts", type=positive_int, nargs="+", metavar="N", help="when to show it, growing (1 2 4 ... all)"
+    )
+    parser.add_argument(
+        "--frame-ms", type=positive_int, default=700, metavar="N", help="milliseconds per frame of a .webp (700)"
+    )
+    _add_prior(parser)
+    _add_decoding(parser, steps=25)
+    _add_shared(parser)
+
+
+def _add_prior(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prior-guidance-scale",
+        type=non_negative_float,
+        metavar="X",
+        help="guidance of the prior, 1 is off (the model's)",
+    )
+    parser.add_argument(
+        "--temperature", type=positive_float, default=1.0, metavar="X", help="below 1 typical, above 1 varied (1)"
+    )
+    parser.add_argument(
+        "--top-k", type=non_negative_int, default=0, metavar="N", help="draw from the N likeliest, 0 is off (0)"
+    )
+    parser.add_argument(
+        "--top-p", type=probability, default=1.0, metavar="P", help="draw from the likeliest mass P (1)"
+    )
+
+
+def _add_tokenize(commands) -> None:
+    parser = _add_command(commands, "tokenize", "turn photos into token ids")
+    parser.add_argument("photos", nargs="+", metavar="PHOTO", help="picture files of any size and mode")
+    parser.add_argument("--output", required=True, metavar="FILE", help="JSON file for the ids")
+    parser.add_argument("--max-tokens", type=positive_int, metavar="N", help="at most so many tokens (all)")
+    _add_shared(parser, has_seed=False)
+
+
+def _add_detokenize(commands) -> None:
+    parser = _add_command(commands, "detokenize", "turn token ids back into pictures")
+    parser.add_argument("ids", metavar="IDS", help="JSON file of `flextok tokenize`, or a plain list of ids")
+    parser.add_argument(
+        "--output", required=True, metavar="FILE", help="picture file; several get numbers: cat-1.png, ..."
+    )
+    parser.add_argument("--max-tokens", type=positive_int, metavar="N", help="use the first N tokens only (all)")
+    _add_decoding(parser, steps=20)
+    _add_shared(parser)
+
+
+def _add_reconstruct(commands) -> None:
+    parser = _add_command(commands, "reconstruct", "show photos as they come back from more and more tokens")
+    parser.add_argument("photos", nargs="+", metavar="PHOTO", help="picture files of any size and mode, one row each")
+    parser.add_argument("--output", required=True, metavar="FILE", help="picture file for the contact sheet")
+    parser.add_argument(
+        "--max-tokens",
+        type=positive_int,
+        nargs="+",
+        metavar="N",
+        help="token counts, a column each (1 2 4 ... all)",
+    )
+    _add_decoding(parser, steps=20)
+    _add_shared(parser)
+
+
+def _add_demo(commands) -> None:
+    parser = _add_command(commands, "demo", "show a model in the browser (needs the extra: flextok_hf[demo])")
+    parser.add_argument(
+        "--host", default="127.0.0.1", metavar="NAME", help="0.0.0.0 lets other machines in (127.0.0.1)"
+    )
+    parser.add_argument("--port", type=port, default=7860, metavar="N", help="where to listen (7860)")
+    _add_shared(parser, has_seed=False)
+
+
+def _add_convert(commands) -> None:
+    parser = _add_command(commands, "convert", "turn official checkpoints into a model of this package")
+    parser.add_argument("tokenizer", nargs="?", metavar="TOKENIZER", help="Hub id, folder or safetensors file")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to make")
+    parser.add_argument("--prior", metavar="PRIOR", help="Hub id, folder or safetensors file; also by itself")
+    parser.add_argument("--text-encoder", metavar="NAME", help="Hub id or folder (what the prior names)")
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the tokenizer on the Hub")
+    parser.add_argument("--prior-revision", metavar="NAME", help="the same of the prior")
+    parser.add_argument("--dtype", metavar="TYPE", choices=DTYPES, help="float32, bfloat16, float16 (as stored)")
+    parser.add_argument(
+        "--ignore", action="append", default=[], metavar="KEY", help="read over a setting: --ignore pipeline.new_key"
+    )
+    _add_talk(parser)
+
+
+def _add_info(commands) -> None:
+    parser = _add_command(commands, "info", "describe a model: components, sizes, resolution, codebook")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    _add_shared(parser, has_seed=False)

@@ -1,0 +1,311 @@
+"""What each command of the command line does; `cli.py` reads and checks the arguments."""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import logging as diffusers_logging
+from PIL import Image
+from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
+
+from ..embedded import embedded_model
+from ..models.nested_dropout import token_ladder
+from ..pipelines.bulk_tokenization import tokenize_batches
+from ..pipelines.images import load_image, prepare_images, resize_and_crop
+from ..pipelines.pipeline_flextok import FlexTokPipeline
+from ..utils.files import ANIMATED, numbered_paths, save_animation, save_picture
+from ..utils.sheets import contact_sheet, token_count_title
+from .token_files import parse_token_ids, read_json, write_token_file
+
+
+# Pictures that are in memory at the same time; more of them are worked on in turns.
+BATCH_SIZE = 16
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Turn a prompt into pictures."""
+    pipe = load_pipeline(options)
+    paths = numbered_paths(options.output, options.num_images)
+    for start, batch in batches(paths, options, "pictures", pipe):
+        # A generator per picture: picture n of seed s is the first picture of seed s + n, whatever the batch.
+        result = pipe(
+            **condition(pipe, options.prompt),
+            max_tokens=options.max_tokens,
+            num_images_per_prompt=len(batch),
+            image=options.image,
+            keep_tokens=options.keep_tokens,
+            **sampling(options),
+            generator=[seeded(options.seed + start + number) for number in range(len(batch))],
+        )
+        for number, (path, picture, token_ids) in enumerate(zip(batch, result.images, result.token_ids)):
+            save_picture(picture, path)
+            size, length = f"{picture.width} x {picture.height}", token_count_title(len(token_ids))
+            report(options, f"{path}: {size}, {length}, seed {options.seed + start + number}")
+
+
+def stream(options: argparse.Namespace) -> None:
+    """Write the pictures of a growing number of tokens, as files or as one animation."""
+    pipe = load_pipeline(options)
+    pipe.set_progress_bar_config(disable=True if options.quiet else None, leave=False)
+    path = Path(options.output)
+    width = len(str(pipe.num_registers))
+    frames = []
+    for count, picture in pipe.stream(
+        **condition(pipe, options.prompt),
+        token_counts=options.token_counts,
+        generator=seeded(options.seed),
+        **sampling(options),
+    ):
+        frames.append(picture)
+        if path.suffix.lower() != ANIMATED:
+            frame_path = path.with_stem(f"{path.stem}-{count:0{width}d}")
+            save_picture(picture, frame_path)
+            report(options, f"{frame_path}: {token_count_title(count)}")
+    if path.suffix.lower() == ANIMATED:
+        save_animation(frames, path, options.frame_ms)
+        report(options, f"{path}: {len(frames)} frame{'s'[: len(frames) > 1]}, up to {token_count_title(count)}")
+
+
+def condition(pipe: FlexTokPipeline, prompt: str) -> dict[str, Any]:
+    """Return the prompt as the pipeline's call takes it: a text, or for a prior of classes a name or number."""
+    has_classes = pipe.prior is not None and pipe.prior.config.num_classes is not None
+    if has_classes and pipe.prior.config.text_hidden_size is None:
+        return {"class_labels": int(prompt) if prompt.isdecimal() else prompt}
+    return {"prompt": prompt}
+
+
+def sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of prior and decoder that all drawing shares, under the names of the pipeline's call."""
+    names = ("num_inference_steps", "guidance_scale", "prior_guidance_scale", "temperature", "top_k", "top_p")
+    return {name: getattr(options, name) for name in names}
+
+
+def tokenize(options: argparse.Namespace) -> None:
+    """Turn photos into a JSON file of token ids."""
+    pipe = load_pipeline(options)
+    start = time.perf_counter()
+    batched = batches(options.photos, options, "photos", pipe)
+    pixels = (prepare_images([load_image(path) for path in batch], pipe.resolution) for _, batch in batched)
+    rows = [ids for batch in tokenize_batches(pipe, pixels, options.max_tokens) for ids in batch.tolist()]
+    speed = len(rows) / (time.perf_counter() - start)
+    pictures = [{"file": path, "token_ids": ids} for path, ids in zip(options.photos, rows, strict=True)]
+    write_token_file(options.output, pictures, pipe.codebook_size, pipe.num_registers)
+    report(options, f"{options.output}: {len(rows)} x {token_count_title(len(rows[0]))}, {speed:.1f} photos/s")
+
+
+def detokenize(options: argparse.Namespace) -> None:
+    """Turn a file of token ids back into pictures."""
+    content = read_json(options.ids)
+    pipe = load_pipeline(options)
+    sequences = parse_token_ids(content, options.ids, pipe.codebook_size, pipe.num_registers)
+    sequences = [sequence[: options.max_tokens] for sequence in sequences]
+    paths = numbered_paths(options.output, len(sequences))
+    start_s = time.perf_counter()
+    for start, batch in batches(paths, options, "pictures", pipe):
+        images = pipe.detokenize(
+            [torch.tensor(sequence) for sequence in sequences[start : start + len(batch)]],
+            num_inference_steps=options.num_inference_steps,
+            guidance_scale=options.guidance_scale,
+            generator=[seeded(options.seed + start + number) for number in range(len(batch))],
+        ).images
+        for path, picture, sequence in zip(batch, images, sequences[start:]):
+            save_picture(picture, path)
+            report(options, f"{path}: {picture.width} x {picture.height}, {token_count_title(len(sequence))}")
+    report(options, f"{len(paths) / (time.perf_counter() - start_s):.2f} pictures/s")
+
+
+def reconstruct(options: argparse.Namespace) -> None:
+    """Draw a contact sheet: a row per photo, a column per number of tokens."""
+    pipe = load_pipeline(options)
+    counts = token_counts(options.max_tokens, pipe.num_registers)
+    cell_size = max(128, pipe.resolution)
+    rows: list[list[Image.Image]] = []
+    for start, batch in batches(options.photos, options, "photos", pipe):
+        photos = [load_image(path) for path in batch]
+        columns = pipe.reconstruct(
+            photos,
+            max_tokens=counts,
+            num_inference_steps=options.num_inference_steps,
+            guidance_scale=options.guidance_scale,
+            generator=[seeded(options.seed + start + number) for number in range(len(batch))],
+        )
+        originals = [resize_and_crop(photo, cell_size) for photo in photos]
+        rows += [list(row) for row in zip(originals, *columns)]
+    titles = ["original", *map(token_count_title, counts)]
+    sheet = contact_sheet(rows, titles, cell_size=cell_size)
+    save_picture(sheet, options.output)
+    report(options, f"{options.output}: {len(rows)} row{'s'[: len(rows) > 1]}, {', '.join(titles)}")
+
+
+def demo(options: argparse.Namespace) -> None:
+    """Serve the page of the demo until it is interrupted."""
+    try:
+        from ..demo.page import build_demo, launch_options
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise ValueError('the demo needs Gradio; install it: pip install "flextok_hf[demo]"') from error
+    is_embedded = options.model == embedded_model()
+    page = build_demo(load_pipeline(options), "the embedded model" if is_embedded else options.model)
+    page.launch(server_name=options.host, server_port=options.port, quiet=options.quiet, **launch_options())
+
+
+def convert(options: argparse.Namespace) -> None:
+    """Turn official checkpoints into a folder of ours."""
+    from ..conversion.convert import convert_checkpoint  # here, because the other commands need not wait for it
+
+    set_verbosity(options)
+    notes = convert_checkpoint(
+        options.output,
+        options.tokenizer,
+        options.prior,
+        options.text_encoder,
+        dtype=None if options.dtype is None else getattr(torch, options.dtype),
+        revision=options.revision,
+        prior_revision=options.prior_revision,
+        ignore=options.ignore,
+        is_quiet=options.quiet,
+    )
+    for note in notes:
+        report(options, f"note: {note}")
+    report(options, f"{options.output}: {'a prior' if options.tokenizer is None else 'a pipeline'}")
+
+
+def info(options: argparse.Namespace) -> None:
+    """Print what a model consists of."""
+    pipe = load_pipeline(options)
+    folder = Path(options.model)
+    components = {}
+    for name, component in pipe.components.items():
+        if component is None:
+            continue
+        entry: dict[str, Any] = {"class": type(component).__name__}
+        if isinstance(component, torch.nn.Module):
+            entry["parameters"] = sum(parameter.numel() for parameter in component.parameters())
+        if folder.is_dir():
+            entry["bytes_on_disk"] = sum(file.stat().st_size for file in (folder / name).rglob("*") if file.is_file())
+        components[name] = entry
+    facts = {
+        "model": options.model,
+        "resolution": pipe.resolution,
+        "num_registers": pipe.num_registers,
+        "codebook_size": pipe.codebook_size,
+        "components": components,
+    }
+    print(json.dumps(facts, indent=2) if options.json else info_table(facts))
+
+
+def info_table(facts: dict[str, Any]) -> str:
+    """Return the facts of `flextok info` as lines for people."""
+    side = facts["resolution"]
+    lines = [
+        f"model       {facts['model']}",
+        f"pictures    {side} x {side}",
+        f"tokens      1 to {facts['num_registers']} per picture, {facts['codebook_size']:,} codes",
+        "",
+        f"{'component':<14}{'class':<34}{'parameters':>14}{'on disk':>12}",
+    ]
+    for name, entry in facts["components"].items():
+        parameters = f"{entry['parameters']:,}" if "parameters" in entry else "-"
+        on_disk = f"{entry['bytes_on_disk'] / 2**20:.1f} MiB" if "bytes_on_disk" in entry else "-"
+        lines.append(f"{name:<14}{entry['class']:<34}{parameters:>14}{on_disk:>12}")
+    total = sum(entry.get("parameters", 0) for entry in facts["components"].values())
+    total_bytes = sum(entry.get("bytes_on_disk", 0) for entry in facts["components"].values())
+    lines.append(f"{'in all':<48}{total:>14,}{f'{total_bytes / 2**20:.1f} MiB' if total_bytes else '-':>12}")
+    return "\n".join(lines)
+
+
+def load_pipeline(options: argparse.Namespace) -> FlexTokPipeline:
+    """Load the pipeline that the options name onto their device.
+
+    Raises:
+        ValueError: there is no such device, or the model cannot be read.
+    """
+    set_verbosity(options)
+    device = choose_device(options.device)
+    try:
+        pipe = FlexTokPipeline.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
+    except Exception as error:  # a missing or damaged file can surface as almost anything in the libraries below
+        if options.traceback:
+            raise
+        raise ValueError(f"`model` {options.model!r} cannot be loaded; fetch or save it again: {error}") from error
+    return pipe.to(device)
+
+
+def set_verbosity(options: argparse.Namespace) -> None:
+    """Let the libraries say no more than the user wants."""
+    if options.quiet:
+        diffusers_logging.set_verbosity_error()
+        transformers_logging.set_verbosity_error()
+    # Loading bars of both libraries would bury the bars that say how long the work takes.
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Return the device called `name`, or by default the best one of this machine.
+
+    Raises:
+        ValueError: PyTorch does not know such a device, or this machine has none.
+    """
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"`device` {name!r} cannot be used here; try cpu ({reason})") from error
+    return device
+
+
+def batches(
+    items: Sequence, options: argparse.Namespace, unit: str, pipe: FlexTokPipeline
+) -> Iterator[tuple[int, Sequence]]:
+    """Yield (index of the first item, items) in portions of `BATCH_SIZE`, with one progress bar."""
+    # One portion: the pipeline's own bar, over decoder steps, says more. Several: a bar over all items.
+    is_single = len(items) <= BATCH_SIZE
+    is_hidden = True if options.quiet else None  # None: shown in a terminal, not in a log
+    pipe.set_progress_bar_config(disable=is_hidden if is_single else True, leave=False)
+    with tqdm(total=len(items), unit=f" {unit}", disable=True if is_single else is_hidden, leave=False) as progress:
+        for start in range(0, len(items), BATCH_SIZE):
+            batch = items[start : start + BATCH_SIZE]
+            yield start, batch
+            progress.update(len(batch))
+
+
+def seeded(seed: int) -> torch.Generator:
+    """Return a generator on the CPU, so that a seed means the same on every device."""
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def token_counts(asked: Sequence[int] | None, num_registers: int) -> list[int]:
+    """Return the columns of a contact sheet: counts asked for, or powers of two; each once, at most all registers."""
+    if asked is None:
+        asked = token_ladder(num_registers)
+    return list(dict.fromkeys(min(count, num_registers) for count in asked))
+
+
+def report(options: argparse.Namespace, line: str) -> None:
+    """Print one line about a result, unless the user wants quiet."""
+    if not options.quiet:
+        print(line)
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "generate": generate,
+    "stream": stream,
+    "tokenize": tokenize,
+    "detokenize": detokenize,
+    "reconstruct": reconstruct,
+    "demo": demo,
+    "convert": convert,
+    "info": info,
+}

@@ -1,0 +1,85 @@
+"""Files of token ids: what `flextok tokenize` writes and `flextok detokenize` reads."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ..utils.files import write_atomically
+
+
+TOKEN_FILE_FORMAT = "flextok-token-ids"
+
+
+def write_token_file(
+    path: str | os.PathLike, pictures: list[dict[str, Any]], codebook_size: int, num_registers: int
+) -> None:
+    """Write token ids as JSON.
+
+    Args:
+        path: where to.
+        pictures: one entry per picture, with its `file` and `token_ids`.
+        codebook_size: number of codes of the model that made the ids; reading checks it.
+        num_registers: longest sequence of that model.
+    """
+    content = {
+        "format": TOKEN_FILE_FORMAT,
+        "version": 1,
+        "codebook_size": codebook_size,
+        "num_registers": num_registers,
+        "pictures": pictures,
+    }
+    text = json.dumps(content) + "\n"
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def read_json(path: str) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: the file is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path!r} is not a JSON file: {error}") from error
+
+
+def parse_token_ids(content: Any, path: str, codebook_size: int, num_registers: int) -> list[list[int]]:
+    """Return the token sequences of a JSON file.
+
+    Args:
+        content: what `flextok tokenize` writes, or one list of ids, or a list of such lists; lengths may differ.
+        path: where it was read, for messages.
+        codebook_size: every id is below it.
+        num_registers: no sequence is longer.
+
+    Raises:
+        ValueError: the content is something else, or was made for another model.
+    """
+    if isinstance(content, dict):
+        if content.get("format") != TOKEN_FILE_FORMAT or not isinstance(content.get("pictures"), list):
+            raise ValueError(
+                f"{path!r} was not written by `flextok tokenize`: its `format` is {content.get('format')!r}"
+            )
+        if content.get("codebook_size") != codebook_size:
+            raise ValueError(
+                f"{path!r} holds ids of a codebook of {content.get('codebook_size')} codes, but this model has"
+                f" {codebook_size}; name the model they were made with: --model"
+            )
+        content = [
+            picture.get("token_ids") if isinstance(picture, dict) else picture for picture in content["pictures"]
+        ]
+    elif isinstance(content, list) and content and all(type(entry) is int for entry in content):
+        content = [content]
+    if not isinstance(content, list) or not content:
+        raise ValueError(f"{path!r} holds no token ids; expected a list of ids or a list of such lists")
+    for number, sequence in enumerate(content):
+        if not isinstance(sequence, list) or not all(type(token_id) is int for token_id in sequence):
+            raise ValueError(f"{path!r}, sequence {number}: expected a list of integers, got {str(sequence)[:60]}")
+        if not 1 <= len(sequence) <= num_registers:
+            raise ValueError(f"{path!r}, sequence {number}: {len(sequence)} ids, expected 1 to {num_registers}")
+        wrong = next((token_id for token_id in sequence if not 0 <= token_id < codebook_size), None)
+        if wrong is not None:
+            raise ValueError(f"{path!r}, sequence {number}: id {wrong} is outside 0 to {codebook_size - 1}")
+    return content

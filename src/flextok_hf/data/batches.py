@@ -1,0 +1,192 @@
+"""The order of training: which rows form batch number n, for any number of workers and processes.
+
+A batch of a map-style data set is a pure function of (seed, epoch, batch number), so that a run that goes on sees
+exactly what an uninterrupted one would have seen, without keeping any state. A stream keeps the places of its readers.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ..training.step_randomness import draw_seed
+from .image_stream import Place, StreamBatches, StreamedImageDataset
+from .samples import collate
+
+
+class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
+    """Yields batches of (row, draw) keys; `draw` decides the flips, crops and wordings of that row in that epoch.
+
+    All processes walk through one order and take neighboring slices of it, so n processes with batches of B see
+    together what one process with batches of n * B sees.
+
+    Args:
+        num_rows: rows of the data set.
+        batch_size: rows per batch and process.
+        drop_last: leave out the rows that do not fill a batch on every process. Otherwise the last batch is smaller;
+            with several processes it is filled up from the start of the order, since each must get as many rows.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        drop_last: bool,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ):
+        self.num_rows = num_rows
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.drop_last = drop_last
+        self.process_index = process_index
+        self.num_processes = num_processes
+        self.epoch = 0
+        self.first_batch = 0
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch on this process, wherever the next iteration starts."""
+        stride = self.batch_size * self.num_processes
+        return self.num_rows // stride if self.drop_last else -(-self.num_rows // stride)
+
+    def set_position(self, epoch: int, first_batch: int = 0) -> None:
+        """Let the next iteration run through `epoch` from `first_batch` on."""
+        self.epoch, self.first_batch = epoch, first_batch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch = self.epoch
+        order = torch.arange(self.num_rows)
+        if self.shuffle:
+            order = torch.randperm(self.num_rows, generator=torch.Generator().manual_seed(draw_seed(self.seed, epoch)))
+        stride = self.batch_size * self.num_processes
+        for batch in range(self.first_batch, len(self)):
+            rows = order[batch * stride : (batch + 1) * stride]
+            if self.num_processes > 1 and len(rows) < stride:
+                rows = order[torch.arange(batch * stride, (batch + 1) * stride) % self.num_rows]
+            rows = rows[self.process_index * self.batch_size : (self.process_index + 1) * self.batch_size].tolist()
+            yield [(row, draw_seed(self.seed, epoch, row)) for row in rows]
+
+
+def build_dataloader(
+    dataset: Dataset,
+    batch_size: int,
+    *,
+    shuffle: bool = True,
+    seed: int = 0,
+    num_workers: int = 0,
+    drop_last: bool = True,
+    process_index: int = 0,
+    num_processes: int = 1,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Serve `dataset`, from `load_training_dataset`, in batches as `collate` makes them.
+
+    Do not pass the result through `accelerator.prepare`: with `process_index` and `num_processes` it is already
+    divided among the processes, and accelerate cannot divide captions. The batches lie on the CPU.
+
+    Args:
+        batch_size: pictures per batch and process.
+        shuffle: draw a new order in each epoch. Data sets that are streamed have their own `shuffle_buffer`.
+        seed: decides the order, flips, crops and wordings; keep it for all processes and for a run that resumes.
+
+    Raises:
+        ValueError: if `batch_size` is below 1, or the data set has too few rows for a single batch.
+    """
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be 1 or more, got {batch_size}.")
+    if not 0 <= process_index < num_processes:
+        raise ValueError(f"`process_index` must lie in [0, `num_processes` = {num_processes}), got {process_index}.")
+    options: dict[str, Any] = {"num_workers": num_workers, "collate_fn": collate, "pin_memory": pin_memory}
+    options["generator"] = torch.Generator().manual_seed(seed)  # leaves the global generator alone
+    if isinstance(dataset, StreamedImageDataset):
+        dataset.set_processes(process_index, num_processes)
+        options["collate_fn"] = None
+        return DataLoader(StreamBatches(dataset, batch_size, drop_last), batch_size=None, **options)
+    if len(dataset) == 0:
+        raise ValueError("The data set is empty. Check `train_data` and its split.")
+    sampler = EpochBatchSampler(len(dataset), batch_size, shuffle, seed, drop_last, process_index, num_processes)
+    if len(sampler) == 0:
+        raise ValueError(
+            f"{len(dataset)} rows do not fill one batch of `batch_size` {batch_size} on {num_processes} process(es)."
+            " Lower `batch_size`, or set `drop_last=False`."
+        )
+    return DataLoader(dataset, batch_sampler=sampler, persistent_workers=num_workers > 0, **options)
+
+
+class TrainingBatches:
+    """Batches without end, epoch after epoch.
+
+    Args:
+        dataloader: from `build_dataloader`.
+    """
+
+    def __init__(self, dataloader: DataLoader):
+        self.dataloader = dataloader
+        self._state: dict[str, Any] | None = None
+
+    @property
+    def skipped(self) -> dict[int | str, str]:
+        """Reasons by row, for the rows that could not be used so far."""
+        return self._dataset().skipped
+
+    def _dataset(self) -> Any:
+        dataset = self.dataloader.dataset
+        return dataset.dataset if isinstance(dataset, StreamBatches) else dataset
+
+    def state(self) -> dict[str, Any] | None:
+        """Return where a stream stands after the last batch, for JSON; `None` for a map-style data set."""
+        return self._state
+
+    def start(self, first_batch: int = 0, state: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+        """Yield batches on from a place.
+
+        Args:
+            first_batch: for a map-style data set, batches already trained on, counted over all epochs; with gradient
+                accumulation these are micro-batches.
+            state: for a stream, what `state` returned after them.
+        """
+        is_stream = isinstance(self.dataloader.dataset, StreamBatches)
+        batches = self._stream(state) if is_stream else self._map_style(first_batch)
+        for batch in batches:
+            # what a worker found out is known in this process only now
+            self.skipped.update(batch.pop("unreadable", {}))
+            yield batch
+
+    def _map_style(self, first_batch: int) -> Iterator[dict[str, Any]]:
+        sampler = self.dataloader.batch_sampler
+        assert isinstance(sampler, EpochBatchSampler)
+        first_epoch, offset = divmod(first_batch, len(sampler))
+        for epoch in itertools.count(first_epoch):
+            sampler.set_position(epoch, offset if epoch == first_epoch else 0)
+            yield from self.dataloader
+
+    def _stream(self, state: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+        """Read epochs; workers deliver in turns, and a state holds their places at the start of the current round."""
+        state = state or {"epoch": 0, "places": {}, "num_in_round": 0}
+        places: dict[str, Place] = dict(state["places"])
+        num_to_skip, is_whole_epoch = state["num_in_round"], not places
+        for epoch in itertools.count(state["epoch"]):
+            self.dataloader.dataset.set_position(epoch, dict(places))
+            round_places, num_in_round, last_reader, num_read = dict(places), 0, "", 0
+            for batch in self.dataloader:
+                reader, place = batch.pop("reader"), batch.pop("place")
+                if not batch.keys() - {"unreadable"}:  # an end of the stream with nothing but a report
+                    self.skipped.update(batch["unreadable"])
+                    continue
+                if last_reader and int(reader) <= int(last_reader):
+                    round_places, num_in_round = dict(places), 0
+                last_reader, places[reader] = reader, place
+                num_in_round, num_read = num_in_round + 1, num_read + 1
+                self._state = {"epoch": epoch, "places": round_places, "num_in_round": num_in_round}
+                if num_to_skip > 0:
+                    num_to_skip -= 1
+                else:
+                    yield batch
+            if num_read == 0 and is_whole_epoch:
+                raise ValueError("The stream did not fill one batch. Lower `batch_size` or set `drop_last=False`.")
+            places, is_whole_epoch = {}, True

@@ -1,0 +1,214 @@
+"""What the tabs of the demo do, without the web around it.
+
+Everything that arrives here comes from strangers: each method checks it and answers with a sentence if it is wrong.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..evaluation import peak_signal_to_noise, stack_pictures
+from ..models.nested_dropout import token_ladder
+from ..pipelines.images import PILLOW_BOMBS, PILLOW_ERRORS, load_image, resize_and_crop
+from ..pipelines.pipeline_flextok import FlexTokPipeline
+
+
+MAX_PROMPT_CHARACTERS = 500
+MAX_PHOTO_MEGAPIXELS = 50  # about 150 MB once decoded
+NUM_VARIATIONS = 4
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """A photo as the model sees it, as it comes back, and figures about it."""
+
+    original: Image.Image
+    picture: Image.Image
+    num_tokens: int
+    bits: float
+    psnr_db: float
+
+
+class Studio:
+    """One pipeline and the jobs of the demo.
+
+    Args:
+        pipe: any pipeline; without a prior, only photos can be worked on.
+    """
+
+    def __init__(self, pipe: FlexTokPipeline):
+        self.pipe = pipe
+        pipe.set_progress_bar_config(disable=True)
+
+    @property
+    def num_registers(self) -> int:
+        """Longest token sequence of a picture."""
+        return self.pipe.num_registers
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether the model draws from texts."""
+        return self.pipe.prior is not None and self.pipe.text_encoder is not None
+
+    @property
+    def bits_per_token(self) -> float:
+        """Information in one token if all codes were equally likely."""
+        return math.log2(self.pipe.codebook_size)
+
+    def open_photo(self, path: str | None) -> Image.Image:
+        """Read a photo that somebody sent and cut out the square that the model sees, (R, R) in RGB.
+
+        Raises:
+            ValueError: if there is none, or it is no picture, damaged or too large.
+        """
+        if not path:
+            raise ValueError("Choose a photo first.")
+        try:
+            with Image.open(path) as header:
+                width, height = header.size
+        except Image.UnidentifiedImageError as error:
+            raise ValueError("This file is not a picture that can be read. Send a PNG, JPEG or WebP file.") from error
+        except PILLOW_BOMBS as error:
+            raise ValueError(self._too_large()) from error
+        except PILLOW_ERRORS as error:
+            raise ValueError("This picture is damaged or cut off. Save it again and send it once more.") from error
+        if width * height > MAX_PHOTO_MEGAPIXELS * 10**6:
+            raise ValueError(self._too_large(f" This one has {width} x {height}."))
+        try:
+            return resize_and_crop(load_image(path), self.pipe.resolution)
+        except ValueError as error:
+            raise ValueError("This picture is damaged or cut off. Save it again and send it once more.") from error
+
+    def reconstruct(self, path: str | None, num_tokens: Any, seed: Any = 0) -> Reconstruction:
+        """Draw a photo again from its first tokens."""
+        photo = self.open_photo(path)
+        count = self.check_count(num_tokens, "tokens")
+        picture = self.decode(self.pipe.tokenize(photo, count)[0].tolist(), seed)
+        psnr = peak_signal_to_noise(stack_pictures([picture]), stack_pictures([photo])).item()
+        return Reconstruction(photo, picture, count, count * self.bits_per_token, psnr)
+
+    def generate(
+        self,
+        prompt: Any,
+        max_tokens: Any,
+        seed: Any = 0,
+        guidance_scale: float | None = None,
+        prior_guidance_scale: float | None = None,
+    ) -> Iterator[tuple[int, int, Image.Image]]:
+        """Draw a prompt; returns an iterator over (picture number, number of tokens, picture)."""
+        text = self.check_prompt(prompt)
+        most = self.check_count(max_tokens, "tokens")
+        counts = [count for count in token_ladder(self.num_registers) if count < most] + [most]
+        pictures = self.pipe.stream(
+            text,
+            counts,
+            guidance_scale=guidance_scale,
+            prior_guidance_scale=prior_guidance_scale,
+            generator=self.generator(seed),
+        )
+        return ((number, count, picture) for number, (count, picture) in enumerate(pictures, start=1))
+
+    def vary(
+        self, path: str | None, keep_tokens: Any, prompt: Any = "", seed: Any = 0
+    ) -> Iterator[tuple[str, Image.Image]]:
+        """Keep the first tokens of a photo and let the prior write the rest, several times.
+
+        Returns:
+            An iterator over (title, picture): what is kept, then the variations, each with a seed of its own.
+        """
+        photo = self.open_photo(path)
+        keep = self.check_count(keep_tokens, "kept tokens")
+        text = self.check_prompt(prompt, may_be_empty=True)
+        first = self.check_seed(seed)
+        kept = self.pipe.tokenize(photo, keep)
+
+        def pictures() -> Iterator[tuple[str, Image.Image]]:
+            yield "kept", self.decode(kept[0].tolist(), first)
+            for number in range(NUM_VARIATIONS):
+                output = self.pipe(text, token_ids=kept, generator=self.generator(first + number))
+                yield f"variation {number + 1}", output.images[0]
+
+        return pictures()
+
+    def tokens_of_photo(self, path: str | None) -> list[int]:
+        """Return all token ids of a photo."""
+        return self.pipe.tokenize(self.open_photo(path))[0].tolist()
+
+    def tokens_of_prompt(self, prompt: Any, seed: Any = 0) -> list[int]:
+        """Return the token ids that the prior writes for a prompt."""
+        text = self.check_prompt(prompt)
+        output = self.pipe(text, num_inference_steps=1, output_type="latent", generator=self.generator(seed))
+        return output.token_ids[0].tolist()
+
+    def token_rows(self, token_ids: list[int]) -> list[list]:
+        """Return a row per token: its number from 1 on, its id, its FSQ digits."""
+        quantizer = self.pipe.encoder.quantizer
+        return [
+            [number, token_id, " ".join(str(digit) for digit in self.digits(token_id, quantizer))]
+            for number, token_id in enumerate(token_ids, start=1)
+        ]
+
+    @staticmethod
+    def digits(token_id: int, quantizer: Any) -> list[int]:
+        """Return the level of every code dimension, from 0 on, that an id stands for."""
+        return [token_id // place % level for place, level in zip(quantizer.place_values, quantizer.levels)]
+
+    def replace_token(
+        self, token_ids: list[int] | None, number: Any, token_id: Any, seed: Any = 0
+    ) -> tuple[list[int], Image.Image, Image.Image]:
+        """Put another id in one place.
+
+        Returns:
+            The new ids, and the pictures before and after from the same noise.
+        """
+        if not token_ids:
+            raise ValueError("Read a photo or write a prompt first: there are no tokens to change yet.")
+        place = self._whole_number(number, "The number of the token", 1, len(token_ids))
+        new_id = self._whole_number(token_id, "The new id", 0, self.pipe.codebook_size - 1)
+        changed = [*token_ids[: place - 1], new_id, *token_ids[place:]]
+        return changed, self.decode(token_ids, seed), self.decode(changed, seed)
+
+    def decode(self, token_ids: list[int], seed: Any = 0) -> Image.Image:
+        """Draw the picture of one sequence of ids."""
+        return self.pipe.detokenize(torch.tensor([token_ids]), generator=self.generator(seed)).images[0]
+
+    def generator(self, seed: Any) -> torch.Generator:
+        """Return the source of chance that a seed stands for."""
+        return torch.Generator().manual_seed(self.check_seed(seed))
+
+    def check_seed(self, seed: Any) -> int:
+        """Return a seed that leaves room for the seeds of the variations."""
+        return self._whole_number(seed, "The seed", 0, 2**32 - 1)
+
+    def check_count(self, count: Any, what: str) -> int:
+        """Return a number of tokens that the model has."""
+        return self._whole_number(count, f"The number of {what}", 1, self.num_registers)
+
+    def check_prompt(self, prompt: Any, may_be_empty: bool = False) -> str:
+        """Return a prompt of reasonable length; no text is cut on the quiet."""
+        if not self.reads_prompts:
+            raise ValueError("This model has no prior for texts: it can only take photos apart and draw them again.")
+        text = prompt.strip() if isinstance(prompt, str) else ""
+        if not text and not may_be_empty:
+            raise ValueError("Write what to draw, for example: a cat.")
+        if len(text) > MAX_PROMPT_CHARACTERS:
+            raise ValueError(
+                f"The prompt has {len(text):,} characters, but the model reads short ones. Write at most"
+                f" {MAX_PROMPT_CHARACTERS}."
+            )
+        return text
+
+    @staticmethod
+    def _too_large(detail: str = "") -> str:
+        return f"This picture is too large: send one of at most {MAX_PHOTO_MEGAPIXELS} million pixels.{detail}"
+
+    @staticmethod
+    def _whole_number(value: Any, what: str, low: int, high: int) -> int:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not low <= value <= high or value != int(value):  # in this order: infinity is no integer
+            raise ValueError(f"{what} must be a whole number from {low} to {high:,}.")
+        return int(value)

@@ -1,0 +1,297 @@
+"""The page of the demo: four tabs over one `Studio`, made with Gradio.
+
+One picture is worked on at a time (`MODEL_QUEUE`): a pipeline has one scheduler, and two jobs at once would only take
+turns on the same cores. Everybody else waits in the queue and sees it.
+"""
+
+import functools
+import html
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import gradio as gr
+
+from ..models.nested_dropout import token_ladder
+from ..pipelines.pipeline_flextok import FlexTokPipeline
+from ..utils.sheets import token_count_title
+from .actions import NUM_VARIATIONS, Studio
+
+
+logger = logging.getLogger(__name__)
+
+MODEL_QUEUE = {"concurrency_id": "model", "concurrency_limit": 1}
+MAX_QUEUE_LENGTH = 64
+MAX_FILE_SIZE = "20mb"
+KEEP_FILES_S = 3600  # pictures of the queue's answers lie on the disk for so long
+
+# Fonts of the reader's own system: nothing is fetched from elsewhere.
+FONTS = ["system-ui", "sans-serif"]
+CSS = """
+.gradio-container {max-width: 1100px !important; margin: 0 auto !important}
+.picture img {width: 100%; height: 100%; object-fit: contain}
+.pixels img {image-rendering: pixelated}
+progress {width: 100%; height: 0.8rem; accent-color: var(--primary-500)}
+"""
+
+
+def build_demo(pipe: FlexTokPipeline, name: str = "the embedded model") -> gr.Blocks:
+    """Lay out the page.
+
+    Args:
+        pipe: the model to show.
+        name: what to call it on the page.
+
+    Returns:
+        The page with its queue; `launch_options()` are meant for its `launch`.
+    """
+    studio = Studio(pipe)
+    with gr.Blocks(title="FlexTok", analytics_enabled=False, delete_cache=(KEEP_FILES_S, KEEP_FILES_S)) as demo:
+        gr.Markdown(
+            "# FlexTok: pictures as 1 to"
+            f" {studio.num_registers} tokens\nThe first tokens say what a picture is about, later ones add detail."
+            f" Every number of them gives a picture. You see {name}: {pipe.resolution} x {pipe.resolution} pixels,"
+            f" {pipe.codebook_size:,} codes, {studio.bits_per_token:.1f} bits per token."
+        )
+        with gr.Tabs():
+            with gr.Tab("Reconstruct"):
+                add_reconstruct(studio)
+            if studio.reads_prompts:
+                with gr.Tab("Generate"):
+                    add_generate(studio)
+                with gr.Tab("Vary"):
+                    add_vary(studio)
+            with gr.Tab("Tokens"):
+                add_tokens(studio)
+    return demo.queue(max_size=MAX_QUEUE_LENGTH)
+
+
+def launch_options() -> dict[str, Any]:
+    """Return the arguments of `launch` that belong to the page: looks, limits, no links to elsewhere."""
+    theme = gr.themes.Default(font=FONTS, font_mono=["ui-monospace", "monospace"])
+    return {"theme": theme, "css": CSS, "max_file_size": MAX_FILE_SIZE, "footer_links": []}
+
+
+def add_reconstruct(studio: Studio) -> None:
+    """Tab: a photo, a slider over the number of tokens, original and reconstruction side by side."""
+    with gr.Row():
+        with gr.Column(min_width=280):
+            photo = photo_input()
+            count = token_slider(studio, "Tokens", studio.num_registers, "reconstruct-tokens")
+            seed = seed_input()
+            button = gr.Button("Draw it again", variant="primary")
+        with gr.Column(min_width=280, scale=2):
+            with gr.Row():
+                original = picture_output(studio, "What the model sees")
+                picture = picture_output(studio, "What comes back")
+            facts = gr.Markdown(elem_id="reconstruct-facts")
+
+    def run(path, num_tokens, seed):
+        result = studio.reconstruct(path, num_tokens, seed)
+        line = (
+            f"**{token_count_title(result.num_tokens)}**, {result.bits:.0f} bits"
+            f" ({result.bits / 8:.0f} bytes), PSNR {result.psnr_db:.1f} dB"
+        )
+        return result.original, result.picture, line
+
+    inputs, outputs = [photo, count, seed], [original, picture, facts]
+    on(button.click, answer(run), inputs, outputs, api_name="reconstruct")
+    on(photo.upload, answer(run), inputs, outputs)
+    on(count.release, answer(run), inputs, outputs, trigger_mode="always_last")
+
+
+def add_generate(studio: Studio) -> None:
+    """Tab: a prompt; pictures appear as its tokens are written."""
+    with gr.Row():
+        with gr.Column(min_width=280):
+            prompt = gr.Textbox(label="Prompt", value="a cat", placeholder="a cat", max_lines=3)
+            button = gr.Button("Draw", variant="primary")
+            gr.Examples(["a cat", "a red apple", "a 3d rocket", "a castle"], prompt, label="Try")
+            count = token_slider(studio, "Tokens at most", studio.num_registers, "generate-tokens")
+            seed = seed_input()
+            with gr.Accordion("Guidance", open=False):
+                guidance = guidance_slider("Follow the tokens", studio.pipe.config.default_guidance_scale)
+                prior_guidance = guidance_slider("Follow the prompt", studio.pipe.config.default_prior_guidance_scale)
+        with gr.Column(min_width=280, scale=2):
+            progress = gr.HTML(elem_id="generate-progress")
+            picture = picture_output(studio, "The picture so far", height=320)
+            gallery = gallery_output(studio, "How it came about")
+
+    def run(text, max_tokens, seed, guidance_scale, prior_guidance_scale):
+        total = len([step for step in token_ladder(studio.num_registers) if step < max_tokens]) + 1
+        shown: list[tuple] = []
+        pictures = studio.generate(text, max_tokens, seed, guidance_scale, prior_guidance_scale)
+        yield progress_bar(0, total, "writing"), None, []
+        for number, num_tokens, image in pictures:
+            title = token_count_title(num_tokens)
+            shown.append((image, title))
+            yield progress_bar(number, total, title), image, list(shown)
+
+    inputs, outputs = [prompt, count, seed, guidance, prior_guidance], [progress, picture, gallery]
+    on(button.click, answer(run), inputs, outputs, api_name="generate", show_progress="hidden")
+    on(prompt.submit, answer(run), inputs, outputs, show_progress="hidden")
+
+
+def add_vary(studio: Studio) -> None:
+    """Tab: a photo, the number of tokens to keep, and pictures that share them."""
+    with gr.Row():
+        with gr.Column(min_width=280):
+            photo = photo_input()
+            keep = token_slider(studio, "Tokens to keep", min(4, studio.num_registers), "vary-tokens")
+            prompt = gr.Textbox(label="Prompt (may be empty)", max_lines=3)
+            seed = seed_input()
+            button = gr.Button("Vary", variant="primary")
+        with gr.Column(min_width=280, scale=2):
+            progress = gr.HTML(elem_id="vary-progress")
+            gallery = gallery_output(studio, "What is kept, and four ways to go on")
+
+    def run(path, keep_tokens, text, seed):
+        pictures = studio.vary(path, keep_tokens, text, seed)
+        total = 1 + NUM_VARIATIONS
+        shown: list[tuple] = []
+        yield progress_bar(0, total, "reading"), []
+        for number, (title, image) in enumerate(pictures, start=1):
+            shown.append((image, title))
+            yield progress_bar(number, total, title), list(shown)
+
+    inputs, outputs = [photo, keep, prompt, seed], [progress, gallery]
+    on(button.click, answer(run), inputs, outputs, api_name="vary", show_progress="hidden")
+
+
+def add_tokens(studio: Studio) -> None:
+    """Tab: the ids of a picture with their digits; replace one and see what it changes."""
+    token_ids = gr.State([])
+    levels = " x ".join(map(str, studio.pipe.encoder.quantizer.levels))
+    gr.Markdown(f"A token is one of {studio.pipe.codebook_size:,} codes: {levels} levels, written as digits.")
+    with gr.Row():
+        with gr.Column(min_width=280):
+            photo = photo_input()
+            read = gr.Button("Read the photo")
+            if studio.reads_prompts:
+                prompt = gr.Textbox(label="or a prompt", value="a cat", max_lines=3)
+                write = gr.Button("Write tokens for the prompt")
+            seed = seed_input()
+        with gr.Column(min_width=280):
+            table = gr.Dataframe(
+                headers=["token", "id", "digits"],
+                datatype=["number", "number", "str"],
+                type="array",
+                interactive=False,
+                max_height=360,
+                label="Tokens; choose one to replace it",
+                elem_id="token-table",
+            )
+            number = gr.Number(1, label="Token to replace", precision=0, minimum=1, maximum=studio.num_registers)
+            new_id = gr.Number(0, label="New id", precision=0, minimum=0, maximum=studio.pipe.codebook_size - 1)
+            replace = gr.Button("Replace", variant="primary")
+        with gr.Column(min_width=280):
+            before = picture_output(studio, "Before")
+            after = picture_output(studio, "After")
+
+    def show(ids):
+        return ids, studio.token_rows(ids), None
+
+    def run_read(path, seed):
+        ids = studio.tokens_of_photo(path)
+        return *show(ids), studio.decode(ids, seed)
+
+    def run_write(text, seed):
+        ids = studio.tokens_of_prompt(text, seed)
+        return *show(ids), studio.decode(ids, seed)
+
+    def run_replace(ids, place, token_id, seed):
+        changed, old, new = studio.replace_token(ids, place, token_id, seed)
+        return changed, studio.token_rows(changed), new, old
+
+    def choose(ids, event: gr.SelectData):
+        place = event.index[0]
+        return place + 1, ids[place] if place < len(ids) else 0
+
+    outputs = [token_ids, table, after, before]
+    on(read.click, answer(run_read), [photo, seed], outputs)
+    on(photo.upload, answer(run_read), [photo, seed], outputs)
+    if studio.reads_prompts:
+        on(write.click, answer(run_write), [prompt, seed], outputs)
+    on(replace.click, answer(run_replace), [token_ids, number, new_id, seed], outputs)
+    table.select(choose, [token_ids], [number, new_id], queue=False, api_visibility="private")
+
+
+def on(event: Callable, run: Callable, inputs: list, outputs: list, api_name: str | None = None, **options) -> None:
+    """Let an event of the page run a job of the model, one at a time; only named jobs are offered to programs."""
+    visibility = "public" if api_name else "private"
+    event(run, inputs, outputs, api_name=api_name, api_visibility=visibility, **MODEL_QUEUE, **options)
+
+
+def answer(run: Callable) -> Callable:
+    """Turn what a visitor can cause into a sentence on the page, and keep details of our own defects in the log."""
+
+    def to_sentence(error: Exception) -> gr.Error:
+        if isinstance(error, ValueError | TypeError | OSError):
+            return gr.Error(str(error), print_exception=False)
+        logger.exception("a job of the demo failed")
+        return gr.Error("Something went wrong here, not with your input. Try again.", print_exception=False)
+
+    @functools.wraps(run)
+    def run_once(*arguments):
+        try:
+            return run(*arguments)
+        except Exception as error:
+            raise to_sentence(error) from error
+
+    @functools.wraps(run)
+    def run_in_parts(*arguments):
+        try:
+            yield from run(*arguments)
+        except Exception as error:
+            raise to_sentence(error) from error
+
+    return run_in_parts if inspect.isgeneratorfunction(run) else run_once
+
+
+def progress_bar(done: int, total: int, what: str) -> str:
+    """Return a bar for the page: `done` of `total` pictures."""
+    label = html.escape(f"{done} of {total} pictures: {what}" if done else f"{what} ...")
+    return f'<label>{label}<progress max="{total}" value="{done}" aria-label="{label}"></progress></label>'
+
+
+def photo_input() -> gr.Image:
+    """A place for a photo, handed on as the path of the file that was sent.
+
+    Gradio would open the file before us and answer a bad one with a traceback; the studio says what is wrong with it.
+    """
+    photo = gr.Image(label="Photo", sources=["upload", "clipboard"], height=260, buttons=[])
+    # Not by a class of our own: Gradio writes a stub file into the package for each of them.
+    setattr(photo, "preprocess", lambda payload: None if payload is None else payload.path)
+    return photo
+
+
+def seed_input() -> gr.Number:
+    return gr.Number(0, label="Seed: same seed, same picture", precision=0, minimum=0, maximum=2**32 - 1)
+
+
+def token_slider(studio: Studio, label: str, value: int, elem_id: str) -> gr.Slider:
+    return gr.Slider(1, studio.num_registers, value=value, step=1, label=label, elem_id=elem_id)
+
+
+def guidance_slider(label: str, value: float) -> gr.Slider:
+    return gr.Slider(1, max(15, value), value=value, step=0.5, label=label)
+
+
+def picture_output(studio: Studio, label: str, height: int = 260) -> gr.Image:
+    classes = ["picture", *pixel_classes(studio)]
+    buttons: list = ["download", "fullscreen"]
+    return gr.Image(label=label, interactive=False, format="png", height=height, buttons=buttons, elem_classes=classes)
+
+
+def gallery_output(studio: Studio, label: str) -> gr.Gallery:
+    buttons: list = ["download", "fullscreen"]
+    classes = pixel_classes(studio)
+    return gr.Gallery(
+        label=label, columns=4, format="png", object_fit="contain", buttons=buttons, elem_classes=classes
+    )
+
+
+def pixel_classes(studio: Studio) -> list[str]:
+    """Small pictures are enlarged by the browser; smoothing would flatter a small model."""
+    return ["pixels"] if studio.pipe.resolution < 128 else []

@@ -1,0 +1,231 @@
+"""Checks at the pipeline's public door: what a caller may pass, and what to do if it was something else."""
+
+import difflib
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..models.configuration_prior import FlexTokPriorConfig
+from ..models.nested_dropout import token_ladder
+from .guidance import GUIDANCE_METHODS
+
+
+def is_whole_number(value: Any) -> bool:
+    """Tell integers, of Python or NumPy, from booleans and floats."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def resolve_max_tokens(max_tokens: int | Sequence[int] | None, batch_size: int, num_registers: int) -> list[int]:
+    """Turn `max_tokens`, an upper bound, into one token count per sample.
+
+    Args:
+        max_tokens: one bound for all, one per sample, or `None` for as many tokens as there are registers.
+        batch_size: number of samples.
+        num_registers: longest sequence; larger bounds mean all of it.
+
+    Raises:
+        ValueError: if a bound is not a whole number of 1 or more, or there are more or fewer of them than samples.
+    """
+    if isinstance(max_tokens, Tensor | np.ndarray):
+        max_tokens = max_tokens.tolist()
+    bounds: Any = [num_registers] * batch_size if max_tokens is None else max_tokens
+    if not isinstance(bounds, list | tuple):
+        bounds = [bounds] * batch_size
+    if len(bounds) != batch_size:
+        raise ValueError(
+            f"`max_tokens` has {len(bounds)} values for {batch_size} pictures or prompts. Pass one number for all of"
+            " them, or a list with one each."
+        )
+    for bound in bounds:
+        if not is_whole_number(bound) or bound < 1:
+            raise ValueError(
+                f"`max_tokens` must be whole numbers of 1 or more, got {bound!r}. A picture needs at least one token;"
+                f" leave `max_tokens` out to use all {num_registers}."
+            )
+    return [min(int(bound), num_registers) for bound in bounds]
+
+
+def check_token_counts(token_counts: Any, num_registers: int) -> list[int]:
+    """Return growing token counts, each at most `num_registers`; `None` is 1, 2, 4, ... up to all.
+
+    Raises:
+        ValueError: if there is none, one is not a whole number of 1 or more, or they do not grow.
+    """
+    if token_counts is None:
+        return token_ladder(num_registers)
+    is_several = isinstance(token_counts, list | tuple | range | np.ndarray)
+    asked = list(token_counts) if is_several else [token_counts]
+    counts = resolve_max_tokens(asked, len(asked), num_registers)
+    if not asked or asked != sorted(set(asked)):
+        raise ValueError(f"`token_counts` must be growing numbers, such as [1, 4, 16], got {token_counts!r}.")
+    return list(dict.fromkeys(counts))
+
+
+def check_keep_tokens(keep_tokens: Any, limit: int, reason: str) -> None:
+    """Raise a ValueError unless `keep_tokens` is a whole number from 1 to `limit`."""
+    if not is_whole_number(keep_tokens) or not 1 <= keep_tokens <= limit:
+        raise ValueError(
+            f"`keep_tokens` must be a whole number from 1 to {limit} ({reason}), got {keep_tokens!r}. It says how many"
+            " tokens of the picture stay; the prior writes the others."
+        )
+
+
+def check_prefix_fits(prefix_length: int, counts: Sequence[int]) -> None:
+    """Raise a ValueError if a picture is to have fewer tokens than it begins with."""
+    if prefix_length > min(counts):
+        raise ValueError(
+            f"{prefix_length} tokens are kept, but a picture may have only {min(counts)}. Keep fewer (`keep_tokens`),"
+            " or allow more (`max_tokens`, `token_counts`)."
+        )
+
+
+def pad_token_ids(
+    token_ids: Tensor | Sequence[Tensor], codebook_size: int, num_registers: int
+) -> tuple[Tensor, list[int]]:
+    """Bring sequences of one or of different lengths into one tensor.
+
+    Args:
+        token_ids: (B, k) integers, or B one-dimensional tensors of different lengths.
+        codebook_size: every id is below it.
+        num_registers: longest sequence allowed.
+
+    Returns:
+        Ids (B, longest), filled up with 0, and the length of each sequence.
+
+    Raises:
+        TypeError: if they are not integer tensors.
+        ValueError: if there are none, one is too long or empty, or an id is out of range.
+    """
+    if isinstance(token_ids, Tensor):
+        sequences = list(token_ids) if token_ids.ndim == 2 else [token_ids]
+        if token_ids.ndim != 2 or token_ids.shape[0] == 0:
+            raise ValueError(
+                f"`token_ids` must have the shape (batch, num_tokens), got {tuple(token_ids.shape)}. For one picture,"
+                " add the batch with `token_ids[None]`."
+            )
+    elif isinstance(token_ids, list | tuple):
+        sequences = list(token_ids)
+    else:
+        raise TypeError(f"`token_ids` must be a tensor or a list of tensors, got {type(token_ids).__name__}.")
+    if not sequences:
+        raise ValueError("`token_ids` is empty. Give at least one sequence.")
+    for index, sequence in enumerate(sequences):
+        check_sequence(sequence, f"`token_ids[{index}]`", codebook_size, num_registers)
+    return torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True), [len(sequence) for sequence in sequences]
+
+
+def check_sequence(sequence: Any, name: str, codebook_size: int, num_registers: int) -> None:
+    """Raise a TypeError or ValueError that starts with `name` unless `sequence` is a decodable (k,) tensor."""
+    if not isinstance(sequence, Tensor) or sequence.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+        kind = sequence.dtype if isinstance(sequence, Tensor) else type(sequence).__name__
+        raise TypeError(f"{name} must be a tensor of integers, got {kind}. Pass ids as `tokenize` returns them.")
+    if sequence.ndim != 1 or not 1 <= len(sequence) <= num_registers:
+        raise ValueError(
+            f"{name} must hold 1 to {num_registers} ids in one dimension, got the shape {tuple(sequence.shape)}. Cut"
+            " longer sequences with `token_ids[:, :n]`; never pad shorter ones."
+        )
+    low, high = int(sequence.min()), int(sequence.max())
+    if low < 0 or high >= codebook_size:
+        raise ValueError(
+            f"{name} must lie in [0, {codebook_size}), the codebook, but ranges from {low} to {high}. The ids may come"
+            " from another model, or still hold a start token."
+        )
+
+
+def check_prompts(prompt: Any) -> list[str]:
+    """Return the prompts as a list; an empty string is allowed and means no condition.
+
+    Raises:
+        TypeError: if `prompt` is neither a string nor a list of strings.
+        ValueError: if the list is empty.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list | tuple) or not all(isinstance(text, str) for text in prompts):
+        raise TypeError(f"`prompt` must be a string or a list of strings, got {prompt!r}.")
+    if len(prompts) == 0:
+        raise ValueError("`prompt` is an empty list. Give at least one prompt.")
+    return list(prompts)
+
+
+def check_class_labels(class_labels: Any, config: FlexTokPriorConfig) -> Tensor:
+    """Return class labels as a (B,) int64 tensor; names are looked up in `config.id2label`.
+
+    Raises:
+        TypeError: if they are neither whole numbers nor names.
+        ValueError: if there are none, one is out of range or unknown, or the prior knows no classes.
+    """
+    if config.num_classes is None:
+        raise ValueError(
+            "`class_labels` were given, but this model's prior knows no classes. Pass a `prompt` instead."
+        )
+    labels = class_labels.tolist() if isinstance(class_labels, Tensor | np.ndarray) else class_labels
+    labels = labels if isinstance(labels, list | tuple) else [labels]
+    if len(labels) == 0:
+        raise ValueError("`class_labels` is empty. Give at least one class.")
+    numbers = [find_class(label, config) if isinstance(label, str) else label for label in labels]
+    for label in numbers:
+        if not is_whole_number(label):
+            raise TypeError(f"`class_labels` must be whole numbers or names, got {label!r}.")
+        if not 0 <= label < config.num_classes:
+            raise ValueError(
+                f"`class_labels` must lie in [0, {config.num_classes}), the classes of this prior, got {label}."
+            )
+    return torch.tensor(numbers)
+
+
+def find_class(name: str, config: FlexTokPriorConfig) -> int:
+    """Return the number of a class."""
+    names = config.id2label if len(config.id2label) == config.num_classes else {}
+    for number, known in names.items():
+        if known == name:
+            return number
+    if not names:
+        raise ValueError(f"The classes of this prior have no names, so {name!r} is unknown. Give their numbers.")
+    similar = difflib.get_close_matches(name, names.values()) or list(names.values())[:10]
+    raise ValueError(
+        f"`class_labels` names {name!r}, which is none of the {len(names)} classes, such as {', '.join(similar)}."
+    )
+
+
+def check_sampling(
+    num_inference_steps: Any, guidance_scale: Any, guidance: str, output_type: str, output_types: Sequence[str]
+) -> None:
+    """Raise a ValueError or TypeError unless the options of the flow decoder's sampler make sense."""
+    if not is_whole_number(num_inference_steps) or num_inference_steps < 1:
+        raise ValueError(f"`num_inference_steps` must be a whole number of 1 or more, got {num_inference_steps!r}.")
+    is_number = isinstance(guidance_scale, Real) and not isinstance(guidance_scale, bool)
+    if not callable(guidance_scale) and not (is_number and math.isfinite(guidance_scale)):
+        raise TypeError(f"`guidance_scale` must be a finite number, or a function of sigma, got {guidance_scale!r}.")
+    if guidance not in GUIDANCE_METHODS:
+        raise ValueError(f"`guidance` must be one of {', '.join(GUIDANCE_METHODS)}, got {guidance!r}.")
+    if output_type not in output_types:
+        raise ValueError(f"`output_type` must be one of {', '.join(output_types)}, got {output_type!r}.")
+
+
+def spread_generators(
+    generator: torch.Generator | Sequence[torch.Generator] | None, batch_size: int
+) -> list[torch.Generator] | torch.Generator | None:
+    """Check that a list of generators has one per sample; one generator or none passes through.
+
+    Raises:
+        TypeError: if they are no generators.
+        ValueError: if the number of generators differs from `batch_size`.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        return generator
+    if not isinstance(generator, list | tuple) or not all(isinstance(each, torch.Generator) for each in generator):
+        raise TypeError(
+            f"`generator` must be a `torch.Generator` or a list of them, got {generator!r}. For a seed, pass"
+            " `torch.Generator().manual_seed(seed)`."
+        )
+    if len(generator) != batch_size:
+        raise ValueError(
+            f"`generator` has {len(generator)} entries for {batch_size} pictures. Pass a single generator, or one per"
+            " picture (prompts times `num_images_per_prompt`)."
+        )
+    return list(generator)

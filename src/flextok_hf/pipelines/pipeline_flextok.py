@@ -1,0 +1,510 @@
+"""FlexTokPipeline: prompt or picture -> token ids -> picture.
+
+Letters: B batch, C latent channels, h w latent grid, K registers, Q code dimensions.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines import pipeline_loading_utils
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..cards.model_card import CardMixin
+from ..models.modeling_decoder import FlexTokFlowDecoder
+from ..models.modeling_encoder import FlexTokEncoder
+from ..models.modeling_prior import FlexTokPriorForCausalLM
+from ..models.nested_dropout import token_ladder
+from ..models.packed_linear import packed_weights
+from . import input_checks as inputs
+from .flow import set_noise_levels
+from .guided_velocity import GuidanceScale, GuidedVelocity
+from .images import OUTPUT_TYPES, pixels_to_values, prepare_images, to_output
+from .latents import decode_latents, encode_latents
+from .token_writer import StreamingMixin
+
+
+logger = logging.getLogger(__name__)
+
+# Diffusers looks up how to save and load a component by the package it comes from. Without these entries a model index
+# names our modules by their full path, which loads from a folder but not from the Hub.
+METHODS = ["save_pretrained", "from_pretrained"]
+OWN_CLASSES = dict.fromkeys(("FlexTokEncoder", "FlexTokFlowDecoder", "FlexTokPriorForCausalLM"), METHODS)
+pipeline_loading_utils.LOADABLE_CLASSES["flextok_hf"] = OWN_CLASSES
+pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(OWN_CLASSES)
+
+
+@dataclass
+class FlexTokPipelineOutput(BaseOutput):
+    """Pictures and the tokens they were made from.
+
+    Attributes:
+        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): as `output_type` asks.
+        token_ids (`torch.LongTensor` of shape `(B, k)`): a list of `(k,)` tensors where the lengths differ.
+    """
+
+    images: list[Image.Image] | np.ndarray | Tensor
+    token_ids: Tensor | list[Tensor]
+
+
+class FlexTokPipeline(StreamingMixin, CardMixin, DiffusionPipeline):
+    """Pictures as 1 to K ordered tokens (Bachmann et al., 2025, https://arxiv.org/abs/2502.13967).
+
+    `tokenize` and `detokenize` need the encoder and the decoder only. Calling the pipeline needs a prior, and a prior
+    with text needs its text encoder. Without a VAE the latents are the pixels themselves.
+
+    Args:
+        encoder: latents to token ids.
+        decoder: token ids and noise to latents; `num_registers` and `token_layout` as those of the encoder.
+        scheduler: takes the steps from noise to latents.
+        vae: pixels to latents and back.
+        prior: a condition to token ids.
+        text_encoder: prompts to the states that the prior reads.
+        tokenizer: of the text encoder.
+        default_guidance_scale: of the decoder where a call names none.
+        default_prior_guidance_scale: the same of the prior.
+    """
+
+    model_cpu_offload_seq = "text_encoder->prior->encoder->decoder->vae"
+    _optional_components = ["vae", "prior", "text_encoder", "tokenizer"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        encoder: FlexTokEncoder,
+        decoder: FlexTokFlowDecoder,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        vae: AutoencoderKL | None = None,
+        prior: FlexTokPriorForCausalLM | None = None,
+        text_encoder: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        default_guidance_scale: float = 7.5,
+        default_prior_guidance_scale: float = 3.0,
+    ):
+        super().__init__()
+        # saved with the model, since the best strength of guidance depends on how well it was trained
+        self.register_to_config(
+            default_guidance_scale=default_guidance_scale, default_prior_guidance_scale=default_prior_guidance_scale
+        )
+        self.register_modules(
+            encoder=encoder,
+            decoder=decoder,
+            scheduler=scheduler,
+            vae=vae,
+            prior=prior,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+        )
+        self.prior_options: dict[str, Any] = {}  # for the prior's `generate`; `compile` sets them
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Load a pipeline from a folder or the Hub, in float32 unless `dtype` says otherwise.
+
+        The default is set here because Transformers models would keep the precision they were stored in, and half
+        precision, which halves a download, is slow or missing on CPUs.
+        """
+        if "dtype" not in kwargs and "torch_dtype" not in kwargs:
+            kwargs["dtype"] = torch.float32
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_original(
+        cls,
+        tokenizer: str | os.PathLike,
+        prior: str | os.PathLike | None = None,
+        text_encoder: str | os.PathLike | None = None,
+        revision: str | None = None,
+        prior_revision: str | None = None,
+        dtype: torch.dtype | None = torch.float32,
+        ignore: Sequence[str] = (),
+        cache_dir: str | os.PathLike | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> "FlexTokPipeline":
+        """Load checkpoints in the official format; `flextok convert` makes a folder for `from_pretrained` of them.
+
+        Args:
+            tokenizer: Hub id, folder or safetensors file, such as "EPFL-VILAB/flextok_d18_d28_dfn".
+            prior: the same, such as "EPFL-VILAB/FlexAR-3B-T2I", trained with this tokenizer.
+            text_encoder: Hub id or folder of the prior's text encoder; `None` for the one that the prior names.
+            revision: branch, tag or commit of the tokenizer on the Hub.
+            prior_revision: the same of the prior.
+            dtype: of the weights; `None` keeps what is stored.
+            ignore: names of settings to read over, if you are sure that they do not change what the model computes.
+            cache_dir, token, local_files_only: as in `from_pretrained`, for all that comes from the Hub.
+
+        Raises:
+            ValueError: if a checkpoint is damaged, incomplete, unknown or not supported; the message says where.
+            OSError: if files are missing, or the Hub cannot be reached.
+        """
+        from ..conversion.convert import load_original  # which builds on this module
+
+        return cls(
+            **load_original(
+                tokenizer,
+                prior,
+                text_encoder,
+                dtype,
+                revision=revision,
+                prior_revision=prior_revision,
+                ignore=ignore,
+                cache_dir=cache_dir,
+                token=token,
+                local_files_only=local_files_only,
+            )
+        )
+
+    @property
+    def num_registers(self) -> int:
+        """Longest token sequence K of a picture."""
+        return self.encoder.config.num_registers
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of token ids V; ids lie in [0, V)."""
+        return self.encoder.quantizer.codebook_size
+
+    @property
+    def latent_size(self) -> int:
+        """Side of the square latents."""
+        return self.decoder.config.grid_size * self.decoder.config.patch_size
+
+    @property
+    def resolution(self) -> int:
+        """Side of the square pictures, in pixels."""
+        factor = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.latent_size * factor
+
+    def compile(self, **options) -> None:
+        """Compile encoder, decoder and prior in place, for accelerators; the first calls that follow take a while.
+
+        One compilation of a block serves all blocks and numbers of tokens, and one all batch sizes above 1. The prior
+        keeps its keys and values in memory of fixed size, for which Transformers compiles its steps as CUDA graphs.
+
+        Args:
+            options: of `torch.compile`, for encoder and decoder; `fullgraph=True` and `dynamic=True` unless given.
+        """
+        options = {"fullgraph": True, "dynamic": True, **options}
+        self.decoder.compile_repeated_blocks(**options)
+        for block in self.encoder.blocks:
+            block.compile(**options)
+        self.prior_options = {"cache_implementation": "static"}
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        max_tokens: int | Sequence[int] | None = None,
+        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int = 25,
+        guidance_scale: GuidanceScale | None = None,
+        prior_guidance_scale: float | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        class_zero_guidance: bool = False,
+        guidance: str = "apg",
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        image: Any = None,
+        token_ids: Tensor | None = None,
+        keep_tokens: int | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: Callable[[Any, int, Tensor, dict], dict] | None = None,
+        return_dict: bool = True,
+    ) -> FlexTokPipelineOutput | tuple:
+        """Draw pictures for prompts or classes, from scratch or as variations of a picture.
+
+        Args:
+            prompt: text or texts; an empty string is no condition.
+            max_tokens: most tokens to write, for all or per prompt; more than `num_registers` means all, below 1 is an
+                error. Few tokens give a plausible picture of the general idea, more fix the details.
+            class_labels: classes instead of a prompt, for priors trained on classes: numbers, or names if it has some.
+            num_images_per_prompt: pictures of each prompt, next to each other in the result.
+            num_inference_steps: steps of the flow decoder.
+            guidance_scale: how strongly the decoder follows the tokens, 1 is no guidance; or a function of sigma.
+                `None` is the model's own default, 7.5 for the published ones.
+            prior_guidance_scale: how strongly the prior follows the prompt, 1 is no guidance. `None` is the model's
+                own default, 3 for the published ones with text.
+            temperature: of the prior; below 1 is more typical, above 1 more varied.
+            top_k: let the prior choose among this many best tokens; 0 is all.
+            top_p: let the prior choose among the best tokens of this total probability; 1 is all.
+            class_zero_guidance: guide classes as the official code does by mistake, away from class 0 after the first
+                token; to reproduce its pictures.
+            guidance: rule of the decoder's guidance, "apg" or "cfg".
+            generator: source of randomness, PyTorch's global one by default; a list with one per picture makes each
+                independent of its batch.
+            latents: noise to start from, (B, C, h, w), instead of drawing it.
+            image: picture to vary, one for all prompts or a list with one each, as in `tokenize`; its first
+                `keep_tokens` tokens stay and the prior writes the others. For no wish, the prompt is "".
+            token_ids: ids to go on from instead, (1 or number of prompts, n).
+            keep_tokens: how many tokens stay, the fewer the freer; needed with `image`, all of `token_ids` otherwise.
+            output_type: "pil", "np" or "pt" ([0, 1]), or "latent".
+            callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": latents})` after each step; may
+                return a dictionary with new latents.
+            return_dict: return a `FlexTokPipelineOutput` rather than a tuple.
+
+        Returns:
+            Pictures and their token ids.
+
+        Raises:
+            ValueError: if the model has no prior, or an argument does not fit it.
+            TypeError: if an argument is of the wrong kind.
+        """
+        # 1. Check inputs
+        if guidance_scale is None:
+            guidance_scale = self.config.default_guidance_scale
+        inputs.check_sampling(num_inference_steps, guidance_scale, guidance, output_type, (*OUTPUT_TYPES, "latent"))
+        num_conditions, conditions = self.encode_condition(prompt, class_labels, num_images_per_prompt)
+        batch_size = num_conditions * num_images_per_prompt
+        counts = inputs.resolve_max_tokens(max_tokens, num_conditions, self.num_registers)
+        counts = [count for count in counts for _ in range(num_images_per_prompt)]
+        generator = inputs.spread_generators(generator, batch_size)
+        prefix = self.encode_prefix(image, token_ids, keep_tokens, num_conditions, num_images_per_prompt)  # (B, p)
+        inputs.check_prefix_fits(prefix.shape[1], counts)
+        # The noise is drawn first: a sample's generator gives the same noise however many tokens its batch needs.
+        latents = self.prepare_latents(batch_size, generator, latents)  # (B, C, h, w)
+        # 2. Condition -> token ids
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+        sampling["class_zero_guidance"] = class_zero_guidance
+        writer = self.token_writer(conditions, prefix, max(counts), prior_guidance_scale, **sampling)
+        token_ids = writer.write(max(counts))  # (B, longest)
+        # 3. Token ids -> pictures
+        sequences = [ids[:count] for ids, count in zip(token_ids, counts, strict=True)]
+        output = self.detokenize(
+            token_ids if len(set(counts)) == 1 else sequences,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            guidance=guidance,
+            latents=latents,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+        )
+        return output if return_dict else output.to_tuple()
+
+    @torch.no_grad()
+    def tokenize(self, images: Any, max_tokens: int | None = None) -> Tensor:
+        """Turn pictures into token ids; the same picture always gives the same ids.
+
+        Args:
+            images: a picture or a list of pictures: path, PIL, numpy or torch, any size (see `prepare_images`).
+            max_tokens: most tokens per picture; fewer take less work and are the same as the start of all.
+
+        Returns:
+            Token ids, (B, k) int64 in [0, codebook_size), coarsest first.
+
+        Raises:
+            ValueError: if a picture is damaged or its values do not fit, or `max_tokens` is below 1.
+            TypeError: if a picture is of the wrong kind; see `prepare_images`.
+            FileNotFoundError: if a path names no file.
+        """
+        token_ids = self.tokenize_pixels(prepare_images(images, self.resolution, self._execution_device), max_tokens)
+        self.maybe_free_model_hooks()
+        return token_ids
+
+    @torch.no_grad()
+    def tokenize_pixels(self, pixels: Tensor, max_tokens: int | None = None) -> Tensor:
+        """Turn pixels (B, 3, R, R), uint8 or float32 in [-1, 1], on the pipeline's device into ids (B, k).
+
+        What `tokenize` does once it has read the pictures; `serving.tokenize_batches` is faster for many batches.
+        """
+        num_tokens = inputs.resolve_max_tokens(max_tokens, 1, self.num_registers)[0]
+        pixel_values = pixels_to_values(pixels) if pixels.dtype == torch.uint8 else pixels
+        latents = encode_latents(self.vae, pixel_values)  # (B, C, h, w)
+        return self.encoder(latents.to(self.encoder.dtype), num_tokens).token_ids
+
+    @torch.no_grad()
+    def detokenize(
+        self,
+        token_ids: Tensor | Sequence[Tensor],
+        num_inference_steps: int = 20,
+        guidance_scale: GuidanceScale | None = None,
+        guidance: str = "apg",
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: Callable[[Any, int, Tensor, dict], dict] | None = None,
+        return_dict: bool = True,
+    ) -> FlexTokPipelineOutput | tuple:
+        """Turn token ids into pictures; any prefix of a sequence gives a picture of the whole.
+
+        Args:
+            token_ids: (B, k) integers, or a list of one-dimensional tensors of different lengths.
+            num_inference_steps, guidance_scale, guidance, generator, latents, output_type, callback_on_step_end,
+                return_dict: as in calling the pipeline.
+
+        Returns:
+            Pictures and the token ids.
+
+        Raises:
+            ValueError: if an id lies outside the codebook, or another argument does not fit.
+            TypeError: if the ids are no integer tensors.
+        """
+        # 1. Check inputs
+        if guidance_scale is None:
+            guidance_scale = self.config.default_guidance_scale
+        inputs.check_sampling(num_inference_steps, guidance_scale, guidance, output_type, (*OUTPUT_TYPES, "latent"))
+        padded_ids, counts = inputs.pad_token_ids(token_ids, self.codebook_size, self.num_registers)
+        generator = inputs.spread_generators(generator, len(counts))
+        # 2. Token ids -> codes
+        device = self._execution_device
+        codes = self.encoder.quantizer.ids_to_codes(padded_ids.to(device).long())  # (B, longest, Q)
+        num_tokens = torch.tensor(counts)  # (B,)
+        # 3. Noise -> latents, along the straight paths of rectified flow
+        latents = self.prepare_latents(len(counts), generator, latents)  # (B, C, h, w)
+        latents = self.integrate_flow(
+            latents, codes, num_tokens, num_inference_steps, guidance_scale, guidance, callback_on_step_end
+        )
+        # 4. Latents -> images
+        images = latents if output_type == "latent" else to_output(decode_latents(self.vae, latents), output_type)
+        self.maybe_free_model_hooks()
+        output = FlexTokPipelineOutput(images=images, token_ids=token_ids)
+        return output if return_dict else output.to_tuple()
+
+    @torch.no_grad()
+    def reconstruct(
+        self,
+        images: Any,
+        max_tokens: int | Sequence[int] | None = None,
+        num_inference_steps: int = 20,
+        guidance_scale: GuidanceScale | None = None,
+        guidance: str = "apg",
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+    ) -> list:
+        """Tokenize pictures and draw them again from prefixes of different lengths, all from the same noise.
+
+        Args:
+            images: as in `tokenize`.
+            max_tokens: lengths of the prefixes; `None` is 1, 2, 4, ... up to all tokens.
+            num_inference_steps, guidance_scale, guidance, generator, output_type: as in `detokenize`.
+
+        Returns:
+            For each length a batch of pictures.
+        """
+        if max_tokens is None:
+            max_tokens = token_ladder(self.num_registers)
+        lengths = list(max_tokens) if isinstance(max_tokens, Sequence | np.ndarray) else [max_tokens]
+        lengths = inputs.resolve_max_tokens(lengths, len(lengths), self.num_registers)
+        if not lengths:
+            raise ValueError("`max_tokens` is an empty list. Name at least one length.")
+        token_ids = self.tokenize(images, max(lengths))  # (B, longest)
+        generator = inputs.spread_generators(generator, token_ids.shape[0])
+        noise = self.prepare_latents(token_ids.shape[0], generator)
+        return [
+            self.detokenize(
+                token_ids[:, :length],
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                guidance=guidance,
+                latents=noise,
+                output_type=output_type,
+            ).images
+            for length in lengths
+        ]
+
+    def encode_condition(
+        self, prompt: str | list[str] | None, class_labels: Any, num_images_per_prompt: int
+    ) -> tuple[int, dict[str, Tensor]]:
+        """Prepare what the prior is conditioned on.
+
+        Returns:
+            The number of prompts or classes, and arguments for the prior's `generate`, one row per picture.
+        """
+        if self.prior is None:
+            raise ValueError(
+                "This pipeline has no prior, so it cannot draw from a prompt or class. Use `tokenize`, `detokenize`"
+                " and `reconstruct`, or load it with `prior=FlexTokPriorForCausalLM.from_pretrained(...)`."
+            )
+        if not inputs.is_whole_number(num_images_per_prompt) or num_images_per_prompt < 1:
+            raise ValueError(
+                f"`num_images_per_prompt` must be a whole number of 1 or more, got {num_images_per_prompt!r}."
+            )
+        if (prompt is None) == (class_labels is None):
+            raise ValueError("Pass either `prompt` or `class_labels`, and not both.")
+        if class_labels is not None:
+            labels = inputs.check_class_labels(class_labels, self.prior.config)
+            labels = labels.to(self._execution_device).repeat_interleave(num_images_per_prompt)
+            return len(labels) // num_images_per_prompt, {"class_labels": labels}
+        if self.prior.config.text_hidden_size is None or self.text_encoder is None or self.tokenizer is None:
+            raise ValueError(
+                "A `prompt` was given, but this pipeline has no text encoder, or a prior without text. Pass"
+                " `class_labels`, or load the pipeline with `text_encoder=` and `tokenizer=`."
+            )
+        prompts = inputs.check_prompts(prompt)
+        states, mask = self.encode_prompt(prompts)
+        negative_states, negative_mask = self.encode_prompt([""])
+        return len(prompts), {
+            "encoder_hidden_states": states.repeat_interleave(num_images_per_prompt, dim=0),
+            "encoder_attention_mask": mask.repeat_interleave(num_images_per_prompt, dim=0),
+            "negative_encoder_hidden_states": negative_states,
+            "negative_encoder_attention_mask": negative_mask,
+        }
+
+    def encode_prompt(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Encode texts as states (B, M, text_hidden_size) and their mask (B, M), 1 for text and 0 for padding.
+
+        What exceeds the tokenizer's `model_max_length` is cut off, with a warning in the log.
+        """
+        limit = self.tokenizer.model_max_length
+        for prompt, ids in zip(prompts, self.tokenizer(prompts, verbose=False).input_ids, strict=True):
+            if len(ids) > limit:
+                logger.warning("The prompt %r has %d tokens; only the first %d are read.", prompt, len(ids), limit)
+        batch = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(self._execution_device)
+        states = self.text_encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+        return states.to(self.prior.dtype), batch.attention_mask
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+    ) -> Tensor:
+        """Draw the noise to start from, (B, C, h, w) float32, or check the one that was given."""
+        channels, side = self.decoder.config.in_channels, self.latent_size
+        device = self._execution_device
+        if latents is None:
+            # one draw after the other also from a single generator, so that a batch starts with what one picture gets
+            generators = [generator] * batch_size if isinstance(generator, torch.Generator) else generator
+            return randn_tensor((batch_size, channels, side, side), generators, device, torch.float32)
+        if latents.ndim != 4 or latents.shape[:2] != (batch_size, channels) or not latents.is_floating_point():
+            raise ValueError(
+                f"`latents` must be noise of the shape ({batch_size}, {channels}, height, width), got"
+                f" {tuple(latents.shape)} of {latents.dtype}."
+            )
+        return latents.to(device, torch.float32)
+
+    def integrate_flow(
+        self,
+        latents: Tensor,
+        codes: Tensor,
+        num_tokens: Tensor,
+        num_inference_steps: int,
+        guidance_scale: GuidanceScale = 1.0,
+        guidance: str = "apg",
+        callback_on_step_end: Callable[[Any, int, Tensor, dict], dict] | None = None,
+    ) -> Tensor:
+        """Follow the velocity from noise (B, C, h, w) at sigma 1 to latents at sigma 0."""
+        sigmas = set_noise_levels(self.scheduler, num_inference_steps, latents.device)
+        timesteps = self.scheduler.timesteps
+        velocity_at = GuidedVelocity(self.decoder, sigmas, codes, num_tokens, guidance_scale, guidance)
+        loop = packed_weights(self.decoder, num_calls=len(timesteps) * latents.shape[0])
+        with loop, self.progress_bar(total=len(timesteps)) as progress_bar:
+            for step, timestep in enumerate(timesteps):
+                latents = self.scheduler.step(velocity_at(latents, step), timestep, latents, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    changes = callback_on_step_end(self, step, timestep, {"latents": latents}) or {}
+                    latents = changes.get("latents", latents)
+                progress_bar.update()
+        return latents
