@@ -36,7 +36,7 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	touch $@
 
-demo: setup  ## a prompt becomes a picture, a photo becomes a contact sheet (in outputs/)
+demo: setup  ## a prompt becomes an image, a photo becomes a contact sheet (in outputs/)
 	mkdir -p $(OUTPUTS)
 	$(BIN)/flextok generate "$(PROMPT)" --output $(OUTPUTS)/prompt.png
 	$(BIN)/flextok reconstruct $(PHOTO) --output $(OUTPUTS)/reconstruction.png
@@ -59,7 +59,7 @@ docs: $(VENV)/.installed-docs  ## build the documentation site into site/, with 
 browser-test: $(VENV)/.installed-browser  ## use the demo in a headless Chromium, which is installed if there is none
 	$(BIN)/python -m pytest -s tests/test_demo.py tests/browser
 
-screenshots: $(VENV)/.installed-browser  ## the same, keeping pictures of the pages in docs/assets
+screenshots: $(VENV)/.installed-browser  ## the same, keeping images of the pages in docs/assets
 	SCREENSHOTS=docs/assets $(BIN)/python -m pytest -s tests/browser
 
 figures: setup  ## draw the figures of README and documentation again, with the embedded model

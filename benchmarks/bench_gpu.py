@@ -49,7 +49,7 @@ class Scenario:
 
 @dataclass
 class Work:
-    """What to time, and what it amounts to per picture."""
+    """What to time, and what it amounts to per image."""
 
     call: Callable[[], Any]
     flops: float = 0.0
@@ -93,7 +93,7 @@ def vae_work(pipe: FlexTokPipeline, scenario: Scenario, device: str) -> Work:
 
 
 def tokenize_work(pipe: FlexTokPipeline, scenario: Scenario, device: str) -> Work:
-    """Pictures that are on the device already to ids."""
+    """Images that are on the device already to ids."""
     pixels = torch.randint(0, 256, (scenario.batch_size, 3, 256, 256), dtype=torch.uint8, device=device)
     encoding = encode_work(pipe, scenario, device)
     flops = models.vae_flops()["encode"] + encoding.flops
@@ -104,7 +104,7 @@ def tokenize_work(pipe: FlexTokPipeline, scenario: Scenario, device: str) -> Wor
 
 
 def detokenize_work(pipe: FlexTokPipeline, scenario: Scenario, device: str) -> Work:
-    """Ids to pictures with 20 guided steps."""
+    """Ids to images with 20 guided steps."""
     shape = (scenario.batch_size, scenario.num_tokens)
     token_ids = torch.randint(0, pipe.codebook_size, shape, device=device)
     noise = torch.randn(scenario.batch_size, 16, 32, 32, device=device)

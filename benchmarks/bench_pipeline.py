@@ -24,8 +24,8 @@ class Scenario:
     """One call, as data."""
 
     name: str
-    batch_size: int  # pictures per call
-    num_tokens: int  # tokens kept per picture
+    batch_size: int  # images per call
+    num_tokens: int  # tokens kept per image
     num_inference_steps: int = 20
 
 

@@ -1,8 +1,8 @@
-"""What a picture costs with more tokens, pictures, steps or pixels, one thing at a time, at the d12-d12 size.
+"""What an image costs with more tokens, images, steps or pixels, one thing at a time, at the d12-d12 size.
 
     python benchmarks/bench_scaling.py [--device cuda] [--results FOLDER]
 
-Weights are random; float32 on a CPU, bfloat16 on a GPU. With `--results`, a picture of the curves as well (needs
+Weights are random; float32 on a CPU, bfloat16 on a GPU. With `--results`, an image of the curves as well (needs
 matplotlib). Last line: JSON.
 """
 
@@ -18,30 +18,30 @@ from flextok_hf.utils.files import write_atomically
 
 
 GUIDANCE_SCALE = 7.5
-BASE = {"tokens": 32, "pictures": 1, "steps": 8, "pixels": 256}  # 8 steps are enough for weights to be packed
+BASE = {"tokens": 32, "images": 1, "steps": 8, "pixels": 256}  # 8 steps are enough for weights to be packed
 VALUES = {
     "cpu": {
         "tokens": [1, 8, 32, 64, 128, 256],
-        "pictures": [1, 2, 4],
+        "images": [1, 2, 4],
         "steps": [1, 4, 8, 16, 32],
         "pixels": [128, 192, 256, 320],
     },
     "cuda": {
         "tokens": [1, 8, 32, 64, 128, 256],
-        "pictures": [1, 4, 16, 64],
+        "images": [1, 4, 16, 64],
         "steps": [1, 4, 8, 16, 32],
         "pixels": [128, 256, 384, 512],
     },
 }
 
 
-def build_calls(pipe: FlexTokPipeline, tokens: int, pictures: int, steps: int, device: str) -> dict[str, harness.Call]:
+def build_calls(pipe: FlexTokPipeline, tokens: int, images: int, steps: int, device: str) -> dict[str, harness.Call]:
     """Both directions, with inputs prepared outside of the clock."""
-    images = torch.rand(pictures, 3, pipe.resolution, pipe.resolution, device=device)
-    token_ids = torch.randint(0, pipe.codebook_size, (pictures, tokens), device=device)
-    noise = pipe.prepare_latents(pictures)
+    batch = torch.rand(images, 3, pipe.resolution, pipe.resolution, device=device)
+    token_ids = torch.randint(0, pipe.codebook_size, (images, tokens), device=device)
+    noise = pipe.prepare_latents(images)
     return {
-        "tokenize": lambda: pipe.tokenize(images, tokens),
+        "tokenize": lambda: pipe.tokenize(batch, tokens),
         "detokenize": lambda: pipe.detokenize(token_ids, steps, GUIDANCE_SCALE, latents=noise, output_type="pt"),
     }
 

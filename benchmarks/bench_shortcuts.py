@@ -1,9 +1,9 @@
-"""Opt-in shortcuts on the embedded model: time per picture against the distance to 100 Euler steps in float32.
+"""Opt-in shortcuts on the embedded model: time per image against the distance to 100 Euler steps in float32.
 
     python benchmarks/bench_shortcuts.py [--data FOLDER] [--num-prompts 24] [--results FOLDER]
 
-Every way draws the same tokens from the same noise. `--data` names prepared pictures with names (docs/evaluation.md),
-to ask as well whether the drawn picture is the one its prompt names. Last line: JSON.
+Every way draws the same tokens from the same noise. `--data` names prepared images with names (docs/evaluation.md),
+to ask as well whether the drawn image is the one its prompt names. Last line: JSON.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ from torch import Tensor
 from flextok_hf import FlexTokPipeline, embedded_model
 from flextok_hf.evaluation.adherence import Check, Reference, score
 from flextok_hf.evaluation.conditions import PHOTO
-from flextok_hf.evaluation.images import EvaluationPictures, draw_rows, load_split
+from flextok_hf.evaluation.images import EvaluationImages, draw_rows, load_split
 from flextok_hf.pipelines.guidance import guidance_interval
 
 
@@ -94,17 +94,17 @@ def calibration(pipe: FlexTokPipeline) -> Iterator[list[float]]:
 def read_prompts(
     data: Path | None, num_prompts: int, resolution: int
 ) -> tuple[list[str], list[dict], Reference | None]:
-    """Return prompts, and with data what each asks for and the real pictures to compare with."""
+    """Return prompts, and with data what each asks for and the real images to compare with."""
     if data is None:
         return [PROMPTS[i % len(PROMPTS)] for i in range(num_prompts)], [], None
     rows = [row for split in ("train", "validation") for row in load_split(str(data), split) if row["style"] != PHOTO]
     chosen = draw_rows(list({row["name"]: row for row in rows}.values()), num_prompts, seed=0)
-    reference = Reference(EvaluationPictures(rows, resolution).read_all(), rows)
+    reference = Reference(EvaluationImages(rows, resolution).read_all(), rows)
     return [row["prompt"] for row in chosen], chosen, reference
 
 
 def draw(pipe: FlexTokPipeline, shortcut: Shortcut, token_ids: Tensor, noise: Tensor, growth: list[float]) -> Tensor:
-    """Pictures (B, 3, R, R) in [0, 1]."""
+    """Images (B, 3, R, R) in [0, 1]."""
     pipe.scheduler = shortcut.scheduler
     if shortcut.cache is not None:
         pipe.decoder.enable_cache(shortcut.cache(growth))
@@ -119,8 +119,8 @@ def draw(pipe: FlexTokPipeline, shortcut: Shortcut, token_ids: Tensor, noise: Te
 
 def main() -> None:
     parser = harness.build_parser(__doc__)
-    parser.add_argument("--data", type=Path, help="prepared pictures with names, for the share of right pictures")
-    parser.add_argument("--num-prompts", type=int, default=24, help="pictures per way (24)")
+    parser.add_argument("--data", type=Path, help="prepared images with names, for the share of right images")
+    parser.add_argument("--num-prompts", type=int, default=24, help="images per way (24)")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -145,20 +145,20 @@ def main() -> None:
         calls = {"draw": lambda: drawn.append(draw(pipes[shortcut.dtype], shortcut, token_ids, noise, growth))}
         num_repeats = options.repeats or (1 if shortcut.num_steps == REFERENCE_STEPS else 3)
         timing = harness.measure(calls, options.device, num_repeats)["draw"]
-        pictures = drawn[-1].cpu()
-        target = pictures if target is None else target
-        errors = (pictures - target).square().mean(dim=(1, 2, 3))
-        rows.append({"name": shortcut.name, "ms_per_picture": 1000 * timing["median_s"] / len(prompts)})
+        images = drawn[-1].cpu()
+        target = images if target is None else target
+        errors = (images - target).square().mean(dim=(1, 2, 3))
+        rows.append({"name": shortcut.name, "ms_per_image": 1000 * timing["median_s"] / len(prompts)})
         rows[-1]["psnr_db"] = (-10 * errors.log10()).median().item() if errors.all() else None
         if reference is not None:
-            rows[-1]["right_name"] = score(reference, CHECKS, pictures, wanted)["name"]["share"]
+            rows[-1]["right_name"] = score(reference, CHECKS, images, wanted)["name"]["share"]
         rows[-1]["timing"] = timing
         print({name: harness.show(value) for name, value in rows[-1].items() if name != "timing"}, flush=True)
-    usual_ms = rows[1]["ms_per_picture"]
-    shown = [row | {"speed_up": usual_ms / row["ms_per_picture"], "psnr_db": row["psnr_db"] or ""} for row in rows]
-    columns = ["name", "ms_per_picture", "speed_up", "psnr_db"] + ["right_name"] * (reference is not None)
+    usual_ms = rows[1]["ms_per_image"]
+    shown = [row | {"speed_up": usual_ms / row["ms_per_image"], "psnr_db": row["psnr_db"] or ""} for row in rows]
+    columns = ["name", "ms_per_image", "speed_up", "psnr_db"] + ["right_name"] * (reference is not None)
     table = harness.print_table(shown, columns)
-    record = {"machine": harness.describe_machine(options.device), "num_pictures": len(prompts), "rows": rows}
+    record = {"machine": harness.describe_machine(options.device), "num_images": len(prompts), "rows": rows}
     harness.finish("shortcuts", record, [table], options.results)
 
 

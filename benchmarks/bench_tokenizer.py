@@ -1,4 +1,4 @@
-"""Pictures to tokens and back at the published d12-d12 size: the package against the plain path, in one run.
+"""Images to tokens and back at the published d12-d12 size: the package against the plain path, in one run.
 
     python benchmarks/bench_tokenizer.py [--device cuda] [--results FOLDER] [--only detokenize]
 
@@ -30,8 +30,8 @@ class Scenario:
 
     part: str  # name of a function of `CALLS`
     dtype: str = "float32"
-    batch_size: int = 1  # pictures per call
-    num_tokens: int = models.NUM_REGISTERS  # tokens per picture
+    batch_size: int = 1  # images per call
+    num_tokens: int = models.NUM_REGISTERS  # tokens per image
     num_repeats: int = 7
 
 
@@ -115,7 +115,7 @@ def velocity(pipe: FlexTokPipeline, scenario: Scenario, device: str) -> Pair:
 
 
 def tokenize(pipe: FlexTokPipeline, scenario: Scenario, device: str) -> Pair:
-    """Pictures to ids, the whole call."""
+    """Images to ids, the whole call."""
     images = torch.rand(scenario.batch_size, 3, 256, 256, device=device)
     return Pair(
         lambda: plain.tokenize(pipe, images * 2 - 1),
@@ -125,7 +125,7 @@ def tokenize(pipe: FlexTokPipeline, scenario: Scenario, device: str) -> Pair:
 
 
 def detokenize(pipe: FlexTokPipeline, scenario: Scenario, device: str, num_steps: int = 20) -> Pair:
-    """Ids to pictures with 20 guided steps, the whole call."""
+    """Ids to images with 20 guided steps, the whole call."""
     shape = (scenario.batch_size, scenario.num_tokens)
     token_ids = torch.randint(0, pipe.codebook_size, shape, device=device)
     noise = torch.randn(scenario.batch_size, 16, 32, 32, device=device)
@@ -167,7 +167,7 @@ def run(scenario: Scenario, pipe: FlexTokPipeline, device: str) -> dict[str, Any
 
 @torch.no_grad()
 def peak_memory(scenario: Scenario, way: str, device: str) -> int | None:
-    """Most MiB in use while pictures are drawn, in as few steps as bring all that a long run needs."""
+    """Most MiB in use while images are drawn, in as few steps as bring all that a long run needs."""
     pipe = models.build_tokenizer("d12-d12", device, getattr(torch, scenario.dtype))
     pair = detokenize(pipe, scenario, device, num_steps=MIN_CALLS)
     return harness.peak_memory(getattr(pair, way), device)

@@ -1,4 +1,4 @@
-"""Time training steps of a tokenizer on pictures from a parquet file; the last line of the output is JSON.
+"""Time training steps of a tokenizer on images from a parquet file; the last line of the output is JSON.
 
 python benchmarks/bench_training.py [--width 384] [--depth 6] [--batch_size 8] [--steps 6] [--compile]
 """
@@ -24,24 +24,24 @@ from flextok_hf.training.arguments import TokenizerArguments
 from flextok_hf.training.stages import train_tokenizer
 
 
-NUM_PICTURES = 256
-PICTURE_SIDE = 256  # of the stored JPEG files, which the loader reduces
+NUM_IMAGES = 256
+IMAGE_SIDE = 256  # of the stored JPEG files, which the loader reduces
 
 
-def write_pictures(path: Path) -> None:
+def write_images(path: Path) -> None:
     """Store drawn shapes as JPEG files in a parquet file."""
-    pictures = []
-    for index in range(NUM_PICTURES):
+    images = []
+    for index in range(NUM_IMAGES):
         content = BytesIO()
-        draw_scene(make_scene(index), PICTURE_SIDE).save(content, format="JPEG", quality=90)
-        pictures.append({"bytes": content.getvalue(), "path": None})
+        draw_scene(make_scene(index), IMAGE_SIDE).save(content, format="JPEG", quality=90)
+        images.append({"bytes": content.getvalue(), "path": None})
     features = datasets.Features({"image": datasets.Image()})
-    datasets.Dataset.from_dict({"image": pictures}, features=features).to_parquet(str(path))
+    datasets.Dataset.from_dict({"image": images}, features=features).to_parquet(str(path))
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     """Train for a few steps and return the medians of what the log says of them; the first step is left out."""
-    write_pictures(folder / "train.parquet")
+    write_images(folder / "train.parquet")
     arguments = TokenizerArguments(
         output_dir=str(folder / "run"),
         train_data=[str(folder / "train.parquet")],
@@ -82,10 +82,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=384, help="of encoder and decoder")
     parser.add_argument("--depth", type=int, default=6, help="blocks of encoder and decoder each")
-    parser.add_argument("--resolution", type=int, default=64, help="side of the pictures, 16 x 16 patches in any case")
-    parser.add_argument("--batch_size", type=int, default=8, help="pictures per step")
+    parser.add_argument("--resolution", type=int, default=64, help="side of the images, 16 x 16 patches in any case")
+    parser.add_argument("--batch_size", type=int, default=8, help="images per step")
     parser.add_argument("--steps", type=int, default=6, help="timed steps")
-    parser.add_argument("--workers", type=int, default=0, help="processes that decode pictures")
+    parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
     parser.add_argument("--mixed_precision", default="no", choices=["no", "bf16", "fp16"])
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
     parser.add_argument(

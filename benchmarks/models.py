@@ -10,7 +10,6 @@ import functools
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from flextok_hf import (
     FlexTokEncoder,
@@ -20,6 +19,7 @@ from flextok_hf import (
     FlexTokPriorConfig,
     FlexTokPriorForCausalLM,
 )
+from flextok_hf.utils.flops import FlopCounter
 
 
 # Depth of encoder and decoder; the width is 64 times the depth in all of them (Bachmann et al., arXiv 2502.13967).
@@ -36,7 +36,7 @@ def build_tokenizer(
     with_vae: bool = True,
     resolution: int = 256,
 ) -> FlexTokPipeline:
-    """Pipeline without a prior, of one of the `TOKENIZERS` sizes, for pictures of 256 x 256 pixels or of others."""
+    """Pipeline without a prior, of one of the `TOKENIZERS` sizes, for images of 256 x 256 pixels or of others."""
     encoder_depth, decoder_depth = TOKENIZERS[size]
     grid = {"grid_size": resolution // 16}  # patches of 2 x 2 latents, each of 8 x 8 pixels
     encoder_shape = {"hidden_size": 64 * encoder_depth, "num_hidden_layers": encoder_depth}
@@ -94,7 +94,7 @@ def block_flops(num_tokens: int, num_pairs: int, hidden_size: int) -> int:
 
 
 def encoder_flops(config: FlexTokEncoderConfig, num_tokens: int = NUM_REGISTERS) -> int:
-    """Operations of the package's encoder per picture; the last block computes registers only."""
+    """Operations of the package's encoder per image; the last block computes registers only."""
     width, length = config.hidden_size, NUM_PATCHES + num_tokens
     pairs_of_registers = num_tokens * length
     whole = block_flops(length, NUM_PATCHES**2 + pairs_of_registers, width)
@@ -103,21 +103,21 @@ def encoder_flops(config: FlexTokEncoderConfig, num_tokens: int = NUM_REGISTERS)
 
 
 def decoder_flops(decoder: FlexTokFlowDecoder, num_slots: int = NUM_REGISTERS) -> int:
-    """Operations of one velocity per picture, with so many slots for registers."""
+    """Operations of one velocity per image, with so many slots for registers."""
     length = NUM_PATCHES + num_slots
     return decoder.config.num_layers * block_flops(length, length**2, decoder.config.hidden_size)
 
 
 @functools.cache
 def vae_flops() -> dict[str, int]:
-    """Operations of the VAE per picture, counted without doing them."""
+    """Operations of the VAE per image, counted without doing them."""
     with torch.device("meta"):
         vae, pixel_values, latents = build_vae(), torch.empty(1, 3, 256, 256), torch.empty(1, 16, 32, 32)
     counts = {}
     for name, call in (("encode", lambda: vae.encode(pixel_values)), ("decode", lambda: vae.decode(latents))):
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), FlopCounter() as counter:
             call()
-        counts[name] = counter.get_total_flops()
+        counts[name] = counter.total
     return counts
 
 

@@ -79,7 +79,7 @@ def attend(attention: Attention, hidden_states: Tensor, mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def tokenize(pipe: FlexTokPipeline, pixel_values: Tensor) -> Tensor:
-    """Ids (B, K) of pictures (B, 3, H, W) in [-1, 1]."""
+    """Ids (B, K) of images (B, 3, H, W) in [-1, 1]."""
     latents = pixel_values
     if pipe.vae is not None:
         latents = pipe.vae.encode(pixel_values.to(pipe.vae.dtype)).latent_dist.mode() * pipe.vae.config.scaling_factor
@@ -91,7 +91,7 @@ def tokenize(pipe: FlexTokPipeline, pixel_values: Tensor) -> Tensor:
 def detokenize(
     pipe: FlexTokPipeline, token_ids: Tensor, latents: Tensor, num_inference_steps: int, guidance_scale: float
 ) -> Tensor:
-    """Pictures (B, 3, H, W), about [-1, 1], of ids (B, k) and noise (B, C, h, w), guided by APG in two passes."""
+    """Images (B, 3, H, W), about [-1, 1], of ids (B, k) and noise (B, C, h, w), guided by APG in two passes."""
     codes = pipe.encoder.quantizer.ids_to_codes(token_ids)
     num_tokens = torch.full((len(codes),), codes.shape[1], device=codes.device)
     guide = Guidance("apg")

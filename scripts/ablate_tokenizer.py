@@ -2,7 +2,7 @@
 
     python scripts/ablate_tokenizer.py --config scripts/configs/ablation_tokenizer.yaml --output docs/results/ablations
 
-Every variant sees the same number of pictures, `joint_lengths_same_work` as much work. Finished runs are kept in
+Every variant sees the same number of images, `joint_lengths_same_work` as much work. Finished runs are kept in
 `output_dir` of the configuration and not repeated, so that the script can be stopped at any time.
 """
 
@@ -16,14 +16,16 @@ from typing import Any
 import torch
 
 from flextok_hf import FlexTokPipeline
-from flextok_hf.data.training_dataset import Columns, ImageTransform, load_training_dataset
-from flextok_hf.evaluation import peak_signal_to_noise
+from flextok_hf.data.columns import Columns
+from flextok_hf.data.samples import ImageTransform
+from flextok_hf.data.training_dataset import load_training_dataset
 from flextok_hf.models.nested_dropout import token_ladder
 from flextok_hf.pipelines.flow import add_noise, velocity_target
 from flextok_hf.training.arguments import TokenizerArguments
 from flextok_hf.training.collapse import count_distinct
 from flextok_hf.training.stages import train_tokenizer
-from flextok_hf.utils.files import write_atomically
+from flextok_hf.utils.files import read_json, write_text
+from flextok_hf.utils.measures import peak_signal_to_noise
 from flextok_hf.utils.option_parsing import parse_arguments
 
 
@@ -41,59 +43,59 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no_aids_against_collapse": {"unrounded_probability": 0.0, "feature_penalty": 0.0},
     "correlation_penalty": {"correlation_penalty": 0.5},
 }
-NUM_PICTURES = 256  # held out
+NUM_IMAGES = 256  # held out
 NOISE_LEVELS = (0.3, 0.5, 0.7, 0.9)  # at which the loss is measured
 EULER_STEPS, GUIDANCE = 8, 2.0
 
 
 @torch.no_grad()
-def evaluate(pipe: FlexTokPipeline, pictures: torch.Tensor) -> dict[str, float]:
-    """Measure a tokenizer on held-out pictures (B, 3, R, R) in [-1, 1], with the same noise for every model."""
+def evaluate(pipe: FlexTokPipeline, images: torch.Tensor) -> dict[str, float]:
+    """Measure a tokenizer on held-out images (B, 3, R, R) in [-1, 1], with the same noise for every model."""
     pipe.set_progress_bar_config(disable=True)
-    features = pipe.encoder.compute_features(pictures)
+    features = pipe.encoder.compute_features(images)
     codes = pipe.encoder.quantizer(features)
     token_ids = pipe.encoder.quantizer.codes_to_ids(codes)
-    noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     figures = {"distinct_ids": count_distinct(token_ids).item()}
     counts = token_ladder(pipe.num_registers)
     for count in counts:
         losses = []
         for level in NOISE_LEVELS:
-            sigma = torch.full((len(pictures),), level)
-            velocity = pipe.decoder(add_noise(pictures, noise, sigma), sigma, codes[:, :count]).velocity
-            losses.append((velocity - velocity_target(pictures, noise)).square().mean().item())
+            sigma = torch.full((len(images),), level)
+            velocity = pipe.decoder(add_noise(images, noise, sigma), sigma, codes[:, :count]).velocity
+            losses.append((velocity - velocity_target(images, noise)).square().mean().item())
         figures[f"loss_{count}"] = statistics.mean(losses)
         for name, guidance_scale in (("psnr", 1.0), ("guided_psnr", GUIDANCE)):
-            images = pipe.detokenize(
+            drawn = pipe.detokenize(
                 token_ids[:, :count], EULER_STEPS, guidance_scale, latents=noise, output_type="pt"
             ).images
-            figures[f"{name}_{count}"] = peak_signal_to_noise(images, pictures / 2 + 0.5).mean().item()
+            figures[f"{name}_{count}"] = peak_signal_to_noise(drawn, images / 2 + 0.5).mean().item()
     return figures
 
 
 def steps_of_same_work(log: Path, joint_log: Path, steps: int) -> int:
     """Steps with joint lengths that cost as much as `steps` without, by the operations that the logs report."""
 
-    def work_per_picture(path: Path) -> float:
+    def work_per_image(path: Path) -> float:
         entry = json.loads(path.read_text().splitlines()[0])
         return entry["tflops_per_process"] / entry["images_per_s"]
 
-    return round(steps * work_per_picture(log) / work_per_picture(joint_log))
+    return round(steps * work_per_image(log) / work_per_image(joint_log))
 
 
-def run_variant(base: TokenizerArguments, name: str, seed: int, pictures: torch.Tensor) -> dict[str, float]:
+def run_variant(base: TokenizerArguments, name: str, seed: int, images: torch.Tensor) -> dict[str, float]:
     """Train one variant with one seed, unless that was done before, and measure it."""
     folder = Path(base.output_dir) / f"{name}-{seed}"
     result = folder / "figures.json"
     if result.is_file():
-        return json.loads(result.read_text())
+        return read_json(result)
     arguments = replace(base, **VARIANTS[name], output_dir=str(folder), seed=seed, resume_from_checkpoint="latest")
     if name == SAME_WORK:
         logs = [Path(base.output_dir) / f"{other}-{seed}" / "log.jsonl" for other in ("baseline", "joint_lengths")]
         arguments = replace(arguments, max_train_steps=steps_of_same_work(*logs, base.max_train_steps))
     pipe = FlexTokPipeline.from_pretrained(train_tokenizer(arguments))
-    figures = evaluate(pipe, pictures)
-    write_atomically(result, lambda path: Path(path).write_text(json.dumps(figures, indent=2)))
+    figures = evaluate(pipe, images)
+    write_text(result, json.dumps(figures, indent=2))
     return figures
 
 
@@ -128,22 +130,22 @@ def main() -> None:
         "validation",
         transform=ImageTransform(base.resolution),
         columns=Columns(base.image_column),
-        max_samples=NUM_PICTURES,
+        max_samples=NUM_IMAGES,
     )
-    pictures = torch.stack([held_out[row]["pixel_values"] for row in range(len(held_out))])
+    images = torch.stack([held_out[row]["pixel_values"] for row in range(len(held_out))])
     results: dict[str, list[dict[str, float]]] = {name: [] for name in options.variants}
     for seed in options.seeds:  # all variants with one seed before the next, so that a stop leaves a whole table
         for name in options.variants:
-            results[name].append(run_variant(base, name, seed, pictures))
+            results[name].append(run_variant(base, name, seed, images))
             print(name, seed, results[name][-1], flush=True)
         options.output.mkdir(parents=True, exist_ok=True)
         record = {"arguments": vars(base), "seeds": options.seeds[: len(results[name])], "results": results}
-        record["held_out"] = len(pictures)
+        record["held_out"] = len(images)
         text = json.dumps(record, indent=2, default=str)
-        write_atomically(options.output / "figures.json", lambda path, text=text: Path(path).write_text(text))
+        write_text(options.output / "figures.json", text)
         shown = [name for name in results[options.variants[0]][0] if not name.startswith("guided")]
         tables = "\n\n".join(table(results, columns) for columns in (shown[:1] + shown[1::2], shown[2::2]))
-        write_atomically(options.output / "table.md", lambda path, text=tables: Path(path).write_text(text + "\n"))
+        write_text(options.output / "table.md", tables + "\n")
 
 
 if __name__ == "__main__":

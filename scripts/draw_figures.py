@@ -6,8 +6,8 @@ Writes into `--output` (docs/assets):
 
     strip.webp         prompts at 1, 4, 16, 64 tokens (as many as the model has)
     stream.webp        one prompt while its tokens are written, animated
-    prefixes.webp      pictures that the model was not trained on, as they come back from more and more tokens
-    first_token.webp   whole pictures, and what their first token alone says, from different noise
+    prefixes.webp      images that the model was not trained on, as they come back from more and more tokens
+    first_token.webp   whole images, and what their first token alone says, from different noise
     influence.webp     what each register reads: measured by disturbing patches and registers one at a time
 """
 
@@ -22,12 +22,12 @@ from flextok_hf import FlexTokPipeline, embedded_model
 from flextok_hf.models.nested_dropout import token_ladder
 from flextok_hf.pipelines.images import load_image, prepare_images, resize_and_crop
 from flextok_hf.pipelines.latents import encode_latents
-from flextok_hf.utils.files import save_animation, save_picture
+from flextok_hf.utils.files import save_animation, save_image
 from flextok_hf.utils.sheets import contact_sheet, token_count_title
 
 
 STRIP_COUNTS = (1, 4, 16, 64, 256)
-NUM_GUESSES = 4  # pictures drawn from one first token
+NUM_GUESSES = 4  # images drawn from one first token
 FRAME_MS = 700
 
 
@@ -45,9 +45,9 @@ def draw_strip(pipe: FlexTokPipeline, prompts: list[str], seed: int) -> Image.Im
     return contact_sheet(rows, [token_count_title(count) for count in counts])
 
 
-def draw_prefixes(pipe: FlexTokPipeline, pictures: list[Path], seed: int) -> Image.Image:
-    """Return a sheet with a row per picture: the original, then its reconstructions."""
-    photos = [load_image(path) for path in pictures]
+def draw_prefixes(pipe: FlexTokPipeline, images: list[Path], seed: int) -> Image.Image:
+    """Return a sheet with a row per image: the original, then its reconstructions."""
+    photos = [load_image(path) for path in images]
     counts = token_ladder(pipe.num_registers)
     columns = pipe.reconstruct(photos, counts, generator=[seeded(seed) for _ in photos])
     originals = [resize_and_crop(photo, max(128, pipe.resolution)) for photo in photos]
@@ -55,7 +55,7 @@ def draw_prefixes(pipe: FlexTokPipeline, pictures: list[Path], seed: int) -> Ima
 
 
 def draw_first_tokens(pipe: FlexTokPipeline, prompts: list[str], seed: int) -> Image.Image:
-    """Return a sheet with a row per prompt: the whole picture, then its first token drawn from different noise."""
+    """Return a sheet with a row per prompt: the whole image, then its first token drawn from different noise."""
     rows = []
     for prompt in prompts:
         whole = pipe(prompt, generator=seeded(seed))
@@ -67,10 +67,10 @@ def draw_first_tokens(pipe: FlexTokPipeline, prompts: list[str], seed: int) -> I
 
 
 @torch.no_grad()
-def measure_influence(pipe: FlexTokPipeline, picture: Path) -> Tensor:
+def measure_influence(pipe: FlexTokPipeline, image: Path) -> Tensor:
     """Return which registers change when one thing is disturbed, (K, N + K) boolean: patches first, then registers."""
     encoder = pipe.encoder
-    latents = encode_latents(pipe.vae, prepare_images(load_image(picture), pipe.resolution))
+    latents = encode_latents(pipe.vae, prepare_images(load_image(image), pipe.resolution))
     num_registers, size = encoder.config.num_registers, encoder.config.patch_size
 
     def features(latents: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def measure_influence(pipe: FlexTokPipeline, picture: Path) -> Tensor:
 
 
 def draw_influence(influence: Tensor, width: int = 720) -> Image.Image:
-    """Return the measured pattern as a picture: a row per register, dark where it reads."""
+    """Return the measured pattern as an image: a row per register, dark where it reads."""
     cell = width // influence.shape[1]
     num_registers = influence.shape[0]
     shades = torch.where(influence, 70, 235).byte()
@@ -109,7 +109,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="folder or Hub id; by default the embedded model")
     parser.add_argument("--output", type=Path, default=Path("docs/assets"), help="folder for the figures")
     parser.add_argument("--prompts", nargs="+", default=["a cat", "a red apple", "a 3d rocket"], help="what to draw")
-    parser.add_argument("--pictures", type=Path, nargs="+", help="to reconstruct; by default those in docs/assets")
+    parser.add_argument("--images", type=Path, nargs="+", help="to reconstruct; by default those in docs/assets")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same figures")
     return parser.parse_args()
 
@@ -117,17 +117,17 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     options = parse_arguments()
     assets = Path(__file__).parents[1] / "docs" / "assets"
-    pictures = options.pictures or [*sorted((assets / "held_out").glob("*.png")), assets / "parrots.jpg"]
+    images = options.images or [*sorted((assets / "held_out").glob("*.png")), assets / "parrots.jpg"]
     pipe = FlexTokPipeline.from_pretrained(options.model or embedded_model())
     pipe.set_progress_bar_config(disable=True)
     figures = {
         "strip": draw_strip(pipe, options.prompts, options.seed),
-        "prefixes": draw_prefixes(pipe, pictures, options.seed),
+        "prefixes": draw_prefixes(pipe, images, options.seed),
         "first_token": draw_first_tokens(pipe, options.prompts, options.seed),
-        "influence": draw_influence(measure_influence(pipe, pictures[0])),
+        "influence": draw_influence(measure_influence(pipe, images[0])),
     }
     for name, figure in figures.items():
-        save_picture(figure, options.output / f"{name}.webp")
+        save_image(figure, options.output / f"{name}.webp")
     frames = [image for _, image in pipe.stream(options.prompts[0], generator=seeded(options.seed))]
     save_animation(frames, options.output / "stream.webp", FRAME_MS)
     for name in (*figures, "stream"):

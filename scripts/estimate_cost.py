@@ -3,7 +3,7 @@
     python scripts/estimate_cost.py tokenizer scripts/configs/paper/tokenizer_d12_d12.yaml ... --num_processes 64
     python scripts/estimate_cost.py prior scripts/configs/paper/prior_class_49m.yaml ... --num_processes 16
 
-Operations are counted at full length on PyTorch's meta device, activations in bfloat16 for one picture and one or two
+Operations are counted at full length on PyTorch's meta device, activations in bfloat16 for one image and one or two
 blocks on the CPU. Frozen text encoders and REPA networks are not counted. Hours assume the share in the header.
 """
 
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from flextok_hf.training.arguments import PriorArguments, TokenizerArguments, TrainingArguments, VaeArguments
 from flextok_hf.training.prior import build_prior
-from flextok_hf.training.throughput import FORWARD_AND_BACKWARD, FlopCounter
+from flextok_hf.training.throughput import FORWARD_AND_BACKWARD
 from flextok_hf.training.tokenizer import build_tokenizer
 from flextok_hf.training.vae import build_vae
+from flextok_hf.utils.flops import FlopCounter
 from flextok_hf.utils.option_parsing import parse_arguments
 
 
@@ -31,18 +32,18 @@ CODEBOOK_SIZE, NUM_REGISTERS, NUM_CLASSES = 64_000, 256, 1000
 HEADER = (
     "configuration",
     "weights (M)",
-    "GFLOP per picture",
-    "pictures (M)",
+    "GFLOP per image",
+    "images (M)",
     "EFLOP",
     f"H100 hours at {ASSUMED_SHARE:.0%} of {H100_FLOPS / 1e12:.0f} TFLOP/s",
     "states (GiB)",
-    "activations per picture (MiB)",
+    "activations per image (MiB)",
 )
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a training step computes for one picture."""
+    """What a training step computes for one image."""
 
     trained: list[nn.Module]
     forward: Callable[[], object]
@@ -51,8 +52,8 @@ class Work:
 
 def vae_work(arguments: VaeArguments, dtype: torch.dtype) -> Work:
     vae = build_vae(arguments).to(dtype)
-    pictures = torch.zeros(1, 3, arguments.resolution, arguments.resolution, dtype=dtype)
-    return Work([vae], lambda: vae(pictures))
+    images = torch.zeros(1, 3, arguments.resolution, arguments.resolution, dtype=dtype)
+    return Work([vae], lambda: vae(images))
 
 
 def tokenizer_work(arguments: TokenizerArguments, dtype: torch.dtype) -> Work:
@@ -65,14 +66,14 @@ def tokenizer_work(arguments: TokenizerArguments, dtype: torch.dtype) -> Work:
     latents = torch.zeros(1, encoder.config.in_channels, side, side, dtype=dtype)
     for model in (encoder, decoder):
         model.to(latents.device, dtype)  # their tables of positions are made on the CPU in any case
-    pictures = torch.zeros(1, 3, arguments.resolution, arguments.resolution)
+    images = torch.zeros(1, 3, arguments.resolution, arguments.resolution)
     copies = 2 if arguments.joint_lengths else 1
 
     def forward() -> None:
         codes = encoder.quantizer(encoder.compute_features(latents)).to(dtype)
         decoder(latents.repeat(copies, 1, 1, 1), torch.ones(copies), codes.repeat(copies, 1, 1))
 
-    return Work([encoder, decoder], forward, lambda: None if vae is None else vae.encode(pictures))
+    return Work([encoder, decoder], forward, lambda: None if vae is None else vae.encode(images))
 
 
 def prior_work(arguments: PriorArguments, dtype: torch.dtype) -> Work:
@@ -136,15 +137,15 @@ def estimate(stage: str, path: Path, num_processes: int) -> list[str]:
         with FlopCounter() as frozen:
             work.frozen_forward()
     flops = FORWARD_AND_BACKWARD * trained.trained + frozen.trained
-    pictures = arguments.max_train_steps * arguments.train_batch_size * arguments.gradient_accumulation_steps
-    pictures *= num_processes
+    images = arguments.max_train_steps * arguments.train_batch_size * arguments.gradient_accumulation_steps
+    images *= num_processes
     weights = count_weights(work)
     figures = {
         "weights": weights / 1e6,
         "flops": flops / 1e9,
-        "pictures": pictures / 1e6,
-        "total": flops * pictures / 1e18,
-        "hours": flops * pictures / (ASSUMED_SHARE * H100_FLOPS) / 3600,
+        "images": images / 1e6,
+        "total": flops * images / 1e18,
+        "hours": flops * images / (ASSUMED_SHARE * H100_FLOPS) / 3600,
         "states": BYTES_PER_WEIGHT * weights / 2**30,
         "activations": estimate_activations(stage, arguments) / 2**20,
     }
@@ -155,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("configs", type=Path, nargs="+")
-    parser.add_argument("--num_processes", type=int, default=1, help="that share the pictures of a step")
+    parser.add_argument("--num_processes", type=int, default=1, help="that share the images of a step")
     options = parser.parse_args()
     print("| " + " | ".join(HEADER) + " |")
     print("|" + " --- |" * len(HEADER))

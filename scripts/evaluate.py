@@ -11,13 +11,13 @@ it is started again with the same options. Needs the extra `flextok_hf[eval]`.
 
 import sys
 
-from flextok_hf.cards.sections import markdown_table
 from flextok_hf.evaluation.complexity import Complexity
 from flextok_hf.evaluation.generation import Generation
 from flextok_hf.evaluation.options import ComplexityOptions, GenerationOptions, ReconstructionOptions
 from flextok_hf.evaluation.reconstruction import Reconstruction
 from flextok_hf.evaluation.results import compare_records, read_record
 from flextok_hf.utils.option_parsing import parse_arguments
+from flextok_hf.utils.tables import markdown_table
 
 
 MEASUREMENTS = {

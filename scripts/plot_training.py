@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument(
         "--figures", nargs="+", default=list(DEFAULT_FIGURES), help="what to draw, as named in the log"
     )
-    parser.add_argument("--output", type=Path, required=True, help="picture file")
+    parser.add_argument("--output", type=Path, required=True, help="image file")
     options = parser.parse_args()
     plot({folder.name: read_log(folder) for folder in options.runs}, options.figures, options.output)
 

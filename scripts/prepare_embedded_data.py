@@ -138,7 +138,7 @@ def noun_phrases(word: str, form: str, style_word: str | None = None) -> list[st
 
 
 def make_captions(noun: Noun, style: str) -> list[str]:
-    """Return distinct wordings of one picture, with and without its style, for its name and its synonyms."""
+    """Return distinct wordings of one image, with and without its style, for its name and its synonyms."""
     plain = () if style in STYLES_NAMED_ALWAYS else PLAIN_WORDINGS
     captions = []
     for word in (noun.name, *noun.synonyms):
@@ -150,7 +150,7 @@ def make_captions(noun: Noun, style: str) -> list[str]:
 
 
 def compress(image: PILImage.Image, resolution: int, style: str) -> bytes:
-    """Cut and reduce a picture to a square and return it as WebP: a fifth of the size of PNG."""
+    """Cut and reduce an image to a square and return it as WebP: a fifth of the size of PNG."""
     buffer = io.BytesIO()
     square = resize_and_crop(to_rgb(image), resolution)
     square.save(buffer, "WEBP", quality=WEBP_QUALITY.get(style, 90), method=6)
@@ -167,7 +167,7 @@ def choose(source: DatasetDict, names: set[str] | None, styles: Sequence[str]) -
 
 
 def make_rows(records: Dataset, noun_of: dict[str, Noun], style: str | None, resolution: int) -> Iterator[dict]:
-    """Yield the rows of one split; `style` is that of all pictures, or `None` where a column says it.
+    """Yield the rows of one split; `style` is that of all images, or `None` where a column says it.
 
     A name that is not in `noun_of` stands for itself, lower case, with or without an article.
     """
@@ -199,12 +199,12 @@ def prepare(
     """Caption, crop and reduce; see the module docstring for the columns.
 
     Args:
-        sources: data sets with the splits train and validation, and the style of all their pictures or `None`.
+        sources: data sets with the splits train and validation, and the style of all their images or `None`.
         nouns: everyday names, with their inflection and synonyms.
-        resolution: side of the pictures in pixels.
+        resolution: side of the images in pixels.
 
     Raises:
-        ValueError: if an everyday name has no picture in the sources.
+        ValueError: if an everyday name has no image in the sources.
     """
     noun_of = {noun.source_name: noun for noun in nouns}
     features = Features(
@@ -218,7 +218,7 @@ def prepare(
     found = {row["name"] for rows in splits.values() for row in rows}
     missing = sorted(noun.source_name for noun in noun_of.values() if noun.name not in found)
     if missing:
-        raise ValueError(f"The sources have no picture of {missing}; correct the list of names.")
+        raise ValueError(f"The sources have no image of {missing}; correct the list of names.")
     return {split: Dataset.from_list(rows, features=features) for split, rows in splits.items()}
 
 
@@ -231,7 +231,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max_photos", type=int, help="draw this many training photos")
     parser.add_argument("--output", required=True, type=Path, help="folder for train.parquet and validation.parquet")
     parser.add_argument("--names", type=Path, default=DEFAULT_NAMES_FILE, help="list of everyday names, one per line")
-    parser.add_argument("--resolution", type=int, default=128, help="side of the pictures in pixels")
+    parser.add_argument("--resolution", type=int, default=128, help="side of the images in pixels")
     return parser.parse_args()
 
 
@@ -250,7 +250,7 @@ def main() -> None:
     for split, records in prepared.items():
         records.to_parquet(arguments.output / f"{split}.parquet")
         styles = {style: records["style"][:].count(style) for style in STYLED_WORDINGS}
-        print(f"{split}: {len(records)} pictures of {len(set(records['name']))} names, {styles}")
+        print(f"{split}: {len(records)} images of {len(set(records['name']))} names, {styles}")
 
 
 if __name__ == "__main__":

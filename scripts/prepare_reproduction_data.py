@@ -1,4 +1,4 @@
-r"""Make the data of the study in docs/reproduction.md: one drawn shape per picture, and prompts of growing detail.
+r"""Make the data of the study in docs/reproduction.md: one drawn shape per image, and prompts of growing detail.
 
     python scripts/prepare_reproduction_data.py --output data/reproduction
 
@@ -9,7 +9,7 @@ Writes train.parquet and validation.parquet with the columns
     color_prompt     the color only ("a red shape")
     object_prompt    shape, color and size ("a large red circle")
     scene_prompt     a full sentence ("a large red circle in the top left")
-    shape, color, size, place   what the picture shows
+    shape, color, size, place   what the image shows
     object           size, color and shape together, the classes of a feature network
 
 The scenes are those of `flextok_hf.data.synthetic` with one shape on gray, made larger: 480 combinations, and a little
@@ -34,8 +34,8 @@ PROMPTS = ("color_prompt", "object_prompt", "scene_prompt")
 ATTRIBUTES = ("shape", "color", "size", "place")
 # A background that varies makes up nine tenths of the variance of pixels, and a short training learns nothing else.
 BACKGROUND = "gray"
-DIAMETERS = {"small": 0.36, "large": 0.64}  # in sides of the picture
-SPREAD = 0.68  # of the places around the middle, so that large shapes stay in the picture
+DIAMETERS = {"small": 0.36, "large": 0.64}  # in sides of the image
+SPREAD = 0.68  # of the places around the middle, so that large shapes stay in the image
 
 
 def describe(scene: Scene) -> dict[str, str]:
@@ -70,7 +70,7 @@ def enlarge(scene: Scene) -> Scene:
 
 
 def make_split(split: str, size: int, resolution: int, seed: int) -> Dataset:
-    """Draw the pictures of one split."""
+    """Draw the images of one split."""
     rows = []
     for scene in islice(single_scenes(split, seed), size):
         content = BytesIO()
@@ -85,16 +85,16 @@ def make_split(split: str, size: int, resolution: int, seed: int) -> Dataset:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, type=Path, help="folder for train.parquet and validation.parquet")
-    parser.add_argument("--resolution", type=int, default=24, help="side of the pictures in pixels")
-    parser.add_argument("--num_train", type=int, default=8000, help="pictures of the split train")
-    parser.add_argument("--num_validation", type=int, default=500, help="pictures of the split validation")
-    parser.add_argument("--seed", type=int, default=0, help="another seed gives other pictures")
+    parser.add_argument("--resolution", type=int, default=24, help="side of the images in pixels")
+    parser.add_argument("--num_train", type=int, default=8000, help="images of the split train")
+    parser.add_argument("--num_validation", type=int, default=500, help="images of the split validation")
+    parser.add_argument("--seed", type=int, default=0, help="another seed gives other images")
     options = parser.parse_args(argv)
     options.output.mkdir(parents=True, exist_ok=True)
     for split, size in (("train", options.num_train), ("validation", options.num_validation)):
         rows = make_split(split, size, options.resolution, options.seed)
         write_atomically(options.output / f"{split}.parquet", rows.to_parquet)
-        print(f"{split}: {len(rows)} pictures of {len(set(rows['object']))} objects")
+        print(f"{split}: {len(rows)} images of {len(set(rows['object']))} objects")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ TOY_DATA = {"num_train": "120", "num_validation": "40"}
 TOY_TRAINING = {"max_train_steps": "4", "train_batch_size": "8", "lr_warmup_steps": "1"}
 TOY_SAMPLING = {"num_inference_steps": "2", "batch_size": "20"}
 TOY_MEASUREMENTS = {
-    "reconstruction": TOY_SAMPLING | {"max_pictures": "40"},
+    "reconstruction": TOY_SAMPLING | {"max_images": "40"},
     "generation": TOY_SAMPLING | {"max_prompts": "40"},
     "complexity": TOY_SAMPLING | {"max_prompts": "10"},
 }

@@ -7,9 +7,9 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from flextok_hf.cards.sections import markdown_table
 from flextok_hf.evaluation.plots import plot_curves
 from flextok_hf.evaluation.results import interval_text, point, read_record, write_record
+from flextok_hf.utils.tables import markdown_table
 
 
 LOWER_IS_BETTER = {"mae", "frechet_distance"}
@@ -19,7 +19,7 @@ RECONSTRUCTION = {
     "frechet_distance": "Frechet distance (shapes_resnet), reconstructed",
 }
 GENERATION = {
-    "all": "drawn pictures with the color, size and place asked for",
+    "all": "drawn images with the color, size and place asked for",
     "color": "with the color",
     "size": "with the size",
     "place": "with the place",
@@ -68,7 +68,7 @@ def side_by_side(records: dict, kind: str, keys: dict[str, str]) -> list[str]:
 
 
 def claim_lengths(records: dict) -> list[str]:
-    """Plausible pictures at every length: drawn pictures from one token, next to models that never learned to stop."""
+    """Plausible images at every length: drawn images from one token, next to models that never learned to stop."""
     counts = records["flexible"]["generation"]["token_counts"]
     longest = max((name for name in records if name.startswith("fixed-")), key=lambda name: int(name.split("-")[1]))
     few, cut, grid = (
@@ -79,7 +79,7 @@ def claim_lengths(records: dict) -> list[str]:
     held = conclude("frechet_distance", cut, few)
     precision = [figure_of(records, "flexible", "generation", count, "precision") for count in (counts[0], counts[-1])]
     return [
-        f"**Plausible pictures at every length: {held}.** The Frechet distance of pictures drawn with {counts[0]}"
+        f"**Plausible images at every length: {held}.** The Frechet distance of images drawn with {counts[0]}"
         f" token is {interval_text(few)}, and {interval_text(cut)} for {longest} cut to {counts[0]}; with {counts[-1]}"
         f" tokens it is {interval_text(every)}. The grid with {counts[0]} token has {interval_text(grid)}; next to it,"
         f" the ordered model: {judge('frechet_distance', grid, few)}. Precision is {interval_text(precision[0])} with"
@@ -88,14 +88,14 @@ def claim_lengths(records: dict) -> list[str]:
 
 
 def claim_more_tokens(records: dict) -> list[str]:
-    """More tokens, better pictures: reconstruction and generation at the shortest and the longest sequence."""
+    """More tokens, better images: reconstruction and generation at the shortest and the longest sequence."""
     counts = records["flexible"]["reconstruction"]["token_counts"]
     lines = []
     for kind, key, title in (
         ("reconstruction", "psnr_db", "PSNR of reconstructions"),
         ("reconstruction", "frechet_distance", "Frechet distance of reconstructions"),
-        ("generation", "all", "adherence of drawn pictures to full sentences"),
-        ("generation", "frechet_distance", "Frechet distance of drawn pictures"),
+        ("generation", "all", "adherence of drawn images to full sentences"),
+        ("generation", "frechet_distance", "Frechet distance of drawn images"),
     ):
         first, last = (figure_of(records, "flexible", kind, count, key) for count in (counts[0], counts[-1]))
         lines.append(
@@ -148,7 +148,7 @@ def claim_order(records: dict) -> list[str]:
     for kind, key, title in (
         ("reconstruction", "psnr_db", "PSNR of reconstructions"),
         ("reconstruction", "frechet_distance", "Frechet distance of reconstructions"),
-        ("generation", "all", "adherence of drawn pictures"),
+        ("generation", "all", "adherence of drawn images"),
     ):
         counts = records["flexible"][kind]["token_counts"]
         parts = []
@@ -195,12 +195,12 @@ def training_table(output: Path, models: Sequence[str]) -> str:
             folder = output / model / stage
             log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
             arguments = json.loads((folder / "arguments.json").read_text())
-            pictures = arguments["max_train_steps"] * arguments["train_batch_size"]
+            images = arguments["max_train_steps"] * arguments["train_batch_size"]
             speeds = [entry["images_per_s"] for entry in log if entry.get("images_per_s")]
-            seconds = pictures / (sum(speeds) / len(speeds)) if speeds else float("nan")
-            cells += [f"{pictures:,}", f"{seconds / 60:.1f}"]
+            seconds = images / (sum(speeds) / len(speeds)) if speeds else float("nan")
+            cells += [f"{images:,}", f"{seconds / 60:.1f}"]
         rows.append(cells)
-    header = ["model", "tokenizer: pictures", "minutes", "prior: pictures", "minutes"]
+    header = ["model", "tokenizer: images", "minutes", "prior: images", "minutes"]
     return markdown_table(header, rows)
 
 
@@ -228,9 +228,9 @@ def write_summary(output: Path, results: Path, models: Sequence[str]) -> None:
         "Made by `scripts/reproduce.py` from the result files beside it. Intervals are 95%; a difference counts only"
         " if they are apart. One run of each model: the intervals know nothing of other seeds of training.",
         "",
-        f"- {first['protocol']['data']}: pictures of {first['protocol']['resolution']} pixels; measured on"
+        f"- {first['protocol']['data']}: images of {first['protocol']['resolution']} pixels; measured on"
         f" {first['device']}",
-        f"- feature network {network['name']}, SHA-256 {network['sha256'][:16]}, accuracy on held-out pictures"
+        f"- feature network {network['name']}, SHA-256 {network['sha256'][:16]}, accuracy on held-out images"
         f" {network['validation_accuracy']:.1%}; its distances are no FID",
         "",
         "## What held",
@@ -243,10 +243,10 @@ def write_summary(output: Path, results: Path, models: Sequence[str]) -> None:
         "",
         training_table(output, models),
         "",
-        "## Reconstruction of held-out pictures",
+        "## Reconstruction of held-out images",
         "",
         *side_by_side(records, "reconstruction", RECONSTRUCTION),
-        "## Pictures drawn from full sentences",
+        "## Images drawn from full sentences",
         "",
         *side_by_side(records, "generation", GENERATION),
     ]

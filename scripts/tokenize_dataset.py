@@ -1,12 +1,12 @@
-"""Turn a data set of pictures into token ids once, so that a prior can be trained without the tokenizer.
+"""Turn a data set of images into token ids once, so that a prior can be trained without the tokenizer.
 
     python scripts/tokenize_dataset.py --train_data FOLDER_OR_NAME --output tokens --caption_column text --crops 4
     accelerate launch scripts/tokenize_dataset.py ...        (several processes, each with a device of its own)
 
-Writes parquet shards with one row per picture: `token_ids` as a list of crops, coarsest token first, and the caption
-and class columns as they were. The first crop is the middle of the picture, the others are random squares of it. A
+Writes parquet shards with one row per image: `token_ids` as a list of crops, coarsest token first, and the caption
+and class columns as they were. The first crop is the middle of the image, the others are random squares of it. A
 shard appears when it is complete; started again with the same options, only missing shards are made. Unreadable
-pictures are left out and named in the JSON file beside their shard.
+images are left out and named in the JSON file beside their shard.
 """
 
 import argparse
@@ -27,18 +27,21 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from flextok_hf import FlexTokPipeline, embedded_model
-from flextok_hf.data.batches import draw_seed
-from flextok_hf.data.samples import Columns, ImageTransform, UnreadableRow, read_picture
-from flextok_hf.data.training_dataset import ImageDataset, load_training_dataset
-from flextok_hf.evaluation import weights_hash
+from flextok_hf.data.columns import Columns
+from flextok_hf.data.image_dataset import ImageDataset
+from flextok_hf.data.samples import ImageTransform, read_image
+from flextok_hf.data.seeds import draw_seed
+from flextok_hf.data.skipped_rows import UnreadableRow
+from flextok_hf.data.training_dataset import load_training_dataset
 from flextok_hf.pipelines.bulk_tokenization import tokenize_batches
-from flextok_hf.utils.files import write_atomically
+from flextok_hf.utils.files import read_json, write_atomically, write_text
+from flextok_hf.utils.measures import weights_hash
 
 
 logger = logging.getLogger(__name__)
 
 
-class PictureCrops(Dataset):
+class ImageCrops(Dataset):
     """Rows of a data set: (row, uint8 crops (crops, 3, R, R) or `None`, values to keep, why there are no crops)."""
 
     def __init__(self, dataset: ImageDataset, rows: list[int], options: argparse.Namespace):
@@ -58,16 +61,16 @@ class PictureCrops(Dataset):
         row = self.rows[index]
         values = dict(self.dataset.rows[row])
         try:
-            picture = read_picture(values.pop(self.dataset.columns.image))
+            image = read_image(values.pop(self.dataset.columns.image))
             for name, value in values.items():
                 if value is None or value == []:
                     raise UnreadableRow(f"its '{name}' is empty")
         except UnreadableRow as error:
             return row, None, values, str(error)
-        crops = [self.middle.to_pixels(picture)]
+        crops = [self.middle.to_pixels(image)]
         for number in range(1, self.num_crops):
             generator = torch.Generator().manual_seed(draw_seed(self.seed, row, number))
-            pixels = self.random.to_pixels(picture, generator)
+            pixels = self.random.to_pixels(image, generator)
             is_flipped = self.random_flip and torch.rand((), generator=generator).item() < 0.5
             crops.append(pixels.flip(-1) if is_flipped else pixels)
         return row, torch.stack(crops), values, ""
@@ -114,7 +117,7 @@ class ShardWriter:
         """Write a shard, its report first: whoever sees the shard finds both."""
         report = {"rows": len(self.rows["token_ids"]), "skipped": self.skipped}
         path = self.path(shard)
-        write_atomically(path.with_suffix(".json"), lambda name: Path(name).write_text(json.dumps(report) + "\n"))
+        write_text(path.with_suffix(".json"), json.dumps(report) + "\n")
         table = datasets.Dataset.from_dict(self.rows, features=self.features)
         write_atomically(path, table.to_parquet)
         self.rows = {name: [] for name in self.features}
@@ -134,13 +137,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--caption_column", help="column to keep: a caption or a list of wordings")
     parser.add_argument("--class_column", help="column to keep: a class")
     parser.add_argument("--max_train_samples", type=int, help="use only the first rows")
-    parser.add_argument("--crops", type=int, default=1, help="crops of each picture; the first is the middle (1)")
+    parser.add_argument("--crops", type=int, default=1, help="crops of each image; the first is the middle (1)")
     parser.add_argument("--random_flip", action="store_true", help="mirror half of the crops after the first")
-    parser.add_argument("--max_tokens", type=int, help="tokens to keep of each picture (all)")
+    parser.add_argument("--max_tokens", type=int, help="tokens to keep of each image (all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch_size", type=int, default=32, help="crops computed at a time (32)")
-    parser.add_argument("--shard_size", type=int, default=10_000, help="pictures per file (10,000)")
-    parser.add_argument("--dataloader_num_workers", type=int, default=0, help="processes that read pictures")
+    parser.add_argument("--shard_size", type=int, default=10_000, help="images per file (10,000)")
+    parser.add_argument("--dataloader_num_workers", type=int, default=0, help="processes that read images")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--device", help="by default what accelerate chooses")
     options = parser.parse_args(argv)
@@ -158,9 +161,9 @@ def check_settings(options: argparse.Namespace, facts: dict[str, Any]) -> None:
     """
     path = options.output / "settings.json"
     if not path.is_file():
-        write_atomically(path, lambda name: Path(name).write_text(json.dumps(facts, indent=2) + "\n"))
+        write_text(path, json.dumps(facts, indent=2) + "\n")
         return
-    earlier = json.loads(path.read_text())
+    earlier = read_json(path)
     # the weights count, not where they lie
     changed = [name for name in facts if name != "model" and earlier.get(name) != facts[name]]
     if changed:
@@ -186,7 +189,7 @@ def describe(options: argparse.Namespace, pipe: FlexTokPipeline, num_rows: int) 
     }
 
 
-def tokenize_rows(pipe: FlexTokPipeline, crops: PictureCrops, options: argparse.Namespace) -> Iterator[tuple]:
+def tokenize_rows(pipe: FlexTokPipeline, crops: ImageCrops, options: argparse.Namespace) -> Iterator[tuple]:
     """Yield (row, ids of its crops or `None`, values, reason) in the order of the rows."""
     loader = DataLoader(
         crops,
@@ -208,16 +211,16 @@ def tokenize_rows(pipe: FlexTokPipeline, crops: PictureCrops, options: argparse.
         waiting.append(rows)
 
     for token_ids in tokenize_batches(pipe, pixel_batches(), options.max_tokens):
-        of_pictures = iter(token_ids.split(options.crops))
+        of_images = iter(token_ids.split(options.crops))
         for row, pixels, values, reason in waiting.popleft():
-            yield row, None if pixels is None else next(of_pictures).tolist(), values, reason
+            yield row, None if pixels is None else next(of_images).tolist(), values, reason
     for row, _, values, reason in waiting.popleft():
         yield row, None, values, reason
 
 
 def write_card(options: argparse.Namespace, writer: ShardWriter, facts: dict[str, Any]) -> None:
     """Write a README.md that says what the ids are and how to read them."""
-    reports = [json.loads(path.read_text()) for path in sorted(options.output.glob(f"{options.split}-*.json"))]
+    reports = [read_json(path) for path in sorted(options.output.glob(f"{options.split}-*.json"))]
     num_rows, num_skipped = (sum(counts) for counts in zip(*((r["rows"], len(r["skipped"])) for r in reports)))
     data_files = [{"split": options.split, "path": f"{options.split}-*.parquet"}]
     metadata = DatasetCardData(
@@ -228,13 +231,13 @@ def write_card(options: argparse.Namespace, writer: ShardWriter, facts: dict[str
 {metadata.to_yaml()}
 ---
 
-# Pictures as FlexTok tokens
+# Images as FlexTok tokens
 
-{num_rows:,} pictures as token ids; {num_skipped:,} could not be read and are left out. `token_ids` holds for each
-picture a list of crops, the first of them its middle; each crop is a list of {facts["num_tokens"]} ids below
-{facts["codebook_size"]:,}, coarsest first, of which any prefix describes the picture. Made by
+{num_rows:,} images as token ids; {num_skipped:,} could not be read and are left out. `token_ids` holds for each
+image a list of crops, the first of them its middle; each crop is a list of {facts["num_tokens"]} ids below
+{facts["codebook_size"]:,}, coarsest first, of which any prefix describes the image. Made by
 `scripts/tokenize_dataset.py` of flextok_hf. The ids mean something only to the tokenizer with these weights, and the
-rights in pictures and captions are those of their source.
+rights in images and captions are those of their source.
 
 ```python
 from datasets import load_dataset
@@ -270,21 +273,21 @@ def main(argv: list[str] | None = None) -> None:
     with state.main_process_first():
         check_settings(options, facts)
     writer = ShardWriter(options, dataset, pipe.codebook_size)
-    crops = PictureCrops(dataset, writer.missing_rows(state.process_index, state.num_processes), options)
-    start, num_pictures = time.perf_counter(), 0
-    with tqdm(total=len(crops), unit=" pictures", disable=not state.is_main_process) as progress:
+    crops = ImageCrops(dataset, writer.missing_rows(state.process_index, state.num_processes), options)
+    start, num_images = time.perf_counter(), 0
+    with tqdm(total=len(crops), unit=" images", disable=not state.is_main_process) as progress:
         for row, token_ids, values, reason in tokenize_rows(pipe, crops, options):
             if token_ids is None:
                 logger.warning("Row %d is left out: %s", row, reason)
             writer.add(row, token_ids, values, reason)
-            num_pictures += 1
+            num_images += 1
             progress.update()
     seconds = time.perf_counter() - start
     state.wait_for_everyone()
     if state.is_main_process:
         write_card(options, writer, facts)
-    speed = f"{options.crops * num_pictures / seconds:.1f} crops/s"
-    print(f"{options.output}: {num_pictures} pictures in {seconds:.1f} s, {speed}, process {state.process_index}")
+    speed = f"{options.crops * num_images / seconds:.1f} crops/s"
+    print(f"{options.output}: {num_images} images in {seconds:.1f} s, {speed}, process {state.process_index}")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@ r"""Train a small classifier whose features stand in where the Inception weights
 
     python scripts/train_feature_network.py --data data/embedded128 --output scripts/assets/feature_network
 
-The network is a ResNet of Transformers made here, trained from scratch to name the pictures of the split train.
+The network is a ResNet of Transformers made here, trained from scratch to name the images of the split train.
 Written to `--output`: its weights in half precision (safetensors), its configuration, the preprocessing, and
 training.json with the accuracy on the split validation. A Frechet distance in its features is no FID and is never
-called one: it compares models that were measured with the same network, on the kinds of pictures it has seen.
+called one: it compares models that were measured with the same network, on the kinds of images it has seen.
 """
 
 import argparse
@@ -20,38 +20,38 @@ from tqdm.auto import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from flextok_hf.evaluation.feature_networks import TRAINING_RECORD
-from flextok_hf.evaluation.images import EvaluationPictures, load_split
-from flextok_hf.utils.files import write_atomically
+from flextok_hf.evaluation.images import EvaluationImages, load_split
+from flextok_hf.utils.files import write_text
 
 
-MEAN, STD = 0.5, 0.25  # of the input, per channel: near those of the pictures
+MEAN, STD = 0.5, 0.25  # of the input, per channel: near those of the images
 
 
 def read_split(data: str, split: str, column: str, side: int) -> tuple[Tensor, list[str]]:
-    """Return pictures (N, 3, side, side) uint8 of a split and their labels."""
+    """Return images (N, 3, side, side) uint8 of a split and their labels."""
     rows = load_split(data, split)
     if column not in rows.column_names:
         raise ValueError(f"`--label_column` is {column!r}, but {data} has {', '.join(rows.column_names)}.")
-    return EvaluationPictures(rows, side).read_all(), [str(value) for value in rows[column]]
+    return EvaluationImages(rows, side).read_all(), [str(value) for value in rows[column]]
 
 
 def augment(pixels: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
-    """Shift, zoom, mirror and recolor pictures (B, 3, R, R) uint8; returns floats in [0, 1]."""
+    """Shift, zoom, mirror and recolor images (B, 3, R, R) uint8; returns floats in [0, 1]."""
     size = len(pixels)
 
     def draw(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(size, *shape, generator=generator)
 
-    pictures = pixels.float() / 255
+    images = pixels.float() / 255
     theta = torch.zeros(size, 2, 3)
     mirror = torch.where(draw(0, 1) < 0.5, -1.0, 1.0) if flip else torch.ones(size)
     zoom = draw(0.8, 1.15)
     theta[:, 0, 0], theta[:, 1, 1] = mirror * zoom, zoom
     theta[:, :, 2] = draw(-0.15, 0.15, 2)
-    grid = F.affine_grid(theta, list(pictures.shape), align_corners=False)
-    pictures = F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
     contrast, brightness = draw(0.75, 1.25, 1, 1, 1), draw(-0.1, 0.1, 3, 1, 1)
-    return ((pictures - 0.5) * contrast + 0.5 + brightness).clamp(0, 1)
+    return ((images - 0.5) * contrast + 0.5 + brightness).clamp(0, 1)
 
 
 def build_network(class_names: list[str], hidden_sizes: list[int]) -> ResNetForImageClassification:
@@ -70,7 +70,7 @@ def build_network(class_names: list[str], hidden_sizes: list[int]) -> ResNetForI
 
 @torch.no_grad()
 def measure_accuracy(network: torch.nn.Module, pixels: Tensor, targets: Tensor) -> float:
-    """Return the share of pictures (N, 3, R, R) uint8 whose class is the network's first guess."""
+    """Return the share of images (N, 3, R, R) uint8 whose class is the network's first guess."""
     network.eval()
     hits = [
         network(pixel_values=(part.float() / 255 - MEAN) / STD).logits.argmax(dim=1) == wanted
@@ -92,8 +92,8 @@ def train(network: torch.nn.Module, pixels: Tensor, targets: Tensor, options: ar
     for _ in tqdm(range(options.epochs), unit="epoch"):
         order = torch.randperm(len(pixels), generator=generator)[: steps_per_epoch * options.batch_size]
         for chosen in order.split(options.batch_size):
-            pictures = augment(pixels[chosen], generator, options.flip)
-            logits = network(pixel_values=(pictures - MEAN) / STD).logits
+            images = augment(pixels[chosen], generator, options.flip)
+            logits = network(pixel_values=(images - MEAN) / STD).logits
             loss = F.cross_entropy(logits, targets[chosen], label_smoothing=0.1)
             loss.backward()
             optimizer.step()
@@ -109,11 +109,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--label_column", default="name", help="column of the classes")
     parser.add_argument("--side", type=int, default=64, help="side of its input in pixels")
     parser.add_argument("--hidden_sizes", type=int, nargs="+", default=[32, 64, 96, 64], help="widths; last: features")
-    parser.add_argument("--epochs", type=int, default=30, help="passes over the pictures")
-    parser.add_argument("--batch_size", type=int, default=128, help="pictures per step")
+    parser.add_argument("--epochs", type=int, default=30, help="passes over the images")
+    parser.add_argument("--batch_size", type=int, default=128, help="images per step")
     parser.add_argument("--learning_rate", type=float, default=6e-3, help="its peak")
     parser.add_argument("--weight_decay", type=float, default=0.05, help="of AdamW")
-    parser.add_argument("--flip", action="store_true", help="mirror half of the pictures")
+    parser.add_argument("--flip", action="store_true", help="mirror half of the images")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
     return parser.parse_args(argv)
 
@@ -136,8 +136,8 @@ def main(argv: list[str] | None = None) -> None:
     record = {
         "name": options.name or options.output.resolve().name,
         "validation_accuracy": round(measure_accuracy(network, held_out, held_out_targets), 4),
-        "validation_pictures": len(held_out),
-        "training_pictures": len(pixels),
+        "validation_images": len(held_out),
+        "training_images": len(pixels),
         "classes": len(class_names),
         "chance": round(1 / len(class_names), 6),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     for name, content in {"preprocessor_config.json": processing, TRAINING_RECORD: record}.items():
         text = json.dumps(content, indent=2) + "\n"
-        write_atomically(options.output / name, lambda path, text=text: Path(path).write_text(text))
+        write_text(options.output / name, text)
     print(json.dumps(record))
 
 

@@ -1,7 +1,7 @@
 """Write a model's card from its configuration, its recipe and result files, and put them beside it.
 
     python scripts/write_model_card.py --model src/flextok_hf/embedded_model --results docs/results/embedded \
-        --facts scripts/configs/embedded_card.yaml --pictures docs/assets/strip.webp
+        --facts scripts/configs/embedded_card.yaml --images docs/assets/strip.webp
 
 What these files are is told in `flextok_hf.cards.model_card`. Results of other weights than the model's are refused.
 """
@@ -13,9 +13,9 @@ from pathlib import Path
 from torch import nn
 
 from flextok_hf import FlexTokPipeline
-from flextok_hf.cards.model_card import FACTS_FILE, PICTURES_FOLDER, RESULTS_FOLDER, write_model_card
-from flextok_hf.cards.sections import read_json
-from flextok_hf.evaluation import weights_hash
+from flextok_hf.cards.model_card import FACTS_FILE, IMAGES_FOLDER, RESULTS_FOLDER, write_model_card
+from flextok_hf.utils.files import read_json
+from flextok_hf.utils.measures import weights_hash
 
 
 def check_results(model: Path, results: list[Path]) -> None:
@@ -44,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--name", help="what users load it by; by default the name of its folder")
     parser.add_argument("--facts", type=Path, help="YAML file with title, license, data and limits")
     parser.add_argument("--results", type=Path, help="folder with result files")
-    parser.add_argument("--pictures", type=Path, nargs="+", default=[], help="pictures to show")
+    parser.add_argument("--images", type=Path, nargs="+", default=[], help="images to show")
     return parser.parse_args()
 
 
@@ -56,8 +56,8 @@ def main() -> None:
         results = [path for path in sorted(options.results.glob("*.json")) if read_json(path).get("results")]
         check_results(options.model, results)
         copy_beside(results, options.model / RESULTS_FOLDER)
-    if options.pictures:
-        copy_beside(options.pictures, options.model / PICTURES_FOLDER)
+    if options.images:
+        copy_beside(options.images, options.model / IMAGES_FOLDER)
     print(write_model_card(options.model, options.name))
 
 

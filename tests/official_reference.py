@@ -46,7 +46,7 @@ def tokenizer_block(tensors, block, x, head_dim, may_look=None, modulation=None)
 
 
 def patch_tokens(tensors, embedder, positions, latents, patch):
-    """Patches of one picture (C, h, w), in rows: (N, D)."""
+    """Patches of one image (C, h, w), in rows: (N, D)."""
     tokens = []
     for row in range(latents.shape[1] // patch):
         for column in range(latents.shape[2] // patch):
@@ -57,7 +57,7 @@ def patch_tokens(tensors, embedder, positions, latents, patch):
 
 
 def features(tensors, shape, latents):
-    """What the encoder says about one picture (C, h, w): (K, Q)."""
+    """What the encoder says about one image (C, h, w): (K, Q)."""
     prefix = "encoder.module_dict."
     patches = patch_tokens(tensors, f"{prefix}enc_patch_emb", f"{prefix}enc_posemb_module", latents, shape["patch"])
     n = len(patches)
@@ -96,7 +96,7 @@ def codes(shape, ids):
 
 
 def velocity(tensors, shape, latents, t, ids, is_unconditional=False):
-    """Velocity of one noisy picture (C, h, w) at noise level `t`, for token ids (k,)."""
+    """Velocity of one noisy image (C, h, w) at noise level `t`, for token ids (k,)."""
     prefix, patch = "decoder.module_dict.", shape["patch"]
     patches = patch_tokens(
         tensors, f"{prefix}dec_noise_patch_emb", f"{prefix}dec_patches_posemb_module", latents, patch

@@ -6,7 +6,7 @@ from conftest import NUM_REGISTERS
 
 
 IDS = torch.zeros(1, 4, dtype=torch.int64)
-PICTURE = torch.zeros(3, 16, 16)
+IMAGE = torch.zeros(3, 16, 16)
 
 CALLS = {
     "no prompts": (lambda pipe: pipe([]), ValueError, "`prompt`", "at least one"),
@@ -16,7 +16,7 @@ CALLS = {
     "no tokens": (lambda pipe: pipe("a", max_tokens=0), ValueError, "`max_tokens`", "1 or more"),
     "half a token": (lambda pipe: pipe("a", max_tokens=1.5), ValueError, "`max_tokens`", "whole number"),
     "too few lengths": (lambda pipe: pipe(["a", "b"], max_tokens=[1]), ValueError, "`max_tokens`", "one each"),
-    "no pictures of a prompt": (
+    "no images of a prompt": (
         lambda pipe: pipe("a", num_images_per_prompt=0), ValueError, "`num_images_per_prompt`", "1 or more"
     ),
     "no steps": (lambda pipe: pipe("a", num_inference_steps=0), ValueError, "`num_inference_steps`", "1 or more"),
@@ -46,11 +46,11 @@ CALLS = {
         lambda pipe: pipe.detokenize(IDS, latents=torch.zeros(1, 3, 15, 16)), ValueError, "`latents`", "multiple"
     ),
     "pixels that are not numbers": (
-        lambda pipe: pipe.tokenize(PICTURE.log() * 0), ValueError, "`images", "nan_to_num"
+        lambda pipe: pipe.tokenize(IMAGE.log() * 0), ValueError, "`images", "nan_to_num"
     ),
-    "pixels beyond one": (lambda pipe: pipe.tokenize(PICTURE + 9), ValueError, "`images", "255"),
-    "no pictures": (lambda pipe: pipe.tokenize([]), ValueError, "`images`", ""),
-    "no lengths": (lambda pipe: pipe.reconstruct(PICTURE, []), ValueError, "`max_tokens`", "at least one"),
+    "pixels beyond one": (lambda pipe: pipe.tokenize(IMAGE + 9), ValueError, "`images", "255"),
+    "no images": (lambda pipe: pipe.tokenize([]), ValueError, "`images`", ""),
+    "no lengths": (lambda pipe: pipe.reconstruct(IMAGE, []), ValueError, "`max_tokens`", "at least one"),
 }  # fmt: skip
 
 
@@ -71,10 +71,10 @@ def test_bad_sampling_options_are_found_before_the_prior_runs(tiny_pipeline, mon
         tiny_pipeline("a", latents=torch.zeros(2, 3, 16, 16))
 
 
-def test_a_text_file_is_no_picture(tiny_pipeline, tmp_path):
-    path = tmp_path / "picture.png"
-    path.write_text("not a picture")
-    with pytest.raises(ValueError, match="picture.png"):
+def test_a_text_file_is_no_image(tiny_pipeline, tmp_path):
+    path = tmp_path / "image.png"
+    path.write_text("not an image")
+    with pytest.raises(ValueError, match="image.png"):
         tiny_pipeline.tokenize(path)
 
 

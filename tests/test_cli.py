@@ -227,8 +227,8 @@ def test_traceback_flag_shows_where_an_error_comes_from(tmp_path):
         ([[1000]], "0 to 999"),
         ([[10**30]], "0 to 999"),
         ("12", "no token ids"),
-        ({"format": "flextok-token-ids", "codebook_size": 64000, "pictures": [{"token_ids": [1]}]}, "64000"),
-        ({"format": "flextok-token-ids", "codebook_size": 1000, "pictures": [{"file": "a.png"}]}, "integers"),
+        ({"format": "flextok-token-ids", "codebook_size": 64000, "images": [{"token_ids": [1]}]}, "64000"),
+        ({"format": "flextok-token-ids", "codebook_size": 1000, "images": [{"file": "a.png"}]}, "integers"),
     ],
 )
 def test_token_files_with_wrong_content_are_refused(content, word):
@@ -242,8 +242,8 @@ def test_plain_lists_are_token_files_too(content, expected):
 
 
 def test_token_files_survive_a_round_trip(tmp_path):
-    pictures = [{"file": "a.png", "token_ids": [1, 2]}, {"file": "b.png", "token_ids": [999]}]
-    write_token_file(tmp_path / "ids.json", pictures, codebook_size=1000, num_registers=16)
+    images = [{"file": "a.png", "token_ids": [1, 2]}, {"file": "b.png", "token_ids": [999]}]
+    write_token_file(tmp_path / "ids.json", images, codebook_size=1000, num_registers=16)
     content = read_json(str(tmp_path / "ids.json"))
     assert parse_token_ids(content, "ids.json", codebook_size=1000, num_registers=16) == [[1, 2], [999]]
 
@@ -279,7 +279,7 @@ def test_output_endings_may_be_in_capitals(tmp_path):
     assert check_output_path(tmp_path / "CAT.PNG", (".png",)) == tmp_path / "CAT.PNG"
 
 
-def test_a_contact_sheet_keeps_pictures_in_their_rows_and_columns():
+def test_a_contact_sheet_keeps_images_in_their_rows_and_columns():
     colors = [["red", "lime"], ["blue", "yellow"]]
     rows = [[Image.new("RGB", (2, 2), color) for color in row] for row in colors]
     sheet = contact_sheet(rows, ["one", "two"], cell_size=64, gap=8)
@@ -300,7 +300,7 @@ def fast(model: str) -> list[str]:
     return ["--model", model, "--device", "cpu", "--num-inference-steps", "2"]
 
 
-def test_a_prompt_becomes_a_picture_file(capsys, tmp_path, model):
+def test_a_prompt_becomes_an_image_file(capsys, tmp_path, model):
     path = tmp_path / "cat.png"
     code, out, err = run(capsys, "generate", "a cat", "--max-tokens", 64, "--output", path, *fast(model))
     assert code == 0, err
@@ -308,7 +308,7 @@ def test_a_prompt_becomes_a_picture_file(capsys, tmp_path, model):
     assert Image.open(path).size == (16, 16)
 
 
-def test_the_second_picture_of_a_seed_is_the_first_of_the_next_seed(capsys, tmp_path, model):
+def test_the_second_image_of_a_seed_is_the_first_of_the_next_seed(capsys, tmp_path, model):
     pair, single = tmp_path / "pair.png", tmp_path / "single.png"
     common = ["generate", "a cat", "--quiet", *fast(model)]
     assert run(capsys, *common, "--seed", 3, "--num-images", 2, "--output", pair) == (0, "", "")
@@ -318,7 +318,7 @@ def test_the_second_picture_of_a_seed_is_the_first_of_the_next_seed(capsys, tmp_
     assert difference <= 1  # another batch size may round a value to its neighbor
 
 
-def test_more_pictures_than_a_batch_holds_are_all_written(capsys, tmp_path, model, monkeypatch):
+def test_more_images_than_a_batch_holds_are_all_written(capsys, tmp_path, model, monkeypatch):
     from flextok_hf.cli import commands
 
     monkeypatch.setattr(commands, "BATCH_SIZE", 2)
@@ -327,7 +327,7 @@ def test_more_pictures_than_a_batch_holds_are_all_written(capsys, tmp_path, mode
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["cat-1.png", "cat-2.png", "cat-3.png"]
 
 
-def test_a_streamed_prompt_becomes_numbered_frames_that_end_with_the_whole_picture(capsys, tmp_path, model):
+def test_a_streamed_prompt_becomes_numbered_frames_that_end_with_the_whole_image(capsys, tmp_path, model):
     frames = ["stream", "a cat", "--token-counts", 1, 4, 64, "--output", tmp_path / "cat.png", *fast(model)]
     code, out, err = run(capsys, *frames)
     assert code == 0, err
@@ -354,10 +354,10 @@ def test_a_photo_is_varied_and_keeps_its_first_tokens(capsys, tmp_path, model):
     assert run(capsys, "generate", "", *varied, *common)[0] == 0
     sheet = ["reconstruct", PHOTO, "--max-tokens", 8, "--output", tmp_path / "sheet.png", *fast(model)]
     assert run(capsys, *sheet)[0] == 0
-    with Image.open(tmp_path / "sheet.png") as picture:
-        column = picture.crop((8 + 136, picture.height - 136, 8 + 136 + 128, picture.height - 8))
-    with Image.open(tmp_path / "cat-1.png") as picture:
-        assert column.tobytes() == picture.resize((128, 128), Image.Resampling.NEAREST).tobytes()
+    with Image.open(tmp_path / "sheet.png") as image:
+        column = image.crop((8 + 136, image.height - 136, 8 + 136 + 128, image.height - 8))
+    with Image.open(tmp_path / "cat-1.png") as image:
+        assert column.tobytes() == image.resize((128, 128), Image.Resampling.NEAREST).tobytes()
 
 
 @pytest.mark.parametrize("alone", [("--image", PHOTO), ("--keep-tokens", 3)])
@@ -366,11 +366,11 @@ def test_half_of_a_variation_is_refused(capsys, tmp_path, alone):
     assert_one_line_error(result, "--image", "--keep-tokens")
 
 
-def test_photos_become_ids_and_pictures_again(capsys, tmp_path, model):
+def test_photos_become_ids_and_images_again(capsys, tmp_path, model):
     ids, out = tmp_path / "ids.json", tmp_path / "out.png"
     shared = ["--model", model, "--device", "cpu"]
     assert run(capsys, "tokenize", PHOTO, PHOTO, "--max-tokens", 3, "--output", ids, *shared)[0] == 0
-    first, second = (picture["token_ids"] for picture in json.loads(ids.read_text())["pictures"])
+    first, second = (image["token_ids"] for image in json.loads(ids.read_text())["images"])
     assert first == second and len(first) == 3
     assert run(capsys, "detokenize", ids, "--output", out, *fast(model))[0] == 0
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["out-1.png", "out-2.png"]
@@ -385,9 +385,9 @@ def test_a_photo_becomes_a_contact_sheet_with_a_column_per_count(capsys, tmp_pat
     assert width > 3 * height
 
 
-def test_a_file_that_is_no_picture_is_named(capsys, tmp_path, model):
+def test_a_file_that_is_no_image_is_named(capsys, tmp_path, model):
     fake = tmp_path / "fake.png"
-    fake.write_text("not a picture")
+    fake.write_text("not an image")
     result = run(capsys, "tokenize", fake, "--output", tmp_path / "ids.json", "--model", model, "--device", "cpu")
     assert_one_line_error(result, "fake.png")
 

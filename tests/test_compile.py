@@ -66,7 +66,7 @@ def test_the_encoder_compiles_for_all_lengths():
     assert num_graphs() == 1
 
 
-def test_a_compiled_pipeline_gives_the_same_pictures():
+def test_a_compiled_pipeline_gives_the_same_images():
     plain, pipe = (make_pipeline(prior=make_prior(text_hidden_size=None, num_classes=3)) for _ in range(2))
     pipe.compile(**OPTIONS)
     for counts in ([1, 4, 6], [2, 3], [5, 5, 1, 2]):

@@ -86,8 +86,8 @@ def compare_tokenizer(pipe, tensors, shape, height, width):
     channels, length = shape["channels"], shape["registers"] or (height // shape["patch"]) * (width // shape["patch"])
     latents = torch.randn(3, channels, height, width, generator=seeded(1))
     output = pipe.encoder(latents)
-    for picture, features, ids in zip(latents, output.features, output.token_ids, strict=True):
-        expected = reference.features(tensors, shape, picture)
+    for image, features, ids in zip(latents, output.features, output.token_ids, strict=True):
+        expected = reference.features(tensors, shape, image)
         torch.testing.assert_close(features, expected, atol=ATOL, rtol=0)
         assert ids.equal(reference.token_ids(shape, expected))
         torch.testing.assert_close(pipe.encoder.quantizer.ids_to_codes(ids[None])[0], reference.codes(shape, ids))
@@ -122,7 +122,7 @@ def test_a_checkpoint_saved_in_half_precision_is_computed_in_float32(tmp_path, d
     compare_tokenizer(pipe, tensors, shape, 8, 8)
 
 
-def test_pictures_of_a_batch_keep_their_own_lengths(tmp_path):
+def test_images_of_a_batch_keep_their_own_lengths(tmp_path):
     path, tensors, shape = write_tokenizer(tmp_path / "official")
     pipe = load_quietly(path)
     noise = torch.randn(3, shape["channels"], 6, 4, generator=seeded(2))  # neither square nor as large as it can be

@@ -61,7 +61,7 @@ def test_the_unconditional_velocity_ignores_codes_and_their_number(tiny_decoder,
     assert not torch.allclose(expected, velocity(tiny_decoder, latents, CODES, torch.zeros(3, dtype=torch.int64)))
 
 
-def test_a_batch_of_mixed_conditions_is_decoded_like_single_pictures(tiny_decoder, latents):
+def test_a_batch_of_mixed_conditions_is_decoded_like_single_images(tiny_decoder, latents):
     ignored = torch.tensor([False, False, True])
     together = velocity(tiny_decoder, latents, CODES, LENGTHS, ignored)
     with torch.no_grad():

@@ -25,15 +25,15 @@ def studio(tiny_pipeline):
 def test_a_photo_comes_back_with_its_figures(studio, tiny_pipeline):
     result = studio.reconstruct(PHOTO, 3, seed=5)
     expected = tiny_pipeline.reconstruct(PHOTO, [3], generator=torch.Generator().manual_seed(5))[0][0]
-    assert result.picture.tobytes() == expected.tobytes()
-    assert result.original.size == result.picture.size == (16, 16)
+    assert result.image.tobytes() == expected.tobytes()
+    assert result.original.size == result.image.size == (16, 16)
     assert (result.num_tokens, result.bits) == (3, pytest.approx(3 * math.log2(15)))
-    pairs = list(zip(result.original.tobytes(), result.picture.tobytes(), strict=True))
+    pairs = list(zip(result.original.tobytes(), result.image.tobytes(), strict=True))
     error = sum((a - b) ** 2 for a, b in pairs) / len(pairs)
     assert result.psnr_db == pytest.approx(10 * math.log10(255**2 / error), abs=1e-3)
 
 
-def test_pictures_of_a_prompt_grow_up_to_the_bound(studio, tiny_pipeline):
+def test_images_of_a_prompt_grow_up_to_the_bound(studio, tiny_pipeline):
     shown = list(studio.generate("a red circle", 3, seed=2))
     assert [(number, count) for number, count, _ in shown] == [(1, 1), (2, 2), (3, 3)]
     generator = torch.Generator().manual_seed(2)
@@ -65,15 +65,15 @@ def test_one_token_is_replaced_and_the_rest_stays(studio):
 
 
 def bad_photos(folder: Path) -> dict[str, str]:
-    (folder / "text.png").write_text("not a picture")
+    (folder / "text.png").write_text("not an image")
     (folder / "empty.jpg").write_bytes(b"")
     (folder / "cut.jpg").write_bytes(Path(PHOTO).read_bytes()[:5000])
     Image.new("1", (20000, 10000)).save(folder / "huge.png")
     Image.new("1", (10000, 6000)).save(folder / "large.png")
     (folder / "bomb.png").write_bytes((folder / "huge.png").read_bytes()[:2000])
     return {
-        "text.png": "not a picture",
-        "empty.jpg": "not a picture",
+        "text.png": "not an image",
+        "empty.jpg": "not an image",
         "cut.jpg": "damaged or cut off",
         "huge.png": "too large",
         "large.png": "too large.*10000 x 6000",

@@ -53,7 +53,7 @@ def test_every_register_depends_on_every_patch(tiny_encoder, latents):
 
 @pytest.mark.parametrize("num_tokens", [1, 4, NUM_REGISTERS])
 @torch.no_grad()
-def test_a_batch_as_long_as_its_sequence_is_encoded_like_single_pictures(tiny_encoder, num_tokens):
+def test_a_batch_as_long_as_its_sequence_is_encoded_like_single_images(tiny_encoder, num_tokens):
     """The mask of such a batch has the shape (batch, length) and must not pass for a padding mask."""
     batch_size = NUM_PATCHES + num_tokens
     latents = torch.randn(batch_size, 3, 16, 16, generator=seeded())

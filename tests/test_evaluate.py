@@ -32,12 +32,13 @@ from transformers import (
 from flextok_hf import FlexTokEncoder, FlexTokEncoderConfig, FlexTokFlowDecoder
 from flextok_hf.evaluation import complexity
 from flextok_hf.evaluation.adherence import NAME_CHECKS, Reference, checks_for, measure_feature_space, score
-from flextok_hf.evaluation.feature_networks import IMAGENET_MEAN, IMAGENET_STD, ClipScore, load_feature_network
-from flextok_hf.evaluation.images import EvaluationPictures, load_split
+from flextok_hf.evaluation.feature_networks import ClipScore, load_feature_network
+from flextok_hf.evaluation.images import EvaluationImages, load_split
 from flextok_hf.evaluation.sampling import Sampling, generate, reconstruct, seeded_generators
 from flextok_hf.models.configuration_prior import FlexTokPriorConfig
 from flextok_hf.models.modeling_prior import FlexTokPriorForCausalLM
 from flextok_hf.pipelines.pipeline_flextok import FlexTokPipeline
+from flextok_hf.utils.vision_networks import IMAGENET_MEAN, IMAGENET_STD
 
 
 ROOT = Path(__file__).parents[1]
@@ -50,8 +51,8 @@ RESOLUTION, NUM_REGISTERS = 16, 4
 
 
 def draw(name, color):
-    picture = Image.new("RGB", (RESOLUTION, RESOLUTION), "white")
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (RESOLUTION, RESOLUTION), "white")
+    pen = ImageDraw.Draw(image)
     boxes = {"disk": (2, 2, 13, 13), "box": (3, 3, 12, 12), "bar": (1, 6, 14, 9), "frame": (2, 2, 13, 13)}
     if name == "disk":
         pen.ellipse(boxes[name], fill=color)
@@ -62,7 +63,7 @@ def draw(name, color):
     else:
         pen.line((2, 2, 2, 13), fill=color, width=3)
         pen.line((2, 13, 13, 13) if name == "corner" else (2, 2, 13, 13), fill=color, width=3)
-    return picture
+    return image
 
 
 @pytest.fixture(scope="module")
@@ -202,14 +203,14 @@ def test_reconstruction_is_reported_for_every_token_count(run, tmp_path):
     assert not list(tmp_path.glob(".*begun"))
 
 
-def test_figures_of_reconstruction_are_those_of_its_pictures(run, data_folder, model_folder):
+def test_figures_of_reconstruction_are_those_of_its_images(run, data_folder, model_folder):
     record = run("reconstruction", "--split", "train", "--seed", 3)
     pipe = FlexTokPipeline.from_pretrained(model_folder)
-    _, originals = EvaluationPictures(load_split(str(data_folder), "train"), RESOLUTION).read(range(10))
+    _, originals = EvaluationImages(load_split(str(data_folder), "train"), RESOLUTION).read(range(10))
     generators = [torch.Generator().manual_seed(3 + number) for number in range(10)]
     ids = pipe.tokenize(originals, max_tokens=4)
-    pictures = pipe.detokenize(ids, num_inference_steps=2, generator=generators, output_type="pt").images
-    errors = ((pictures * 255).round() / 255 - originals / 255).abs().mean(dim=(1, 2, 3))
+    images = pipe.detokenize(ids, num_inference_steps=2, generator=generators, output_type="pt").images
+    errors = ((images * 255).round() / 255 - originals / 255).abs().mean(dim=(1, 2, 3))
     assert record["results"]["4"]["mae"]["mean"] == pytest.approx(errors.mean().item(), abs=1e-4)
 
 
@@ -236,7 +237,7 @@ def test_generation_is_reported_for_every_set_and_token_count(whole_run):
     assert "fid" not in first
     assert "frechet_distance" not in record["results"]["held_out"]["4"]
     assert "name_and_style" not in record["results"]["plain"]["4"]
-    assert record["real_pictures"] == 12 and record["names"] == 6
+    assert record["real_images"] == 12 and record["names"] == 6
     assert record["feature_space"]["distorted"]["none"]["name_and_style"]["share"] == 1
     page = (folder / "generation.md").read_text()
     assert "Frechet distance (tiny network)" in page and "FID" not in page
@@ -257,12 +258,12 @@ def test_every_combination_of_guidance_and_temperature_is_measured(run):
     assert set(record["sweep"][0]["results"]) == {"trained", "held_out", "everyday", "plain", "trained_shuffled"}
 
 
-def test_drawn_pictures_are_those_of_the_pipeline(model_folder):
+def test_drawn_images_are_those_of_the_pipeline(model_folder):
     pipe = FlexTokPipeline.from_pretrained(model_folder)
     sampling = Sampling(num_inference_steps=2, temperature=0.7).resolved(pipe)
     prompts = ["a disk", "a 3d box", "a bar"]
     drawn = generate(pipe, prompts, [1, 4], [0, 1, 2], 5, sampling)
-    for pictures, count in zip(drawn, (1, 4)):
+    for images, count in zip(drawn, (1, 4)):
         expected = pipe(
             prompts,
             max_tokens=count,
@@ -271,7 +272,7 @@ def test_drawn_pictures_are_those_of_the_pipeline(model_folder):
             temperature=0.7,
             output_type="pt",
         ).images
-        difference = (pictures - (expected * 255).round()).abs().max().item()
+        difference = (images - (expected * 255).round()).abs().max().item()
         assert difference <= 1  # a value half-way between two steps may fall to either side
 
 
@@ -373,10 +374,8 @@ def test_a_token_count_that_the_model_does_not_have_is_refused(run):
         run("reconstruction", "--token_counts", 8)
 
 
-def test_too_few_pictures_for_the_feature_network_are_refused_before_any_work(run, network_folder):
-    with pytest.raises(
-        ValueError, match="`max_pictures`: A Frechet distance of 6 features needs more than 6 .* got 2"
-    ):
+def test_too_few_images_for_the_feature_network_are_refused_before_any_work(run, network_folder):
+    with pytest.raises(ValueError, match="`max_images`: A Frechet distance of 6 features needs more than 6 .* got 2"):
         run("reconstruction", "--feature_network", network_folder)
     with pytest.raises(ValueError, match="`max_prompts`: A Frechet distance of 6 features needs more than 6 .* got 4"):
         run("generation", "--feature_network", network_folder, "--max_prompts", 4)
@@ -387,8 +386,8 @@ def test_a_missing_data_set_split_or_column_is_refused_by_name(run, tmp_path):
         run("reconstruction", data=tmp_path / "missing.parquet")
     with pytest.raises(ValueError, match="cannot be read as split 'test'"):
         run("reconstruction", "--split", "test")
-    with pytest.raises(ValueError, match="`image_column` is 'picture', but"):
-        run("reconstruction", "--image_column", "picture")
+    with pytest.raises(ValueError, match="`image_column` is 'photo', but"):
+        run("reconstruction", "--image_column", "photo")
     with pytest.raises(ValueError, match=r"`attributes` \['color'\] are no columns of"):
         run("generation", "--attributes", "color")
     with pytest.raises(FileNotFoundError, match="`feature_network` './nowhere' does not exist"):
@@ -401,19 +400,17 @@ def test_a_model_without_a_prior_generates_nothing(run, model_folder, tmp_path):
         run("generation", model=tmp_path / "tokenizer")
 
 
-def test_an_unreadable_picture_is_counted_by_name(run, data_folder, tmp_path):
+def test_an_unreadable_image_is_counted_by_name(run, data_folder, tmp_path):
     rows = Dataset.from_parquet(str(data_folder / "train.parquet")).cast_column("image", ImageFeature(decode=False))
-    records = [
-        row | {"image": {"bytes": b"no picture", "path": None}} if i == 4 else row for i, row in enumerate(rows)
-    ]
+    records = [row | {"image": {"bytes": b"no image", "path": None}} if i == 4 else row for i, row in enumerate(rows)]
     broken = tmp_path / "broken"
     broken.mkdir()
     plain = Dataset.from_list(records, features=rows.features).remove_columns(["name"])
     plain.to_parquet(broken / "validation.parquet")
     record = run("reconstruction", data=broken)
     assert record["count"] == 9
-    assert list(record["skipped"]) == ["pictures 4"]
-    assert "1 pictures could not be read" in (tmp_path / "reconstruction.md").read_text()
+    assert list(record["skipped"]) == ["images 4"]
+    assert "1 images could not be read" in (tmp_path / "reconstruction.md").read_text()
 
 
 def test_results_of_one_protocol_are_compared_and_others_refused(run, tmp_path, capsys):
@@ -451,18 +448,18 @@ def test_features_are_what_the_classifier_reads(network_folder):
 @pytest.fixture(scope="module")
 def reference_and_rows(data_folder):
     loaded = [row for split in ("train", "validation") for row in load_split(str(data_folder), split)]
-    pixels = EvaluationPictures(loaded, RESOLUTION).read_all()
+    pixels = EvaluationImages(loaded, RESOLUTION).read_all()
     rows = [{key: row[key] for key in ("name", "style")} for row in loaded]
     return Reference(pixels, rows), rows, pixels
 
 
-def test_real_pictures_meet_their_own_prompts(reference_and_rows):
+def test_real_images_meet_their_own_prompts(reference_and_rows):
     reference, rows, pixels = reference_and_rows
     result = score(reference, NAME_CHECKS, pixels, rows)
     assert result["name"]["share"] == result["name_and_style"]["share"] == 1
 
 
-def test_pictures_of_other_names_do_not_meet_the_prompts(reference_and_rows):
+def test_images_of_other_names_do_not_meet_the_prompts(reference_and_rows):
     reference, rows, pixels = reference_and_rows
     names = sorted({row["name"] for row in rows})
     others = [row | {"name": names[names.index(row["name"]) - 1]} for row in rows]
@@ -475,12 +472,12 @@ def test_the_style_counts_only_where_one_is_asked_for(reference_and_rows):
     assert "name_and_style" not in result
 
 
-def test_damage_makes_pictures_harder_to_find(reference_and_rows):
+def test_damage_makes_images_harder_to_find(reference_and_rows):
     reference, _, pixels = reference_and_rows
     space = measure_feature_space(reference, NAME_CHECKS, pixels, None, 0)
     distances = [space["distorted"][f"thumbnail, {side} x {side}"]["median_distance"] for side in (8, 4)]
     assert 0 == space["distorted"]["none"]["median_distance"] < distances[0] < distances[1]
-    assert set(space["own_picture_left_out"]) == set(STYLES)
+    assert set(space["own_image_left_out"]) == set(STYLES)
 
 
 def test_several_attributes_are_asked_for_one_by_one_and_together():

@@ -18,11 +18,11 @@ from flextok_hf.evaluation.distributions import (
     frechet_distance,
     precision_and_recall,
 )
-from flextok_hf.evaluation.image_measures import PLAIN_MEASURES, load_lpips, measure_pictures
-from flextok_hf.evaluation.images import picture_checksums
+from flextok_hf.evaluation.image_measures import PLAIN_MEASURES, load_lpips, measure_images
+from flextok_hf.evaluation.images import image_checksums
 from flextok_hf.evaluation.intervals import NUM_GROUPS, jackknife, wilson_interval
-from flextok_hf.evaluation.sampling import FlopCounter
 from flextok_hf.models.packed_linear import MIN_CALLS
+from flextok_hf.utils.flops import FlopCounter
 
 
 def seeded(seed=0):
@@ -32,8 +32,8 @@ def seeded(seed=0):
 REAL = torch.randn(300, 12, generator=seeded(1)) * torch.linspace(0.2, 3, 12) + 1
 FAKE = torch.randn(260, 12, generator=seeded(2)) @ torch.randn(12, 12, generator=seeded(3)) / 3
 LOGITS = torch.randn(90, 7, generator=seeded(4)) * 3
-PICTURES = torch.rand(6, 3, 40, 32, generator=seeded(5))
-ORIGINALS = (PICTURES + 0.1 * torch.randn(PICTURES.shape, generator=seeded(6))).clamp(0, 1)
+IMAGES = torch.rand(6, 3, 40, 32, generator=seeded(5))
+ORIGINALS = (IMAGES + 0.1 * torch.randn(IMAGES.shape, generator=seeded(6))).clamp(0, 1)
 
 
 def filled(metric, values, batch_size=64):
@@ -90,8 +90,8 @@ def test_the_interval_of_a_frechet_distance_holds_what_more_samples_give():
     assert result["high"] - result["low"] < result["value"]
 
 
-def test_a_frechet_distance_of_too_few_pictures_is_refused():
-    with pytest.raises(ValueError, match="of 12 features needs more than 12 pictures, got 12"):
+def test_a_frechet_distance_of_too_few_images_is_refused():
+    with pytest.raises(ValueError, match="of 12 features needs more than 12 images, got 12"):
         frechet(REAL, FAKE[:12])
 
 
@@ -133,8 +133,8 @@ def test_precision_and_recall_are_those_of_brute_force(k):
     assert recall == pytest.approx(brute_force_share(real, fake, k), abs=1e-12)
 
 
-def test_precision_and_recall_of_too_few_pictures_are_refused():
-    with pytest.raises(ValueError, match="with 3 neighbors need more pictures than that, got 300 real and 3"):
+def test_precision_and_recall_of_too_few_images_are_refused():
+    with pytest.raises(ValueError, match="with 3 neighbors need more images than that, got 300 real and 3"):
         precision_and_recall(REAL, FAKE[:3])
 
 
@@ -158,9 +158,9 @@ def test_a_reservoir_larger_than_the_data_keeps_all():
 
 
 def test_psnr_and_ssim_are_those_of_scikit_image():
-    values = measure_pictures(PLAIN_MEASURES, PICTURES, ORIGINALS)
-    pairs = list(zip(PICTURES.double().numpy(), ORIGINALS.double().numpy()))
-    psnr = [skimage_metrics.peak_signal_noise_ratio(original, picture, data_range=1) for picture, original in pairs]
+    values = measure_images(PLAIN_MEASURES, IMAGES, ORIGINALS)
+    pairs = list(zip(IMAGES.double().numpy(), ORIGINALS.double().numpy()))
+    psnr = [skimage_metrics.peak_signal_noise_ratio(original, image, data_range=1) for image, original in pairs]
     np.testing.assert_allclose(values["psnr_db"], psnr, rtol=1e-5)
     window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     ssim = [skimage_metrics.structural_similarity(*pair, channel_axis=0, data_range=1, **window) for pair in pairs]
@@ -168,23 +168,23 @@ def test_psnr_and_ssim_are_those_of_scikit_image():
     np.testing.assert_allclose(values["mae"], [np.abs(x - y).mean() for x, y in pairs], rtol=1e-5)
 
 
-def test_equal_pictures_have_the_best_values():
-    values = measure_pictures(PLAIN_MEASURES, PICTURES, PICTURES)
+def test_equal_images_have_the_best_values():
+    values = measure_images(PLAIN_MEASURES, IMAGES, IMAGES)
     assert values["psnr_db"].tolist() == [100] * 6 and values["mae"].tolist() == [0] * 6
     torch.testing.assert_close(values["ssim"], torch.ones(6))
 
 
-def test_a_picture_does_not_depend_on_its_batch():
-    together = measure_pictures(PLAIN_MEASURES, PICTURES, ORIGINALS)
-    alone = [measure_pictures(PLAIN_MEASURES, PICTURES[i : i + 1], ORIGINALS[i : i + 1]) for i in range(6)]
+def test_an_image_does_not_depend_on_its_batch():
+    together = measure_images(PLAIN_MEASURES, IMAGES, ORIGINALS)
+    alone = [measure_images(PLAIN_MEASURES, IMAGES[i : i + 1], ORIGINALS[i : i + 1]) for i in range(6)]
     for name, values in together.items():
         torch.testing.assert_close(values, torch.cat([one[name] for one in alone]), msg=name)
 
 
 @pytest.mark.parametrize("shape", [(6, 3, 32, 40), (6, 1, 40, 32), (5, 3, 40, 32)])
-def test_pictures_of_another_shape_than_their_originals_are_refused(shape):
+def test_images_of_another_shape_than_their_originals_are_refused(shape):
     with pytest.raises(ValueError, match=r"must both have the shape \(batch, 3, height, width\)"):
-        measure_pictures(PLAIN_MEASURES, torch.zeros(shape), ORIGINALS)
+        measure_images(PLAIN_MEASURES, torch.zeros(shape), ORIGINALS)
 
 
 def test_a_measure_whose_package_is_missing_says_so():
@@ -245,13 +245,13 @@ def test_means_by_group_are_those_of_its_samples():
     assert metric.compute() == {"a": (4, [5.5, 6.5]), "b": (2, [4.0, 5.0])}
 
 
-def test_a_checksum_names_a_set_of_pictures_in_any_order():
-    pixels = (PICTURES * 255).byte()
+def test_a_checksum_names_a_set_of_images_in_any_order():
+    pixels = (IMAGES * 255).byte()
 
     def checksum(*parts):
         metric = Checksum()
         for part in parts:
-            metric.update(picture_checksums(part))
+            metric.update(image_checksums(part))
         return metric.compute()
 
     assert checksum(pixels) == checksum(pixels[3:], pixels[:3])
@@ -289,5 +289,5 @@ def test_every_step_counts_the_same_operations_packed_or_not(tiny_tokenizer_pipe
     for num_steps in (MIN_CALLS - 2, MIN_CALLS - 1, MIN_CALLS):
         with FlopCounter() as counter:
             tiny_tokenizer_pipeline.detokenize(torch.zeros(1, 2, dtype=torch.long), num_inference_steps=num_steps)
-        counts.append(counter.get_total_flops())
+        counts.append(counter.total)
     assert counts[2] - counts[1] == counts[1] - counts[0] > 0

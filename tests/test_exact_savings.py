@@ -124,7 +124,7 @@ def test_no_other_grouping_of_neighbors_is_cheaper(seed):
 
 
 @pytest.mark.parametrize("num_tokens", [1, 4, NUM_REGISTERS])
-def test_pictures_are_those_of_the_plain_path(num_tokens):
+def test_images_are_those_of_the_plain_path(num_tokens):
     pipe = make_pipeline()
     token_ids = torch.randint(0, CODEBOOK_SIZE, (3, num_tokens), generator=seeded())
     noise = LATENTS[:3]

@@ -8,7 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from flextok_hf import FlexTokEncoder, FlexTokFlowDecoder, FlexTokPipeline
 from flextok_hf.pipelines.length_groups import LengthGroups
 from flextok_hf.training.arguments import TokenizerArguments
-from flextok_hf.training.step_randomness import Chance
+from flextok_hf.training.step_rng import StepRng
 from flextok_hf.training.tokenizer import TokenizerForTraining, build_tokenizer
 
 
@@ -42,7 +42,7 @@ def velocity(decoder, latents, *args):
 
 
 @torch.no_grad()
-def test_a_picture_has_a_token_per_patch_and_any_start_of_them(encoder):
+def test_an_image_has_a_token_per_patch_and_any_start_of_them(encoder):
     output = encoder(LATENTS)
     assert output.token_ids.shape == (3, NUM_TOKENS) and len(output.token_ids.unique()) > 1
     for length in (1, 7, NUM_TOKENS, NUM_TOKENS + 1):
@@ -118,7 +118,7 @@ def test_the_unconditional_velocity_ignores_codes_and_their_number(decoder):
     assert not torch.allclose(expected, velocity(decoder, LATENTS, CODES))
 
 
-def test_a_batch_of_mixed_conditions_is_decoded_like_single_pictures(decoder):
+def test_a_batch_of_mixed_conditions_is_decoded_like_single_images(decoder):
     ignored = torch.tensor([False, False, True])
     together = velocity(decoder, LATENTS, CODES, LENGTHS, ignored)
     for i in range(3):
@@ -128,12 +128,12 @@ def test_a_batch_of_mixed_conditions_is_decoded_like_single_pictures(decoder):
 
 
 @torch.no_grad()
-def test_smaller_and_longer_pictures_have_fewer_tokens(encoder, decoder):
+def test_smaller_and_longer_images_have_fewer_tokens(encoder, decoder):
     latents = LATENTS[..., :8, :12]  # 2 x 3 patches
     codes = encoder(latents).codes
     assert codes.shape[1] == 6
     assert velocity(decoder, latents, codes).shape == latents.shape
-    with pytest.raises(ValueError, match=r"`codes` has 7 tokens per picture, but these latents have 6 patches"):
+    with pytest.raises(ValueError, match=r"`codes` has 7 tokens per image, but these latents have 6 patches"):
         velocity(decoder, latents, CODES[:, :7])
 
 
@@ -163,7 +163,7 @@ def test_a_training_step_reaches_every_weight(encoder):
     arguments = TokenizerArguments(output_dir="unused", null_condition_probability=0.5)
     model = TokenizerForTraining(encoder.train(), make_decoder(**GRID).train(), arguments)
     pixel_values = torch.rand(16, 3, 16, 16, generator=seeded()) * 2 - 1
-    loss, _ = model({"pixel_values": pixel_values}, 0, Chance(0))
+    loss, _ = model({"pixel_values": pixel_values}, 0, StepRng(0))
     loss.backward()
     assert loss.isfinite()
     for name, parameter in model.named_parameters():
@@ -173,10 +173,10 @@ def test_a_training_step_reaches_every_weight(encoder):
 def test_a_pipeline_draws_from_any_start_of_the_raster(encoder, decoder):
     pipe = FlexTokPipeline(encoder, decoder, FlowMatchEulerDiscreteScheduler())
     pipe.set_progress_bar_config(disable=True)
-    picture = torch.rand(3, 16, 16, generator=seeded())
-    token_ids = pipe.tokenize(picture)
+    image = torch.rand(3, 16, 16, generator=seeded())
+    token_ids = pipe.tokenize(image)
     options = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "pt"}
-    rows = pipe.reconstruct(picture, [1, 6, NUM_TOKENS], generator=seeded(), **options)
+    rows = pipe.reconstruct(image, [1, 6, NUM_TOKENS], generator=seeded(), **options)
     ragged = pipe.detokenize([token_ids[0, :6], token_ids[0]], generator=[seeded(), seeded()], **options).images
     assert token_ids.shape == (1, NUM_TOKENS)
     torch.testing.assert_close(torch.cat(rows[1:]), ragged, atol=1e-5, rtol=0)

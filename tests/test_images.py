@@ -18,11 +18,11 @@ def photo(width=R, height=R, seed=0):
 
 
 def as_bytes_values(image):
-    """The uint8 pixels (3, R, R) that a PIL picture of the right size must become."""
+    """The uint8 pixels (3, R, R) that a PIL image of the right size must become."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def test_every_way_to_pass_the_same_picture_gives_the_same_values(tmp_path):
+def test_every_way_to_pass_the_same_image_gives_the_same_values(tmp_path):
     image = photo()
     image.save(tmp_path / "photo.png")
     array = np.array(image)
@@ -51,8 +51,8 @@ def test_floats_of_the_right_size_are_only_scaled():
 
 
 def test_a_list_may_mix_kinds_and_sizes():
-    pictures = [photo(40, 20), np.zeros((9, 9), dtype=np.uint8), torch.ones(3, 5, 50), photo().convert("L")]
-    values = prepare_images(pictures, R)
+    images = [photo(40, 20), np.zeros((9, 9), dtype=np.uint8), torch.ones(3, 5, 50), photo().convert("L")]
+    values = prepare_images(images, R)
     assert values.shape == (4, 3, R, R)
     assert (values[1] == -1).all() and (values[2] == 1).all()
 
@@ -99,15 +99,15 @@ def test_sixteen_bits_are_scaled_to_the_nearest_eight(tmp_path):
         assert torch.equal(prepare_images(image, R)[0], expected.float().expand(3, R, R))
 
 
-def test_float_pil_pictures_are_scaled_from_0_to_1():
+def test_float_pil_images_are_scaled_from_0_to_1():
     assert (prepare_images(Image.new("F", (R, R), 1.0), R) == 1).all()
     with pytest.raises(ValueError, match="beyond 0 to 1 of mode F"):
         prepare_images(Image.new("F", (R, R), 100.0), R)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_turned_upright(tmp_path, orientation):
-    # The stored picture, shown upright, has its red half as this table says.
+def test_images_are_turned_upright(tmp_path, orientation):
+    # The stored image, shown upright, has its red half as this table says.
     red_side = {1: "top", 2: "top", 3: "bottom", 4: "bottom", 5: "left", 6: "right", 7: "right", 8: "left"}[
         orientation
     ]
@@ -140,7 +140,7 @@ def test_floats_and_bytes_are_resized_alike():
     assert difference.abs().max() <= 2 * 2 / 255  # two levels: the byte form is rounded after each of its two passes
 
 
-def test_a_single_pixel_fills_the_picture():
+def test_a_single_pixel_fills_the_image():
     assert torch.equal(
         prepare_images(Image.new("RGB", (1, 1), RED), R), prepare_images(Image.new("RGB", (R, R), RED), R)
     )
@@ -161,10 +161,10 @@ def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
-    (tmp_path / "letter.png").write_text("Dear reader, this is no picture.")
+    (tmp_path / "letter.png").write_text("Dear reader, this is no image.")
     (tmp_path / "empty.png").write_bytes(b"")
     for name in ("letter.png", "empty.png"):
-        with pytest.raises(ValueError, match=f"{name}' is not a picture"):
+        with pytest.raises(ValueError, match=f"{name}' is not an image"):
             load_image(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="'nowhere.png' is not an existing file"):
         prepare_images("nowhere.png", R)
@@ -177,7 +177,7 @@ def test_cut_off_files_are_refused(tmp_path, suffix):
     path = tmp_path / f"cut.{suffix}"
     photo(64, 64).save(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match=f"cut.{suffix}' is (damaged or cut off|not a picture)"):
+    with pytest.raises(ValueError, match=f"cut.{suffix}' is (damaged or cut off|not an image)"):
         load_image(path)
 
 
@@ -196,7 +196,7 @@ def test_a_cut_off_file_opened_by_the_caller_is_refused(tmp_path):
     path = tmp_path / "cut.png"
     photo(64, 64).save(path)
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(ValueError, match=r"`images\[1\]`, a PIL picture of mode RGB, cannot be decoded"):
+    with pytest.raises(ValueError, match=r"`images\[1\]`, a PIL image of mode RGB, cannot be decoded"):
         prepare_images([photo(), Image.open(path)], R)
 
 
@@ -210,7 +210,7 @@ def test_a_cut_off_file_opened_by_the_caller_is_refused(tmp_path):
         (torch.full((3, R, R), -1.0), ValueError, "images / 2 \\+ 0.5"),
         (np.full((R, R, 3), 255.0), ValueError, "divide by 255"),
         (np.full((R, R, 3), 1.001), ValueError, "clip\\(0, 1\\)"),
-        (torch.zeros(4, R, R), ValueError, "transparent picture, pass a PIL image"),
+        (torch.zeros(4, R, R), ValueError, "transparent image, pass a PIL image"),
         (torch.zeros(R, R, 3), ValueError, "permute\\(2, 0, 1\\)"),
         (np.zeros((3, R, R)), ValueError, "transpose\\(1, 2, 0\\)"),
         (torch.zeros(5, R, R), ValueError, "with one \\(gray\\) or three"),

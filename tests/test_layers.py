@@ -125,7 +125,7 @@ def test_positions_hold_rows_before_columns():
     torch.testing.assert_close(table[2, 0, 0], torch.tensor(2.0).sin())
 
 
-def test_smaller_pictures_use_the_start_of_the_position_table():
+def test_smaller_images_use_the_start_of_the_position_table():
     embedding = PatchEmbedding(3, 2, 4, 16)
     torch.nn.init.zeros_(embedding.proj.weight)
     torch.nn.init.zeros_(embedding.proj.bias)

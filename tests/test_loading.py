@@ -75,12 +75,12 @@ def test_a_pipeline_with_a_vae_comes_back_with_every_bit(tmp_path):
     pipe.save_pretrained(tmp_path)
     loaded = FlexTokPipeline.from_pretrained(tmp_path)
 
-    picture = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
     images = []
     for each in (pipe, loaded):
         each.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(1)
-        images += each.reconstruct(picture, 5, num_inference_steps=2, generator=generator, output_type="pt")
+        images += each.reconstruct(image, 5, num_inference_steps=2, generator=generator, output_type="pt")
 
     assert loaded.vae.config.scaling_factor == 0.6 and loaded.resolution == 64
     assert images[0].equal(images[1])

@@ -14,8 +14,8 @@ from PIL import Image
 
 from flextok_hf.cards.model_card import MARK, is_replaceable, same_weights, write_model_card
 from flextok_hf.cards.sections import duration, logged_seconds, markdown_table, results_table, training_facts
-from flextok_hf.evaluation import weights_hash
 from flextok_hf.pipelines.pipeline_flextok import FlexTokPipeline
+from flextok_hf.utils.measures import weights_hash
 
 
 FIGURE = {"mean": 13.7, "low": 13.1, "high": 14.25}
@@ -27,7 +27,7 @@ RESULTS = {
     "results": {"1": {"psnr_db": FIGURE, "by_style": {}}, "16": {"psnr_db": FIGURE | {"mean": 15.0}, "by_style": {}}},
 }
 OPTIONS = {
-    "train_data": ["user/pictures"],
+    "train_data": ["user/images"],
     "train_batch_size": 8,
     "mixed_precision": "bf16",
     "seed": 5,
@@ -44,7 +44,7 @@ def folder(tiny_pipeline, tmp_path):
 
 
 def enrich(folder):
-    """Put recipe, facts, results and a picture beside a model."""
+    """Put recipe, facts, results and an image beside a model."""
     recipe = {"arguments": OPTIONS, "steps": 4000, "hardware": "an abacus", "seconds": 5400.0}
     recipe["earlier"] = [{"arguments": {"mixed_precision": "no", "seed": 1}, "steps": 70, "images_per_step": 4}]
     (folder / "training.json").write_text(json.dumps(recipe))
@@ -53,8 +53,8 @@ def enrich(folder):
     (folder / "model_card.yaml").write_text(yaml.safe_dump(facts))
     (folder / "results").mkdir()
     (folder / "results" / "reconstruction.json").write_text(json.dumps(RESULTS))
-    (folder / "pictures").mkdir()
-    Image.new("RGB", (4, 4)).save(folder / "pictures" / "a_cat.png")
+    (folder / "images").mkdir()
+    Image.new("RGB", (4, 4)).save(folder / "images" / "a_cat.png")
 
 
 def test_a_card_says_what_the_files_say(folder):
@@ -72,14 +72,14 @@ def test_a_card_says_what_the_files_say(folder):
         "# A tiny model",
         'FlexTokPipeline.from_pretrained("user/tiny")',
         'pipe("a circle", max_tokens=8)',
-        "Pictures of 16 x 16 pixels as 1 to 6 tokens. A token is one of 15 codes",
+        "Images of 16 x 16 pixels as 1 to 6 tokens. A token is one of 15 codes",
         "without a VAE",
         "Circles, CC0, <https://example.org/circles>",
-        "Stage `vae`: 70 steps of 4 pictures, precision float32, seed 1.",
-        "Stage `tokenizer`: 4,000 steps of 8 pictures, 90 minutes on an abacus, precision bf16, seed 5.",
+        "Stage `vae`: 70 steps of 4 images, precision float32, seed 1.",
+        "Stage `tokenizer`: 4,000 steps of 8 images, 90 minutes on an abacus, precision bf16, seed 5.",
         "| 16 | 15.00 (13.10 to 14.25) |",
         "weights abcdef0123456789",
-        "![a cat](pictures/a_cat.png)",
+        "![a cat](images/a_cat.png)",
         "Knows circles.",
     ):
         assert words in text, words
@@ -102,7 +102,7 @@ def test_what_is_not_known_is_said_and_not_made_up(folder):
     assert "license" not in card.data.to_dict() and "model-index" not in card.data.to_dict()
     assert "How it was trained is not recorded." in card.text
     assert "not stated here" in card.text
-    assert "## Measured" not in card.text and "## Pictures" not in card.text
+    assert "## Measured" not in card.text and "## Images" not in card.text
 
 
 def test_kinds_of_models_are_told_apart(tiny_class_pipeline, tiny_tokenizer_pipeline, tmp_path):
@@ -134,8 +134,8 @@ def test_files_for_the_card_come_along_with_the_same_weights(folder, tmp_path, d
     enrich(tmp_path / "stored")
     FlexTokPipeline.from_pretrained(tmp_path / "stored").save_pretrained(tmp_path / "copy")
     text = (tmp_path / "copy" / "README.md").read_text()
-    assert "A tiny model" in text and "4,000 steps" in text and "pictures/a_cat.png" in text
-    assert (tmp_path / "copy" / "pictures" / "a_cat.png").is_file()
+    assert "A tiny model" in text and "4,000 steps" in text and "images/a_cat.png" in text
+    assert (tmp_path / "copy" / "images" / "a_cat.png").is_file()
 
 
 def test_figures_of_other_weights_stay_behind(folder, tmp_path):
@@ -164,7 +164,7 @@ def test_a_card_that_somebody_wrote_stays(folder, tiny_pipeline):
     assert (folder / "README.md").read_text() == "# Mine\n"
 
 
-def test_sets_of_pictures_become_columns():
+def test_sets_of_images_become_columns():
     table = results_table({"trained": {"1": {"name": SHARE}}, "held_out": {"1": {"name": SHARE | {"share": 0.5}}}})
     assert "| tokens | trained | held out |" in table and "| 1 | 81% (78 to 84) | 50% (78 to 84) |" in table
     assert markdown_table(["a"], [[1]]) == "| a |\n| --- |\n| 1 |"
@@ -200,12 +200,12 @@ def test_the_script_puts_everything_beside_a_model(folder, tmp_path, scripts, mo
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "reconstruction.json").write_text(json.dumps(RESULTS | {"weights_sha256": weights}))
     (tmp_path / "facts.yaml").write_text("title: Another title\n")
-    picture = folder / "pictures" / "a_cat.png"
-    picture.rename(tmp_path / "a_dog.png")
+    image = folder / "images" / "a_cat.png"
+    image.rename(tmp_path / "a_dog.png")
     shared = ["--model", folder, "--facts", tmp_path / "facts.yaml", "--results", tmp_path / "results"]
-    run_script("write_model_card", monkeypatch, *shared, "--pictures", tmp_path / "a_dog.png")
+    run_script("write_model_card", monkeypatch, *shared, "--images", tmp_path / "a_dog.png")
     text = (folder / "README.md").read_text()
-    assert "# Another title" in text and weights[:16] in text and "![a dog](pictures/a_dog.png)" in text
+    assert "# Another title" in text and weights[:16] in text and "![a dog](images/a_dog.png)" in text
 
     (tmp_path / "results" / "reconstruction.json").write_text(json.dumps(RESULTS))
     with pytest.raises(ValueError, match="abcdef.*Measure again"):

@@ -1,4 +1,4 @@
-"""The public door: prompt or picture -> token ids -> picture."""
+"""The public door: prompt or image -> token ids -> image."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def pictures(count, seed=0):
+def images(count, seed=0):
     return torch.rand(count, 3, R, R, generator=seeded(seed))
 
 
@@ -77,7 +77,7 @@ def test_the_global_generator_is_untouched_when_generators_are_passed(tiny_pipel
     before = torch.get_rng_state()
     generator = [seeded(0), seeded(1)] if as_list else seeded(0)
     tiny_pipeline(["a red circle", "a star"], generator=generator, **FAST)
-    tiny_pipeline.reconstruct(pictures(2), [1, 3], num_inference_steps=1, generator=generator)
+    tiny_pipeline.reconstruct(images(2), [1, 3], num_inference_steps=1, generator=generator)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -102,7 +102,7 @@ def test_token_ids_are_whole_numbers_of_the_codebook(tiny_pipeline):
     assert token_ids.min() >= 0 and token_ids.max() < V
 
 
-def test_pictures_of_one_prompt_lie_next_to_each_other(tiny_pipeline):
+def test_images_of_one_prompt_lie_next_to_each_other(tiny_pipeline):
     generators = [[seeded(i) for i in range(4)] for _ in range(2)]
     several = tiny_pipeline(["a star", "a circle"], [2, 5], num_images_per_prompt=2, generator=generators[0], **FAST)
     written_out = tiny_pipeline(
@@ -112,7 +112,7 @@ def test_pictures_of_one_prompt_lie_next_to_each_other(tiny_pipeline):
     assert torch.equal(several.images, written_out.images)
 
 
-def test_any_prefix_gives_a_finite_picture_of_its_own(tiny_tokenizer_pipeline):
+def test_any_prefix_gives_a_finite_image_of_its_own(tiny_tokenizer_pipeline):
     pipe, token_ids = tiny_tokenizer_pipeline, ids([3, 14, 0, 7, 9, 1])
     noise = pipe.prepare_latents(1, seeded(0))
     drawn = [pipe.detokenize(token_ids[:, :count], latents=noise, **FAST).images for count in range(1, K + 1)]
@@ -194,7 +194,7 @@ def test_guidance_can_be_a_function_of_the_noise_level(tiny_tokenizer_pipeline):
 
 
 @pytest.mark.parametrize("guidance", ["apg", "cfg"])
-def test_guidance_changes_the_picture(tiny_tokenizer_pipeline, guidance):
+def test_guidance_changes_the_image(tiny_tokenizer_pipeline, guidance):
     plain, guided = (
         tiny_tokenizer_pipeline.detokenize(
             ids([1, 2]), guidance_scale=scale, guidance=guidance, generator=seeded(0), **FAST
@@ -204,19 +204,19 @@ def test_guidance_changes_the_picture(tiny_tokenizer_pipeline, guidance):
     assert not torch.allclose(plain, guided)
 
 
-# Pictures -> token ids -> pictures
+# Images -> token ids -> images
 
 
 def test_tokenizing_to_fewer_tokens_gives_the_start_of_all(tiny_tokenizer_pipeline):
-    token_ids = tiny_tokenizer_pipeline.tokenize(pictures(3))
+    token_ids = tiny_tokenizer_pipeline.tokenize(images(3))
     assert token_ids.shape == (3, K) and token_ids.dtype == torch.int64
     assert len(token_ids.unique(dim=0)) > 1
     for count in range(1, K + 1):
-        assert torch.equal(tiny_tokenizer_pipeline.tokenize(pictures(3), max_tokens=count), token_ids[:, :count])
+        assert torch.equal(tiny_tokenizer_pipeline.tokenize(images(3), max_tokens=count), token_ids[:, :count])
 
 
 def test_reconstruct_gives_a_batch_per_length_from_the_same_noise(tiny_tokenizer_pipeline):
-    pipe, originals = tiny_tokenizer_pipeline, pictures(2)
+    pipe, originals = tiny_tokenizer_pipeline, images(2)
     batches = pipe.reconstruct(originals, [1, 4, 50], num_inference_steps=2, generator=seeded(0), output_type="pt")
     assert [batch.shape for batch in batches] == [(2, 3, R, R)] * 3
     token_ids, noise = pipe.tokenize(originals), pipe.prepare_latents(2, seeded(0))
@@ -226,7 +226,7 @@ def test_reconstruct_gives_a_batch_per_length_from_the_same_noise(tiny_tokenizer
 
 
 def test_reconstruct_goes_through_powers_of_two_by_itself(tiny_tokenizer_pipeline):
-    batches = tiny_tokenizer_pipeline.reconstruct(pictures(1), num_inference_steps=1)
+    batches = tiny_tokenizer_pipeline.reconstruct(images(1), num_inference_steps=1)
     assert [len(batch) for batch in batches] == [1, 1, 1, 1]  # 1, 2, 4 and all 6 tokens
 
 
@@ -258,7 +258,7 @@ def test_saving_and_loading_changes_no_bit(fixture, request, tmp_path):
     loaded.set_progress_bar_config(disable=True)
     for one, other in zip(weights(pipe), weights(loaded), strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other)
-    outputs = [p.detokenize(p.tokenize(pictures(2)), generator=seeded(0), **FAST).images for p in (pipe, loaded)]
+    outputs = [p.detokenize(p.tokenize(images(2)), generator=seeded(0), **FAST).images for p in (pipe, loaded)]
     assert torch.equal(*outputs)
     condition = {"tiny_pipeline": {"prompt": "a star"}, "tiny_class_pipeline": {"class_labels": 1}}.get(fixture)
     if condition is not None:
@@ -404,29 +404,29 @@ def test_wrong_token_ids_are_refused_by_name(tiny_tokenizer_pipeline, token_ids,
 @pytest.mark.parametrize("max_tokens", [0, -1, 1.5, [1, 2]])
 def test_tokenizing_to_a_wrong_length_is_refused_by_name(tiny_tokenizer_pipeline, max_tokens):
     with pytest.raises(ValueError, match="`max_tokens`"):
-        tiny_tokenizer_pipeline.tokenize(pictures(1), max_tokens=max_tokens)
+        tiny_tokenizer_pipeline.tokenize(images(1), max_tokens=max_tokens)
 
 
 @pytest.mark.parametrize("max_tokens", [0, [], [1, 0]])
 def test_reconstructing_from_a_wrong_length_is_refused_by_name(tiny_tokenizer_pipeline, max_tokens):
     with pytest.raises(ValueError, match="`max_tokens`"):
-        tiny_tokenizer_pipeline.reconstruct(pictures(1), max_tokens=max_tokens)
+        tiny_tokenizer_pipeline.reconstruct(images(1), max_tokens=max_tokens)
 
 
 def test_pixels_that_are_not_a_number_are_refused(tiny_tokenizer_pipeline):
-    picture = pictures(1)[0]
-    picture[0, 3, 3] = float("nan")
+    image = images(1)[0]
+    image[0, 3, 3] = float("nan")
     with pytest.raises(ValueError, match="`images`.*NaN"):
-        tiny_tokenizer_pipeline.tokenize(picture)
+        tiny_tokenizer_pipeline.tokenize(image)
 
 
-def test_a_text_file_with_the_name_of_a_picture_is_refused(tiny_tokenizer_pipeline, tmp_path):
-    (tmp_path / "note.png").write_text("not a picture")
+def test_a_text_file_with_the_name_of_an_image_is_refused(tiny_tokenizer_pipeline, tmp_path):
+    (tmp_path / "note.png").write_text("not an image")
     with pytest.raises(ValueError, match="note.png"):
         tiny_tokenizer_pipeline.tokenize(str(tmp_path / "note.png"))
 
 
-def test_a_picture_file_of_any_size_is_read(tiny_tokenizer_pipeline, tmp_path):
+def test_an_image_file_of_any_size_is_read(tiny_tokenizer_pipeline, tmp_path):
     Image.new("RGB", (40, 23), (200, 30, 30)).save(tmp_path / "red.png")
     plain = torch.tensor([200, 30, 30], dtype=torch.uint8).view(3, 1, 1).expand(3, R, R)
     from_file, from_tensor = (tiny_tokenizer_pipeline.tokenize(image) for image in (tmp_path / "red.png", plain))

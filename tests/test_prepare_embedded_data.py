@@ -19,9 +19,9 @@ def noun(name, form="count", synonyms=()):
 
 
 def drawing(color):
-    picture = Image.new("RGB", (128, 128), "white")
-    ImageDraw.Draw(picture).rectangle((20, 30, 60, 100), fill=color)
-    return picture
+    image = Image.new("RGB", (128, 128), "white")
+    ImageDraw.Draw(image).rectangle((20, 30, 60, 100), fill=color)
+    return image
 
 
 def small_source(names=("middle finger", "cat", "sun"), styles=("3d", "monochrome")):
@@ -55,7 +55,7 @@ def test_unique_names_take_the_definite_article_first():
     assert data.make_captions(noun("sun", "unique"), "flat")[0] == "the sun"
 
 
-def test_captions_name_the_style_of_the_picture_or_none():
+def test_captions_name_the_style_of_the_image_or_none():
     captions = data.make_captions(noun("cat"), "noto")
     assert {"a cat", "cat", "a picture of a cat", "cat emoji", "cat, noto emoji"} <= set(captions)
     assert not any("3d" in caption or "flat" in caption for caption in captions)
@@ -89,8 +89,8 @@ def test_the_shipped_list_can_be_read_and_holds_everyday_names():
     assert all(name == name.lower() for name in names)
 
 
-def test_a_name_without_pictures_is_reported():
-    with pytest.raises(ValueError, match="no picture of .*no such thing"):
+def test_a_name_without_images_is_reported():
+    with pytest.raises(ValueError, match="no image of .*no such thing"):
         data.prepare([(small_source(), None)], [noun("cat"), noun("no such thing")], resolution=16)
 
 
@@ -103,7 +103,7 @@ def test_the_splits_of_the_source_are_kept():
         assert set(prepared[split]["split"][:]) == {split}
 
 
-def test_pictures_have_the_resolution_asked_for():
+def test_images_have_the_resolution_asked_for():
     prepared = data.prepare([(small_source(), None)], [], resolution=16)
     assert {row["image"].size for row in prepared["train"]} == {(16, 16)}
 

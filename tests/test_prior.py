@@ -1,4 +1,4 @@
-"""Properties of the autoregressive prior: a causal LM over picture tokens, conditioned on text or classes."""
+"""Properties of the autoregressive prior: a causal LM over image tokens, conditioned on text or classes."""
 
 import pytest
 import torch
@@ -8,8 +8,9 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache
 
 from flextok_hf.models.configuration_prior import FlexTokPriorConfig
-from flextok_hf.models.generation_prior import CACHE_NAME, choose
 from flextok_hf.models.modeling_prior import FlexTokPriorForCausalLM
+from flextok_hf.models.prior_cache import CACHE_NAME
+from flextok_hf.models.prior_sampling import choose
 
 
 VOCABULARY, NUM_TOKENS, TEXT_WIDTH, TEXT_LENGTH, NUM_CLASSES = 30, 8, 12, 5, 4
@@ -349,6 +350,18 @@ def test_class_zero_guidance_starts_from_no_class_and_goes_on_from_class_zero(op
     asked = {"inputs": inputs, "class_labels": labels, "guidance_scale": 2.5, **options}
     assert prior.generate(**asked, class_zero_guidance=True).equal(ids)
     assert not prior.generate(**asked).equal(ids)
+
+
+def test_class_zero_guidance_is_an_option_that_is_saved_with_the_prior(tmp_path):
+    prior = make_prior("class")
+    asked = {"class_labels": torch.tensor([1, 2, 3]), "guidance_scale": 2.5}
+    expected = prior.generate(**asked, class_zero_guidance=True)
+    prior.generation_config.class_zero_guidance = True
+    prior.save_pretrained(tmp_path)
+    loaded = type(prior).from_pretrained(tmp_path)
+
+    assert loaded.generate(**asked).equal(expected)
+    assert not loaded.generate(**asked, class_zero_guidance=False).equal(expected)
 
 
 def test_a_list_of_generators_makes_rows_independent_of_their_batch(guided_prior):

@@ -208,13 +208,14 @@ def test_drawn_last_tokens_branch_as_officially(golden):
     close(log_probs, golden.expected["sampled_branch5_n8_seed3_logp"], 1e-4)
 
 
-def test_the_pipeline_draws_what_its_prior_writes(class_golden):
+def test_the_pipeline_draws_what_its_prior_writes(class_golden, monkeypatch):
     """The option reaches the prior, and the strength of guidance is the one of the checkpoint."""
     pipe, labels = class_golden.pipe, class_golden.meta["labels"]
     pipe.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 1, "output_type": "latent", "temperature": 1e-4}
     intended = pipe(class_labels=labels, generator=seeded(), **options).token_ids
-    released = pipe(class_labels=labels, generator=seeded(), class_zero_guidance=True, **options).token_ids
+    monkeypatch.setattr(pipe.prior.generation_config, "class_zero_guidance", True, raising=False)
+    released = pipe(class_labels=labels, generator=seeded(), **options).token_ids
     assert intended.equal(class_golden.expected["greedy_cfg_intended"])
     assert released.equal(class_golden.expected["greedy_cfg"])
 

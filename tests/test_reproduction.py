@@ -39,7 +39,7 @@ def rows(data_folder):
     return {split: list(data[split]) for split in ("train", "validation")}
 
 
-def test_every_prompt_says_what_the_picture_shows(rows):
+def test_every_prompt_says_what_the_image_shows(rows):
     for row in rows["train"] + rows["validation"]:
         assert row["color_prompt"] == f"a {row['color']} shape"
         assert row["object_prompt"] == f"a {row['object']}" == f"a {row['size']} {row['color']} {row['shape']}"
@@ -48,7 +48,7 @@ def test_every_prompt_says_what_the_picture_shows(rows):
         assert row["captions"] == [row["color_prompt"], row["object_prompt"], row["scene_prompt"]]
 
 
-def test_a_picture_shows_its_color_at_its_place_on_gray(rows):
+def test_an_image_shows_its_color_at_its_place_on_gray(rows):
     for row in rows["train"]:
         assert row["image"].size == (24, 24)
         middle = [8 if "left" in row["place"] else 16, 8 if "top" in row["place"] else 16]
@@ -62,13 +62,13 @@ def test_a_picture_shows_its_color_at_its_place_on_gray(rows):
         assert corners.most_common(1)[0][0] == BACKGROUNDS["gray"]
 
 
-def test_some_held_out_pictures_show_combinations_that_were_never_trained(rows):
+def test_some_held_out_images_show_combinations_that_were_never_trained(rows):
     pairs = {split: {(row["shape"], row["color"]) for row in rows[split]} for split in rows}
     held_out = {pair for pair in pairs["validation"] if is_held_out(*pair)}
     assert held_out and not held_out & pairs["train"]
 
 
-def test_another_seed_gives_other_pictures(rows, tmp_path):
+def test_another_seed_gives_other_images(rows, tmp_path):
     data_script.main(["--output", str(tmp_path), "--num_train", "60", "--num_validation", "1", "--seed", "1"])
     others = load_dataset(str(tmp_path), split="train")["scene_prompt"]
     assert list(others) != [row["scene_prompt"] for row in rows["train"]]
@@ -86,7 +86,7 @@ def network_folder(data_folder, tmp_path_factory):
 def test_the_feature_network_learns_its_classes_and_states_its_accuracy(network_folder, rows):
     record = json.loads((network_folder / "training.json").read_text())
     assert record["validation_accuracy"] > 0.6  # chance is an eighth
-    assert record["classes"] == 8 and record["validation_pictures"] == 40
+    assert record["classes"] == 8 and record["validation_images"] == 40
     network = load_feature_network(str(network_folder))
     assert network.description.name == "color network" and network.description.num_features == 16
     assert network.description.validation_accuracy == record["validation_accuracy"]

@@ -24,7 +24,7 @@ def scenes(split, seed=0):
     return [make_scene(index, seed, split) for index in range(NUM_SCENES)]
 
 
-def test_a_picture_depends_only_on_its_number_the_seed_and_the_resolution():
+def test_an_image_depends_only_on_its_number_the_seed_and_the_resolution():
     alone = SyntheticShapes(8, seed=3, resolution=32)[5]
     among_more = SyntheticShapes(20, seed=3, resolution=32)[5]
     streamed = list(SyntheticShapes(8, seed=3, resolution=32, streaming=True))[5]
@@ -38,7 +38,7 @@ def test_a_scene_is_pinned_for_all_versions_of_python():
     )
 
 
-def test_the_streamed_form_visits_every_picture_once():
+def test_the_streamed_form_visits_every_image_once():
     streamed = SyntheticShapes(600, resolution=MIN_RESOLUTION, streaming=True)
     assert streamed.num_shards > 1
     assert [row["text"] for row in streamed] == [make_scene(index).caption for index in range(600)]
@@ -50,7 +50,7 @@ def test_the_streamed_form_can_be_sent_to_workers():
 
 
 @pytest.mark.parametrize("resolution", [32, 64, 100])
-def test_pictures_show_the_stated_colors_at_the_stated_places(resolution):
+def test_images_show_the_stated_colors_at_the_stated_places(resolution):
     for scene in scenes("validation")[:200]:
         image = draw_scene(scene, resolution)
         assert image.size == (resolution, resolution) and image.mode == "RGB"
@@ -60,7 +60,7 @@ def test_pictures_show_the_stated_colors_at_the_stated_places(resolution):
             assert image.getpixel(corner) == BACKGROUNDS[scene.background]
 
 
-def test_shapes_stay_apart_and_inside_the_picture():
+def test_shapes_stay_apart_and_inside_the_image():
     for scene in scenes("train"):
         for item in scene.objects:
             assert item.diameter / 2 < item.x < 1 - item.diameter / 2
@@ -110,7 +110,7 @@ def test_held_out_combinations_never_occur_in_train():
             assert not any(is_held_out(item.shape, item.color) for item in scene.objects)
 
 
-def test_every_second_validation_picture_has_a_held_out_combination():
+def test_every_second_validation_image_has_a_held_out_combination():
     assert [scene.is_held_out for scene in scenes("validation")] == [False, True] * (NUM_SCENES // 2)
 
 
@@ -143,7 +143,7 @@ def test_wrong_arguments_are_refused_at_once():
         SyntheticShapes(3, split="test")
 
 
-def test_making_pictures_leaves_the_global_generators_alone():
+def test_making_images_leaves_the_global_generators_alone():
     state = torch.get_rng_state()
     SyntheticShapes(3, resolution=MIN_RESOLUTION)
     assert torch.equal(torch.get_rng_state(), state)

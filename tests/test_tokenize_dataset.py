@@ -20,7 +20,7 @@ tokenize_dataset = import_module("tokenize_dataset")
 NUM_ROWS, SHARD_SIZE, DAMAGED = 7, 3, 4
 
 
-def picture(row):
+def image(row):
     generator = torch.Generator().manual_seed(row)
     return Image.fromarray(torch.randint(0, 256, (20, 30, 3), dtype=torch.uint8, generator=generator).numpy())
 
@@ -39,9 +39,9 @@ def model(pipe, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """Seven pictures in parquet, one of them damaged."""
+    """Seven images in parquet, one of them damaged."""
     folder = tmp_path_factory.mktemp("source")
-    images = [picture(row) for row in range(NUM_ROWS)]
+    images = [image(row) for row in range(NUM_ROWS)]
     features = {"image": ImageFeature(), "text": Sequence(Value("string")), "label": ClassLabel(names=["a", "b"])}
     rows = Dataset.from_dict(
         {
@@ -55,7 +55,7 @@ def source(tmp_path_factory):
     def damage(row, index):
         return {**row, "image": {"bytes": row["image"]["bytes"][:40], "path": None}} if index == DAMAGED else row
 
-    path = folder / "pictures.parquet"
+    path = folder / "images.parquet"
     rows.map(damage, with_indices=True, features=rows.features).cast_column("image", ImageFeature()).to_parquet(path)
     return path
 
@@ -67,7 +67,7 @@ def run(source, model, output, *more):
     return load_dataset("parquet", data_files=f"{output}/train-*.parquet", split="train")
 
 
-def test_ids_captions_and_classes_are_written_and_damaged_pictures_reported(source, model, pipe, tmp_path, capsys):
+def test_ids_captions_and_classes_are_written_and_damaged_images_reported(source, model, pipe, tmp_path, capsys):
     rows = run(source, model, tmp_path / "tokens", "--crops", 3, "--random_flip")
     kept = [row for row in range(NUM_ROWS) if row != DAMAGED]
     assert rows.features["token_ids"] == Sequence(Sequence(Value("uint16")))
@@ -75,15 +75,15 @@ def test_ids_captions_and_classes_are_written_and_damaged_pictures_reported(sour
     assert rows["text"][:] == [[f"row {row}", f"number {row}"] for row in kept]
     assert rows["label"][:] == [row % 2 for row in kept]
     assert [len(crops) for crops in rows["token_ids"]] == [3] * len(kept)
-    expected = pipe.tokenize([picture(row) for row in kept])
+    expected = pipe.tokenize([image(row) for row in kept])
     assert [crops[0] for crops in rows["token_ids"]] == expected.tolist()
     assert any(crops[1] != crops[0] for crops in rows["token_ids"])
     reports = [json.loads(path.read_text()) for path in sorted((tmp_path / "tokens").glob("train-*.json"))]
     assert [report["rows"] for report in reports] == [3, 2, 1]
-    assert list(reports[1]["skipped"]) == [str(DAMAGED)] and "is not a picture" in reports[1]["skipped"][str(DAMAGED)]
-    assert "7 pictures in" in capsys.readouterr().out
+    assert list(reports[1]["skipped"]) == [str(DAMAGED)] and "is not an image" in reports[1]["skipped"][str(DAMAGED)]
+    assert "7 images in" in capsys.readouterr().out
     card = DatasetCard.load(tmp_path / "tokens" / "README.md")
-    assert "6 pictures as token ids; 1 could not be read" in card.text
+    assert "6 images as token ids; 1 could not be read" in card.text
     assert card.data.configs[0]["data_files"] == [{"split": "train", "path": "train-*.parquet"}]
 
 

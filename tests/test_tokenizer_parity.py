@@ -116,7 +116,7 @@ def test_codes_and_ids_are_exact(golden):
 
 
 @torch.no_grad()
-def test_pictures_to_ids_through_the_pipeline(golden):
+def test_images_to_ids_through_the_pipeline(golden):
     token_ids = golden.pipe.tokenize(list(golden["images"].clamp(-1, 1) / 2 + 0.5))
     assert torch.equal(token_ids, golden["token_ids"])
 
@@ -228,11 +228,11 @@ def test_one_step_with_all_tokens(golden):
 
 
 @torch.no_grad()
-def test_decoded_pictures(golden):
+def test_decoded_images(golden):
     vae = golden.pipe.vae
     for name, key in (("apg7.5", "images"), ("cfg3", "image0"), ("g1", "image0")):
-        pictures = golden[f"sample.{name}.{key}"]
-        golden.check(decode_latents(vae, golden[f"sample.{name}.latents"][: len(pictures)]), f"sample.{name}.{key}")
+        images = golden[f"sample.{name}.{key}"]
+        golden.check(decode_latents(vae, golden[f"sample.{name}.latents"][: len(images)]), f"sample.{name}.{key}")
 
 
 def test_noise_of_a_seeded_generator(golden):

@@ -1,4 +1,4 @@
-"""The loss of stage 1: what it learns from, and what decides its randomness."""
+"""The loss of stage 1: what it learns from, and what decides its rng."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from flextok_hf.training.collapse import correlation_penalty, count_distinct, sp
 from flextok_hf.training.optimization import split_by_decay
 from flextok_hf.training.repa import FeatureAlignment
 from flextok_hf.training.stages import tokenizer_groups
-from flextok_hf.training.step_randomness import Chance
+from flextok_hf.training.step_rng import StepRng
 from flextok_hf.training.tokenizer import TokenizerForTraining, build_tokenizer
 from flextok_hf.training.vision import FrozenVision
 
@@ -59,7 +59,7 @@ def test_every_parameter_receives_a_gradient(options, dinov2):
     if "joint_lengths" in options:
         del options["full_length_probability"]
     model = make_model(**options)
-    loss, _ = model(batch(), 0, Chance(0))
+    loss, _ = model(batch(), 0, StepRng(0))
     loss.backward()
     without = [name for name, tensor in model.named_parameters() if tensor.grad is None or not tensor.grad.any()]
     assert without == []
@@ -69,7 +69,7 @@ def test_every_parameter_receives_a_gradient(options, dinov2):
 def test_the_same_seed_gives_the_same_loss():
     model = make_model()
     before = torch.get_rng_state()
-    losses = [model(batch(), 0, Chance(seed))[0].item() for seed in (0, 0, 1)]
+    losses = [model(batch(), 0, StepRng(seed))[0].item() for seed in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
     assert torch.get_rng_state().equal(before)
 
@@ -78,9 +78,9 @@ def test_the_same_seed_gives_the_same_loss():
 def test_chance_does_not_depend_on_how_a_step_is_divided(options):
     model = make_model(**options)
     pixel_values = batch()["pixel_values"]
-    whole, _ = model({"pixel_values": pixel_values}, 0, Chance(5))
+    whole, _ = model({"pixel_values": pixel_values}, 0, StepRng(5))
     parts = [
-        model({"pixel_values": pixel_values[first : first + 4]}, 0, Chance(5, first=first, total=BATCH_SIZE))[0]
+        model({"pixel_values": pixel_values[first : first + 4]}, 0, StepRng(5, first=first, total=BATCH_SIZE))[0]
         for first in range(0, BATCH_SIZE, 4)
     ]
     torch.testing.assert_close(torch.stack(parts).mean(), whole)
@@ -88,16 +88,16 @@ def test_chance_does_not_depend_on_how_a_step_is_divided(options):
 
 def test_dropped_tokens_teach_the_encoder_nothing():
     model = make_model(keep_mode="uniform", null_condition_probability=0.0)
-    sigma, _, is_unconditional = model.draw(BATCH_SIZE, Chance(0))
+    sigma, _, is_unconditional = model.draw(BATCH_SIZE, StepRng(0))
     model.draw = lambda *_, **__: (sigma, torch.full((BATCH_SIZE,), 2), is_unconditional)
-    model(batch(), 0, Chance(0))[0].backward()
+    model(batch(), 0, StepRng(0))[0].backward()
     gradient = model.encoder.register_tokens.grad
     assert gradient[:2].any(dim=1).all() and not gradient[2:].any()
 
 
 def test_the_draws_follow_the_options():
     model = make_model(keep_mode="powers_of_two", full_length_probability=1.0)
-    sigma, num_tokens, is_unconditional = model.draw(4000, Chance(0))
+    sigma, num_tokens, is_unconditional = model.draw(4000, StepRng(0))
     assert num_tokens.eq(NUM_REGISTERS).all()
     assert abs(is_unconditional.float().mean() - 0.3) < 0.03
     assert sigma.min() > 0 and sigma.max() < 1
@@ -116,18 +116,18 @@ def test_the_aids_against_collapse_fade_out(monkeypatch):
     monkeypatch.setattr(model.encoder.quantizer, "forward", spy)
     with torch.no_grad():
         for step in (0, 20, 40, 99):
-            model(batch(400), step, Chance(0))
+            model(batch(400), step, StepRng(0))
     assert shares == pytest.approx([0, 0.5, 1, 1], abs=0.06)
 
 
 def test_a_perfect_velocity_has_no_loss(monkeypatch):
     model = make_model()
     pixel_values = batch()["pixel_values"]
-    noise = Chance(0)
+    noise = StepRng(0)
     noise.happens(0.0, BATCH_SIZE)  # the draws before that of the noise
     noise = noise.normal_like(pixel_values)
     monkeypatch.setattr(LengthGroups, "predict_velocity", lambda *_: noise - pixel_values)
-    assert model(batch(), 0, Chance(0))[0] == 0
+    assert model(batch(), 0, StepRng(0))[0] == 0
 
 
 def test_the_spread_penalty_grows_when_features_collapse_or_drift():
@@ -164,7 +164,7 @@ def test_distinct_ids_are_counted_per_position():
 # Joint lengths
 
 
-def test_joint_lengths_decode_each_picture_with_all_tokens_and_with_those_it_keeps(monkeypatch):
+def test_joint_lengths_decode_each_image_with_all_tokens_and_with_those_it_keeps(monkeypatch):
     model = make_model(joint_lengths=True, keep_mode="uniform", null_condition_probability=0.0)
     seen = {}
 
@@ -173,7 +173,7 @@ def test_joint_lengths_decode_each_picture_with_all_tokens_and_with_those_it_kee
         return torch.zeros_like(noisy_latents), None
 
     monkeypatch.setattr(model, "predict", spy)
-    model(batch(), 0, Chance(0))
+    model(batch(), 0, StepRng(0))
     full, drawn = seen["num_tokens"].chunk(2)
     assert (full == NUM_REGISTERS).all() and len(drawn.unique()) > 2
     first, second = seen["codes"].chunk(2)
@@ -229,7 +229,7 @@ def test_removing_is_kept_in_the_saved_model(tmp_path):
 
 def test_a_frozen_encoder_receives_no_gradient_and_the_decoder_does():
     model = make_model(freeze_encoder=True, pretrained_tokenizer="anything")
-    model(batch(), 0, Chance(0))[0].backward()
+    model(batch(), 0, StepRng(0))[0].backward()
     assert all(weight.grad is None for weight in model.encoder.parameters())
     assert all(weight.grad.any() for weight in model.decoder.parameters())
     trained = [weight for group in tokenizer_groups(model.arguments, model) for weight in group["params"]]
@@ -255,17 +255,17 @@ def test_features_of_the_network_lie_where_the_patches_lie(kind, dinov2, tmp_pat
     assert change.shape == (1, 16) and change.argmax() == 4 + 2
 
 
-def test_the_alignment_compares_each_picture_with_its_own_states(dinov2):
+def test_the_alignment_compares_each_image_with_its_own_states(dinov2):
     model = make_model(repa_network=dinov2, keep_mode="uniform")
-    pictures = batch()
-    _, metrics = model(pictures, 0, Chance(0))
+    images = batch()
+    _, metrics = model(images, 0, StepRng(0))
     assert 0 < metrics["repa_loss"] < 2
     with torch.no_grad():  # one call of the decoder for all rows, in their order
-        latents, chance = pictures["pixel_values"], Chance(0)
-        is_rounded = ~chance.happens(0.0, BATCH_SIZE)
+        latents, rng = images["pixel_values"], StepRng(0)
+        is_rounded = ~rng.bernoulli(0.0, BATCH_SIZE)
         codes = model.encoder.quantizer(model.encoder.compute_features(latents), is_rounded)
-        noise = chance.normal_like(latents)
-        sigma, num_tokens, is_unconditional = model.draw(BATCH_SIZE, chance)
+        noise = rng.normal_like(latents)
+        sigma, num_tokens, is_unconditional = model.draw(BATCH_SIZE, rng)
         model.tap.clear()
         noisy = torch.lerp(latents, noise, sigma.view(-1, 1, 1, 1))
         model.decoder(noisy, sigma, codes, num_tokens, is_unconditional)
@@ -284,7 +284,7 @@ def test_evaluation_leaves_alignment_and_penalties_out(dinov2):
     plain = make_model()
     for each in (model, plain):
         each.eval()
-    assert model(batch(), 0, Chance(0))[0] == plain(batch(), 0, Chance(0))[0]
+    assert model(batch(), 0, StepRng(0))[0] == plain(batch(), 0, StepRng(0))[0]
     assert model.tap.outputs == []
 
 
@@ -350,7 +350,7 @@ def test_updates_keep_their_size_at_all_widths_with_mup():
         inputs = (torch.randn(4, 3, 16, 16, generator=seeded()), torch.full((4,), 0.5), torch.zeros(4, 4, 2))
         model.decoder(*inputs)
         for step in range(6):
-            loss, _ = model(batch(8), step, Chance(step))
+            loss, _ = model(batch(8), step, StepRng(step))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

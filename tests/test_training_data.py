@@ -11,15 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from flextok_hf.data.training_dataset import (
-    Columns,
-    EpochBatchSampler,
-    ImageTransform,
-    TrainingBatches,
-    build_dataloader,
-    collate,
-    load_training_dataset,
-)
+from flextok_hf.data.batches import EpochBatchSampler, TrainingBatches, build_dataloader
+from flextok_hf.data.columns import Columns
+from flextok_hf.data.samples import ImageTransform, collate
+from flextok_hf.data.training_dataset import load_training_dataset
 
 
 R = 16
@@ -45,12 +40,12 @@ def shade_of(pixel_values):
 
 
 def write_parquet(path, num_rows=10, damaged=(), **columns):
-    """Write rows whose picture has the shade of its row; the pictures in `damaged` are no pictures."""
-    pictures = [{"bytes": b"junk" if row in damaged else png(row), "path": None} for row in range(num_rows)]
+    """Write rows whose image has the shade of its row; the images in `damaged` are no images."""
+    images = [{"bytes": b"junk" if row in damaged else png(row), "path": None} for row in range(num_rows)]
     features = datasets.Dataset.from_dict({name: values[:num_rows] for name, values in columns.items()}).features
     features["image"] = datasets.Image()
     path.parent.mkdir(parents=True, exist_ok=True)
-    datasets.Dataset.from_dict({"image": pictures, **columns}, features=features).to_parquet(str(path))
+    datasets.Dataset.from_dict({"image": images, **columns}, features=features).to_parquet(str(path))
     return path
 
 
@@ -106,17 +101,17 @@ def test_several_parquet_files_are_one_split(tmp_path):
     assert len(load_training_dataset(paths, "validation", transform=TRANSFORM)) == 6
 
 
-def test_a_folder_of_pictures_takes_captions_from_its_metadata(tmp_path):
-    folder = tmp_path / "pictures"
+def test_a_folder_of_images_takes_captions_from_its_metadata(tmp_path):
+    folder = tmp_path / "images"
     folder.mkdir()
     for row in range(3):
         (folder / f"{row}.png").write_bytes(png(row, size=(20, 30)))
-    lines = [json.dumps({"file_name": f"{row}.png", "text": f"picture {row}"}) for row in range(3)]
+    lines = [json.dumps({"file_name": f"{row}.png", "text": f"image {row}"}) for row in range(3)]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
 
     dataset = load_training_dataset(folder, transform=TRANSFORM, columns=Columns(caption="text"))
     assert [(shade_of(sample["pixel_values"]), sample["captions"]) for sample in dataset] == [
-        (row, f"picture {row}") for row in range(3)
+        (row, f"image {row}") for row in range(3)
     ]
 
 
@@ -166,7 +161,7 @@ def test_the_transform_gives_values_in_range_for_any_size_and_survives_pickling(
     assert values.shape == (3, R, R) and values.dtype == torch.float32 and (values == 1).all()
 
 
-def test_half_of_the_pictures_are_mirrored():
+def test_half_of_the_images_are_mirrored():
     image = Image.fromarray(np.arange(R * R, dtype=np.uint8).reshape(R, R)).convert("RGB")
     straight = TRANSFORM(image)
     generator = torch.Generator().manual_seed(0)
@@ -183,7 +178,7 @@ def test_random_crops_move_along_the_longer_side_only():
     assert len(set(tops)) > 10 and min(tops) < -0.8 and max(tops) > 0.3
 
 
-def test_random_crops_are_squares_of_the_allowed_sizes_inside_the_picture():
+def test_random_crops_are_squares_of_the_allowed_sizes_inside_the_image():
     transform = ImageTransform(R, random_crop=True, min_crop_scale=0.5)
     generator = torch.Generator().manual_seed(0)
     boxes = [transform.draw_box(100, 60, generator) for _ in range(200)]
@@ -219,7 +214,7 @@ def test_damaged_rows_are_counted_named_and_never_used(tmp_path, caplog, cached)
     assert set(shades) == {0, 1, 2, 5, 6, 7, 8}
     assert len(dataset.skipped) == 3 and set(dataset.skipped) == {3, 4, 9}
     messages = [record.getMessage() for record in caplog.records if "is skipped" in record.getMessage()]
-    assert len(messages) == 3 and any("Row 4 is skipped: a picture of 4 bytes is not a picture" in m for m in messages)
+    assert len(messages) == 3 and any("Row 4 is skipped: an image of 4 bytes is not an image" in m for m in messages)
 
 
 def test_a_damaged_row_is_replaced_by_the_next_so_that_batches_keep_their_size(tmp_path):
@@ -260,14 +255,14 @@ def test_a_draw_gives_the_same_whether_a_row_is_found_unusable_or_known_to_be(tm
 
 
 def test_a_folder_without_the_split_says_where_to_put_it(tmp_path):
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "0.png").write_bytes(png(0))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.png").write_bytes(png(0))
     with pytest.raises(ValueError, match="'validation' is not in .*train.* Put .* into .*/validation"):
-        load_training_dataset(tmp_path / "pictures", "validation", transform=TRANSFORM)
+        load_training_dataset(tmp_path / "images", "validation", transform=TRANSFORM)
 
 
-def test_missing_picture_files_are_skipped(tmp_path):
-    folder = tmp_path / "pictures"
+def test_missing_image_files_are_skipped(tmp_path):
+    folder = tmp_path / "images"
     folder.mkdir()
     for row in range(2):
         (folder / f"{row}.png").write_bytes(png(row))
@@ -277,11 +272,11 @@ def test_missing_picture_files_are_skipped(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"cache_in_memory": True}, {"streaming": True, "shuffle_buffer": 0}])
-def test_a_data_set_without_a_usable_picture_is_an_error(tmp_path, monkeypatch, options):
+def test_a_data_set_without_a_usable_image_is_an_error(tmp_path, monkeypatch, options):
     monkeypatch.setattr("flextok_hf.data.image_dataset.MAX_UNREADABLE_ROWS", 5)
     monkeypatch.setattr("flextok_hf.data.image_stream.MAX_UNREADABLE_ROWS", 5)
     path = write_parquet(tmp_path / "a.parquet", damaged=range(10))
-    with pytest.raises(ValueError, match="No usable picture in .* Check `image_column`"):
+    with pytest.raises(ValueError, match="No usable image in .* Check `image_column`"):
         next(iter(load_training_dataset(path, transform=TRANSFORM, **options)))
 
 
@@ -321,23 +316,23 @@ STREAMS = {
 
 
 def write_sharded(kind, folder):
-    """Write 40 pictures in 5 unequal files, with three that are damaged."""
+    """Write 40 images in 5 unequal files, with three that are damaged."""
     numbers, sizes = iter(range(40)), (12, 5, 9, 6, 8)
     for shard, size in enumerate(sizes):
         rows = [next(numbers) for _ in range(size)]
-        pictures = [b"junk" if row in (3, 20, 21) else png(row) for row in rows]
+        images = [b"junk" if row in (3, 20, 21) else png(row) for row in rows]
         path = folder / f"train-{shard}.{kind}"
         folder.mkdir(exist_ok=True)
         if kind == "parquet":
             features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
-            values = {"image": [{"bytes": picture, "path": None} for picture in pictures], "text": map(str, rows)}
+            values = {"image": [{"bytes": image, "path": None} for image in images], "text": map(str, rows)}
             datasets.Dataset.from_dict({**values, "text": list(values["text"])}, features).to_parquet(str(path))
         else:
             write_tar(
                 path,
                 {
-                    f"{row:03d}": {"png": picture, "txt": str(row).encode()}
-                    for row, picture in zip(rows, pictures, strict=True)
+                    f"{row:03d}": {"png": image, "txt": str(row).encode()}
+                    for row, image in zip(rows, images, strict=True)
                 },
             )
     return folder
@@ -460,10 +455,10 @@ def test_loading_leaves_the_global_generator_alone(tmp_path):
 def test_wrong_columns_are_refused_with_those_there_are(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", text=["x"] * 10, score=[0.5] * 10)
     for arguments, error, message in (
-        ({"image": "picture"}, ValueError, "`image_column` is 'picture', but .* columns .*text"),
+        ({"image": "photo"}, ValueError, "`image_column` is 'photo', but .* columns .*text"),
         ({"caption": "words"}, ValueError, "`caption_column` is 'words'"),
         ({"class_label": "label"}, ValueError, "`class_column` is 'label'"),
-        ({"image": "text"}, TypeError, "not pictures"),
+        ({"image": "text"}, TypeError, "not images"),
         ({"caption": "score"}, TypeError, "must hold strings"),
         ({"class_label": "text"}, TypeError, "class_encode_column"),
     ):
@@ -491,7 +486,7 @@ def test_paths_that_do_not_exist_are_not_looked_up_on_the_hub(source):
 
 
 def test_files_of_another_kind_are_refused(tmp_path):
-    (tmp_path / "notes.txt").write_text("no pictures")
+    (tmp_path / "notes.txt").write_text("no images")
     with pytest.raises(ValueError, match="files of one kind, .parquet or .tar"):
         load_training_dataset(tmp_path / "notes.txt", transform=TRANSFORM)
 

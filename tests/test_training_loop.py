@@ -16,7 +16,6 @@ from torch.utils.data import Dataset
 from training_processes import SMALL_TOKENIZER
 
 from flextok_hf.data.batches import TrainingBatches, build_dataloader
-from flextok_hf.evaluation import weights_hash
 from flextok_hf.pipelines.pipeline_flextok import FlexTokPipeline
 from flextok_hf.training.arguments import PriorArguments, TokenizerArguments
 from flextok_hf.training.checkpoints import list_checkpoints
@@ -25,8 +24,9 @@ from flextok_hf.training.optimization import split_by_decay
 from flextok_hf.training.prior import PriorForTraining, build_prior
 from flextok_hf.training.setup import build_accelerator
 from flextok_hf.training.stages import train_prior, train_tokenizer
-from flextok_hf.training.step_randomness import Chance
+from flextok_hf.training.step_rng import StepRng
 from flextok_hf.training.tokenizer import TokenizerForTraining, build_tokenizer
+from flextok_hf.utils.measures import weights_hash
 
 
 SMALL_DATA = {"resolution": 16, "max_train_samples": 12, "train_batch_size": 4, "num_validation_images": 2}
@@ -87,7 +87,7 @@ def whole_run(tmp_path_factory):
     return folder
 
 
-def test_a_run_leaves_checkpoints_log_pictures_and_a_pipeline(whole_run):
+def test_a_run_leaves_checkpoints_log_images_and_a_pipeline(whole_run):
     assert [path.name for path in list_checkpoints(whole_run)] == ["checkpoint-3", "checkpoint-6"]
     steps = [json.loads(line)["step"] for line in (whole_run / "log.jsonl").read_text().splitlines()]
     assert steps == [3, 6, 6]
@@ -98,7 +98,7 @@ def test_a_run_leaves_checkpoints_log_pictures_and_a_pipeline(whole_run):
     assert "Stage `tokenizer`: 6 steps of" in (whole_run / "pipeline" / "README.md").read_text()
 
 
-def test_the_saved_pipeline_reconstructs_a_picture(whole_run):
+def test_the_saved_pipeline_reconstructs_an_image(whole_run):
     pipe = FlexTokPipeline.from_pretrained(whole_run / "pipeline")
     pipe.set_progress_bar_config(disable=True)
     batches = pipe.reconstruct(torch.rand(3, 16, 16), [1, 4], num_inference_steps=1)
@@ -148,7 +148,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
 
 
 class Repeated(Dataset):
-    """The same pictures in each epoch, without chance."""
+    """The same images in each epoch, without chance."""
 
     def __init__(self, pixel_values):
         self.pixel_values, self.skipped = pixel_values, {}
@@ -172,7 +172,7 @@ def test_a_repeated_batch_is_learned(tmp_path):
 
     @torch.no_grad()
     def loss():
-        draws = [model(batch, 0, Chance(seed))[0] for seed in range(8)]
+        draws = [model(batch, 0, StepRng(seed))[0] for seed in range(8)]
         return torch.stack(draws).mean().item()
 
     before = loss()
@@ -268,8 +268,8 @@ def test_a_grid_tokenizer_is_trained_and_reconstructs(tmp_path):
     pipe = FlexTokPipeline.from_pretrained(train_tokenizer(tokenizer_arguments(tmp_path, **options)))
     pipe.set_progress_bar_config(disable=True)
     assert pipe.encoder.config.token_layout == "grid" and not pipe.decoder.config.nested_dropout
-    pictures = pipe.reconstruct(torch.rand(3, 16, 16), [16], num_inference_steps=1)
-    assert pictures[0][0].size == (16, 16)
+    images = pipe.reconstruct(torch.rand(3, 16, 16), [16], num_inference_steps=1)
+    assert images[0][0].size == (16, 16)
 
 
 # Decoders of their own
@@ -285,9 +285,9 @@ def test_a_decoder_trained_alone_leaves_the_tokens_as_they_are(tiny_tokenizer_pi
     assert {name for file, name in before if torch.equal(before[file, name], after[file, name])} == {
         "patch_embedding.positions"
     }
-    pictures = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    token_ids = tiny_tokenizer_pipeline.tokenize(pictures)
-    assert torch.equal(FlexTokPipeline.from_pretrained(folder).tokenize(pictures), token_ids)
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    token_ids = tiny_tokenizer_pipeline.tokenize(images)
+    assert torch.equal(FlexTokPipeline.from_pretrained(folder).tokenize(images), token_ids)
 
 
 def test_the_record_names_the_sizes_that_were_trained_not_those_of_options_without_effect(
@@ -350,7 +350,7 @@ def test_a_checkpoint_of_an_earlier_version_is_gone_on_from(whole_run, tmp_path)
 
 
 @pytest.mark.parametrize("data", [{}, {"dataloader_num_workers": 1}, {"streaming": True}, {"cache_in_memory": True}])
-def test_unreadable_pictures_are_counted_and_named_in_a_report(tmp_path, monkeypatch, data):
+def test_unreadable_images_are_counted_and_named_in_a_report(tmp_path, monkeypatch, data):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     path = write_parquet(tmp_path / "a.parquet", 12, damaged=(3, 7))
     options = {"train_data": [str(path)], "max_train_samples": None, "logging_steps": 1, **data}
@@ -358,13 +358,13 @@ def test_unreadable_pictures_are_counted_and_named_in_a_report(tmp_path, monkeyp
     # a stream does not know that it meets a row again in its next epoch
     assert read_log(tmp_path / "run")[-1]["unreadable_rows"] in ((4, 5, 6) if "streaming" in data else (2,))
     report = json.loads((tmp_path / "run" / "unreadable_rows.json").read_text())
-    assert all("a picture of 4 bytes is not a picture" in reason for reason in report.values())
+    assert all("an image of 4 bytes is not an image" in reason for reason in report.values())
     if "streaming" not in data:
         assert report.keys() == {"3", "7"}
 
 
 @pytest.mark.parametrize("data", [{}, {"streaming": True}, {"cache_in_memory": True}])
-def test_an_unreadable_picture_stops_training_if_asked_to(tmp_path, monkeypatch, data):
+def test_an_unreadable_image_stops_training_if_asked_to(tmp_path, monkeypatch, data):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     path = write_parquet(tmp_path / "a.parquet", 12, damaged=(3,))
     options = {"train_data": [str(path)], "max_train_samples": None, "fail_on_unreadable": True, **data}
@@ -372,7 +372,7 @@ def test_an_unreadable_picture_stops_training_if_asked_to(tmp_path, monkeypatch,
         train_tokenizer(tokenizer_arguments(tmp_path / "run", **options))
 
 
-# Token ids instead of pictures
+# Token ids instead of images
 
 
 def write_token_ids(path, num_rows=16, num_crops=3, num_tokens=6, largest=7):
@@ -482,7 +482,7 @@ def test_the_log_says_how_fast_training_is(whole_run):
 def test_the_model_is_left_with_a_card(whole_run):
     card = ModelCard.load(whole_run / "pipeline" / "README.md")
     assert card.data.library_name == "flextok_hf" and "arxiv:2502.13967" in card.data.tags
-    assert "6 steps of 8 pictures" in card.text and "precision float32" in card.text
+    assert "6 steps of 8 images" in card.text and "precision float32" in card.text
 
 
 def test_the_learning_rate_ends_where_it_should(tmp_path):
@@ -493,7 +493,7 @@ def test_the_learning_rate_ends_where_it_should(tmp_path):
     assert rates[-1] == pytest.approx(0.1) and rates[3:] == sorted(rates[3:], reverse=True)
 
 
-def test_trackers_receive_figures_and_pictures(tmp_path):
+def test_trackers_receive_figures_and_images(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -77,7 +77,7 @@ def test_every_option_survives_the_way_through_a_file(tmp_path, kind):
             "freeze_encoder: true\npretrained_tokenizer: x\nfeature_penalty: 0.1",
             "`feature_penalty` trains the encoder",
         ),
-        ("repa_network: x\ncache_latents: true", "`repa_network` looks at pictures, which `cache_latents`"),
+        ("repa_network: x\ncache_latents: true", "`repa_network` looks at images, which `cache_latents`"),
     ],
 )
 def test_what_the_options_say_themselves_is_checked_at_once(tmp_path, text, message):
@@ -113,7 +113,7 @@ def test_a_file_that_is_not_there_is_refused():
         ({"caption_column": None}, "Name either `caption_column` or `class_column`"),
         ({"class_column": "label"}, "Name either `caption_column` or `class_column`"),
         ({"hidden_size": 30, "num_heads": 4}, "`hidden_size` must be a multiple of `num_heads` \\(4\\), got 30"),
-        ({"token_column": "ids", "random_flip": True}, "`random_flip` is about pictures, but `token_column`"),
+        ({"token_column": "ids", "random_flip": True}, "`random_flip` is about images, but `token_column`"),
         ({"text_vocab_size": 100}, "`text_vocab_size` must be 259 or more"),
     ],
 )
@@ -170,13 +170,13 @@ def test_what_a_vae_cannot_be_trained_with_is_refused(tmp_path, options, message
 
 PRIOR_CASES = {
     "no such column": ({"caption_column": "words"}, "`caption_column` is 'words', but .* columns image, text, label"),
-    "no caption at all": ({"caption_column": "nothing"}, "No usable picture .* `caption_column` \\('nothing'\\)"),
+    "no caption at all": ({"caption_column": "nothing"}, "No usable image .* `caption_column` \\('nothing'\\)"),
     "classes without names": ({"caption_column": None, "class_column": "label"}, "set `num_classes`"),
     "a class too large": (
         {"caption_column": None, "class_column": "label", "num_classes": 5},
         "`class_column` 'label' holds [5-9], but classes are numbered from 0 to 4",
     ),
-    "pictures for token ids": ({"token_column": "text"}, "`token_column` 'text' must hold whole numbers"),
+    "images for token ids": ({"token_column": "text"}, "`token_column` 'text' must hold whole numbers"),
     "no tokenizer": ({"tokenizer": "./nowhere"}, "`tokenizer` './nowhere' cannot be loaded"),
     "no text encoder": ({"text_encoder": "./nowhere"}, "`text_encoder` './nowhere' cannot be loaded"),
     "no class of that name": (
@@ -224,8 +224,8 @@ def write_rows(path, columns):
             "nothing": datasets.Value("string"),
         }
     )
-    pictures = [{"bytes": png(row), "path": None} for row in range(10)]
-    datasets.Dataset.from_dict({"image": pictures, **columns}, features=features).to_parquet(str(path))
+    images = [{"bytes": png(row), "path": None} for row in range(10)]
+    datasets.Dataset.from_dict({"image": images, **columns}, features=features).to_parquet(str(path))
     return path
 
 

@@ -42,7 +42,7 @@ def test_the_estimate_agrees_with_the_model(config, capsys, monkeypatch):
     arguments = parse_arguments(TokenizerArguments, ["--config", str(config)])
     work = script.tokenizer_work(arguments, script.torch.float32)
     assert float(row[1]) == pytest.approx(script.count_weights(work) / 1e6, abs=0.06)
-    assert script.estimate("tokenizer", config, 3)[3] == "0.0"  # 48 pictures
+    assert script.estimate("tokenizer", config, 3)[3] == "0.0"  # 48 images
     # the line through one and two blocks meets three
     three = script.replace(arguments, encoder_num_layers=3, decoder_num_layers=3)
     measured = script.activation_bytes(script.tokenizer_work(three, script.torch.bfloat16))
@@ -51,7 +51,7 @@ def test_the_estimate_agrees_with_the_model(config, capsys, monkeypatch):
 
 def test_ablations_change_one_thing_and_go_on_where_they_stopped(config, tmp_path, monkeypatch, capsys):
     script = load_script("ablate_tokenizer")
-    monkeypatch.setattr(script, "NUM_PICTURES", 4)
+    monkeypatch.setattr(script, "NUM_IMAGES", 4)
     names = ["baseline", "joint_lengths", script.SAME_WORK, "dropped_tokens_removed"]
     command = ["ablate", "--config", str(config), "--seeds", "0", "1", "--output", str(tmp_path / "results")]
     monkeypatch.setattr(sys, "argv", [*command, "--variants", *names])

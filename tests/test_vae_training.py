@@ -8,15 +8,18 @@ from test_training_data import TRANSFORM, write_parquet
 from training_processes import SMALL_TOKENIZER
 from transformers import ResNetConfig, ResNetModel
 
+from flextok_hf.data.batches import build_dataloader
+from flextok_hf.data.columns import Columns
 from flextok_hf.data.latent_cache import cache_latents
-from flextok_hf.data.training_dataset import Columns, ImageTransform, build_dataloader, load_training_dataset
+from flextok_hf.data.samples import ImageTransform
+from flextok_hf.data.training_dataset import load_training_dataset
 from flextok_hf.pipelines.latents import encode_latents
 from flextok_hf.pipelines.pipeline_flextok import FlexTokPipeline
 from flextok_hf.training.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from flextok_hf.training.arguments import PriorArguments, TokenizerArguments, VaeArguments
 from flextok_hf.training.perceptual import PerceptualDistance
 from flextok_hf.training.stages import train_prior, train_tokenizer, train_vae
-from flextok_hf.training.step_randomness import Chance
+from flextok_hf.training.step_rng import StepRng
 from flextok_hf.training.vae import VaeForTraining, build_vae, measure_scaling_factor
 
 
@@ -33,8 +36,8 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def chance(seed=0):
-    return Chance(seed)
+def rng(seed=0):
+    return StepRng(seed)
 
 
 def vae_arguments(folder="unused", **changes):
@@ -71,7 +74,7 @@ def resnet(tmp_path):
 @pytest.mark.parametrize("options", [{}, {"reconstruction_loss": "l2"}, {"adversarial_weight": 0.5}])
 def test_every_parameter_receives_a_gradient(options):
     model = make_model(**options)
-    loss, _ = model(batch(), 0, chance())
+    loss, _ = model(batch(), 0, rng())
     loss.backward()
     without = [name for name, tensor in model.named_parameters() if tensor.grad is None or not tensor.grad.any()]
     # The bias of keys shifts all logits of a query alike, which the softmax does not see, and the critic's last bias
@@ -83,7 +86,7 @@ def test_every_parameter_receives_a_gradient(options):
 def test_the_same_generator_gives_the_same_loss():
     model = make_model()
     before = torch.get_rng_state()
-    losses = [model(batch(), 0, chance(seed))[0].item() for seed in (0, 0, 1)]
+    losses = [model(batch(), 0, rng(seed))[0].item() for seed in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
     assert torch.get_rng_state().equal(before)
 
@@ -92,7 +95,7 @@ def test_a_perfect_reconstruction_leaves_only_the_divergence():
     model = make_model(kl_weight=0.5)
     data = batch()
     model.vae.decode = lambda latents: type("Decoded", (), {"sample": data["pixel_values"]})
-    loss, metrics = model(data, 0, chance())
+    loss, metrics = model(data, 0, rng())
     assert metrics["reconstruction_loss"] == 0
     assert loss == 0.5 * metrics["kl"]
 
@@ -104,7 +107,7 @@ def test_the_critic_is_left_alone_by_the_loss_of_the_generator():
     assert all(weight.grad is None for weight in critic.parameters())
 
 
-def test_the_critic_learns_to_tell_pictures_apart():
+def test_the_critic_learns_to_tell_images_apart():
     torch.manual_seed(0)
     critic = PatchDiscriminator(hidden_size=16)
     optimizer = torch.optim.AdamW(critic.parameters(), lr=1e-3)
@@ -120,12 +123,12 @@ def test_the_critic_learns_to_tell_pictures_apart():
 
 def test_the_critic_takes_no_part_before_its_start():
     model = make_model(adversarial_weight=0.5, adversarial_start=3)
-    loss, metrics = model(batch(), 2, chance())
+    loss, metrics = model(batch(), 2, rng())
     loss.backward()
     assert "discriminator_loss" not in metrics
     # distributed training wants a gradient of every parameter in every step
     assert all(not weight.grad.any() for weight in model.discriminator.parameters())
-    assert "discriminator_loss" in model(batch(), 3, chance())[1]
+    assert "discriminator_loss" in model(batch(), 3, rng())[1]
 
 
 def test_the_adaptive_weight_makes_both_gradients_equally_long():
@@ -135,7 +138,7 @@ def test_the_adaptive_weight_makes_both_gradients_equally_long():
 
 
 @pytest.mark.parametrize("kind", ["resnet", "vit"])
-def test_the_perceptual_distance_is_zero_for_equal_pictures_only(kind, resnet, tmp_path):
+def test_the_perceptual_distance_is_zero_for_equal_images_only(kind, resnet, tmp_path):
     folder = resnet
     if kind == "vit":
         from transformers import ViTConfig, ViTModel
@@ -144,14 +147,14 @@ def test_the_perceptual_distance_is_zero_for_equal_pictures_only(kind, resnet, t
         small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
         ViTModel(ViTConfig(**small, image_size=32, patch_size=8)).save_pretrained(folder)
     distance = PerceptualDistance(folder)
-    pictures = batch()["pixel_values"]
-    assert distance(pictures, pictures) == 0
-    assert distance(pictures, -pictures) > 0.001
+    images = batch()["pixel_values"]
+    assert distance(images, images) == 0
+    assert distance(images, -images) > 0.001
 
 
 def test_the_perceptual_term_teaches_the_vae_and_not_its_network(resnet):
     model = make_model(perceptual_network=resnet, perceptual_weight=1.0)
-    loss, metrics = model(batch(), 0, chance())
+    loss, metrics = model(batch(), 0, rng())
     assert loss > metrics["reconstruction_loss"] + 0.5 * metrics["perceptual_loss"] > metrics["reconstruction_loss"]
     assert all("network" not in name for name, _ in model.named_parameters())
 
@@ -177,9 +180,9 @@ def test_sizes_that_do_not_fit_are_refused_by_name(changes, message):
 
 def test_the_scaling_factor_brings_latents_to_unit_variance():
     vae = make_model().vae.eval()
-    pictures = [torch.rand(4, 3, 32, 32, generator=seeded(seed)) * 2 - 1 for seed in range(3)]
-    vae.register_to_config(scaling_factor=measure_scaling_factor(vae, pictures))
-    assert encode_latents(vae, torch.cat(pictures)).std().item() == pytest.approx(1, abs=0.01)
+    images = [torch.rand(4, 3, 32, 32, generator=seeded(seed)) * 2 - 1 for seed in range(3)]
+    vae.register_to_config(scaling_factor=measure_scaling_factor(vae, images))
+    assert encode_latents(vae, torch.cat(images)).std().item() == pytest.approx(1, abs=0.01)
 
 
 def test_the_three_stages_follow_each_other(tmp_path):
@@ -226,16 +229,16 @@ def test_cached_latents_are_served_in_batches(tmp_path):
     assert served["latents"].shape == (4, 4, 16, 16) and len(served["captions"]) == 4
 
 
-def test_pictures_that_cannot_be_read_are_left_out_of_the_cache(tmp_path):
+def test_images_that_cannot_be_read_are_left_out_of_the_cache(tmp_path):
     dataset, vae = caching_case(tmp_path, damaged=(2, 5))
     cached = cache_latents(dataset, vae)
     assert len(cached) == 8 and len(dataset.skipped) == 2
     assert [cached[row]["captions"][0] for row in range(8)] == list("01346789")
 
 
-def test_a_data_set_without_a_usable_picture_is_refused(tmp_path):
+def test_a_data_set_without_a_usable_image_is_refused(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", num_rows=3, damaged=(0, 1, 2))
-    with pytest.raises(ValueError, match="No usable picture in all 3 rows"):
+    with pytest.raises(ValueError, match="No usable image in all 3 rows"):
         cache_latents(load_training_dataset(path, transform=TRANSFORM), make_model().vae)
 
 

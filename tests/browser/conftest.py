@@ -31,7 +31,7 @@ class Server:
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}/"
         self.log = folder / "log.txt"
-        environment = {**os.environ, "GRADIO_TEMP_DIR": str(folder / "pictures"), "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, "GRADIO_TEMP_DIR": str(folder / "images"), "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-m", "flextok_hf.cli", "demo", "--port", str(port), "--device", "cpu"]
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=folder)

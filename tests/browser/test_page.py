@@ -1,6 +1,6 @@
 """The demo as people use it: in a real browser, with good and bad input, alone and together.
 
-`SCREENSHOTS=docs/assets` keeps pictures of the page for the documentation.
+`SCREENSHOTS=docs/assets` keeps images of the page for the documentation.
 """
 
 import io
@@ -21,7 +21,7 @@ from flextok_hf.models.nested_dropout import token_ladder
 pytestmark = pytest.mark.slow
 
 PHOTO = Path(__file__).parents[2] / "docs" / "assets" / "parrots.jpg"
-MEMORY_GROWTH_MB = 64  # allocators keep some pages; a leak of 20 pictures' worth of work would show
+MEMORY_GROWTH_MB = 64  # allocators keep some pages; a leak of 20 images' worth of work would show
 NUM_REQUESTS = 20
 
 
@@ -51,21 +51,21 @@ def send(panel, path):
     panel.locator("input[type=file]").first.set_input_files(path)
 
 
-def shown_picture(page, panel, label):
-    """Return the picture under a label as PIL, once it is there."""
+def shown_image(page, panel, label):
+    """Return the image under a label as PIL, once it is there."""
     frame = panel.locator(".block").filter(has=page.get_by_text(label, exact=True)).last
     source = frame.locator("img").get_attribute("src")
     return Image.open(io.BytesIO(page.request.get(source).body())).convert("RGB")
 
 
-def assert_same_picture(shown, expected):
-    """Compare pictures up to a gray level, by which two processes may round differently."""
+def assert_same_image(shown, expected):
+    """Compare images up to a gray level, by which two processes may round differently."""
     difference = np.asarray(shown).astype(int) - np.asarray(expected).astype(int)
     assert np.abs(difference).max() <= 1
 
 
 def wait_for_count(panel, count):
-    panel.get_by_text(re.compile(rf"^{count} of {count} pictures: ")).wait_for()
+    panel.get_by_text(re.compile(rf"^{count} of {count} images: ")).wait_for()
 
 
 def draw(panel, prompt, seed=0):
@@ -90,8 +90,8 @@ def keep_screenshot(page, name):
     if folder:
         page.evaluate("document.activeElement && document.activeElement.blur()")
         page.wait_for_timeout(500)
-        picture = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
-        picture.quantize(64, dither=Image.Dither.NONE).save(Path(folder) / f"demo-{name}.png", optimize=True)
+        image = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
+        image.quantize(64, dither=Image.Dither.NONE).save(Path(folder) / f"demo-{name}.png", optimize=True)
 
 
 def test_a_photo_is_reconstructed_and_the_slider_changes_it(open_page, pipe):
@@ -102,7 +102,7 @@ def test_a_photo_is_reconstructed_and_the_slider_changes_it(open_page, pipe):
     facts.get_by_text(f"{pipe.num_registers} tokens").wait_for()
     whole = facts.inner_text()
     expected = pipe.reconstruct(PHOTO, generator=seeded(0))
-    assert_same_picture(shown_picture(page, panel, "What comes back"), expected[-1][0])
+    assert_same_image(shown_image(page, panel, "What comes back"), expected[-1][0])
     keep_screenshot(page, "reconstruct")
 
     slider = panel.get_by_role("slider")
@@ -114,7 +114,7 @@ def test_a_photo_is_reconstructed_and_the_slider_changes_it(open_page, pipe):
     facts.get_by_text("1 token", exact=True).wait_for()
     assert facts.inner_text() != whole
     assert re.search(r"1 token, 10 bits \(1 bytes?\), PSNR \d+\.\d dB", facts.inner_text())
-    assert_same_picture(shown_picture(page, panel, "What comes back"), expected[0][0])
+    assert_same_image(shown_image(page, panel, "What comes back"), expected[0][0])
 
 
 def test_a_prompt_appears_step_by_step_and_ends_as_the_pipeline_draws_it(open_page, pipe):
@@ -123,13 +123,13 @@ def test_a_prompt_appears_step_by_step_and_ends_as_the_pipeline_draws_it(open_pa
     counts = token_ladder(pipe.num_registers)
     start = time.monotonic()
     draw(panel, "a red apple", seed=3)
-    panel.get_by_text(re.compile(rf"^1 of {len(counts)} pictures: 1 token$")).wait_for()
-    assert panel.locator(".grid-container img").count() < len(counts), "the first picture is shown before the last"
+    panel.get_by_text(re.compile(rf"^1 of {len(counts)} images: 1 token$")).wait_for()
+    assert panel.locator(".grid-container img").count() < len(counts), "the first image is shown before the last"
     wait_for_count(panel, len(counts))
     seconds = (time.monotonic() - start) / len(counts)
-    print(f"\n{seconds:.2f} s per picture, {len(counts)} pictures in a stream")
+    print(f"\n{seconds:.2f} s per image, {len(counts)} images in a stream")
     expected = pipe("a red apple", generator=seeded(3)).images[0]
-    assert_same_picture(shown_picture(page, panel, "The picture so far"), expected)
+    assert_same_image(shown_image(page, panel, "The image so far"), expected)
     assert panel.locator(".grid-container img").count() == len(counts)
     keep_screenshot(page, "generate")
 
@@ -163,12 +163,12 @@ def test_a_token_is_replaced(open_page, pipe):
     changed = token_ids.clone()
     changed[0, 1] = new_id
     expected = pipe.detokenize(changed, generator=seeded(0)).images[0]
-    assert_same_picture(shown_picture(page, panel, "After"), expected)
+    assert_same_image(shown_image(page, panel, "After"), expected)
     keep_screenshot(page, "tokens")
 
 
 def test_wrong_input_is_answered_with_a_sentence_and_work_goes_on(open_page, tmp_path, pipe):
-    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "text.png").write_text("not an image")
     Image.new("1", (20000, 10000)).save(tmp_path / "huge.png")
     frames = [Image.new("RGB", (64, 64), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
@@ -177,7 +177,7 @@ def test_wrong_input_is_answered_with_a_sentence_and_work_goes_on(open_page, tmp
     send(panel, tmp_path / "text.png")
     page.get_by_test_id("toast-text").wait_for()
     keep_screenshot(page, "error")
-    assert "not a picture" in error_sentence(page)
+    assert "not an image" in error_sentence(page)
 
     page = open_page()
     panel = tab(page, "Reconstruct")
@@ -188,7 +188,7 @@ def test_wrong_input_is_answered_with_a_sentence_and_work_goes_on(open_page, tmp
     panel = tab(page, "Reconstruct")
     send(panel, tmp_path / "two.gif")
     panel.locator("#reconstruct-facts").get_by_text(f"{pipe.num_registers} tokens").wait_for()
-    assert shown_picture(page, panel, "What the model sees").getpixel((0, 0)) == (255, 0, 0)
+    assert shown_image(page, panel, "What the model sees").getpixel((0, 0)) == (255, 0, 0)
 
     panel = tab(page, "Generate")
     draw(panel, "")
@@ -207,7 +207,7 @@ def test_a_file_above_the_limit_is_refused(open_page, tmp_path):
     assert re.search("exceeds|too large|maximum", error_sentence(page))
 
 
-def test_two_people_at_once_get_their_own_pictures(open_page, pipe):
+def test_two_people_at_once_get_their_own_images(open_page, pipe):
     prompts = ("a cat", "a red apple")
     pages = [open_page() for _ in prompts]
     panels = [tab(page, "Generate") for page in pages]
@@ -216,7 +216,7 @@ def test_two_people_at_once_get_their_own_pictures(open_page, pipe):
     for page, panel, prompt in zip(pages, panels, prompts):
         wait_for_count(panel, len(token_ladder(pipe.num_registers)))
         expected = pipe(prompt, generator=seeded(1)).images[0]
-        assert_same_picture(shown_picture(page, panel, "The picture so far"), expected)
+        assert_same_image(shown_image(page, panel, "The image so far"), expected)
 
 
 def test_a_tab_closed_during_a_job_leaves_the_way_free(open_page, pipe):

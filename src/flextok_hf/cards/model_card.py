@@ -6,7 +6,7 @@ A folder of a saved model may hold, beside configuration and weights:
     original.json      what the model was converted from; written by the conversion
     model_card.yaml    what no other file knows: title, license, data and their terms, limits; part of the recipe
     results/*.json     result files of the evaluation scripts
-    pictures/*         pictures for the card
+    images/*         images for the card
 """
 
 import shutil
@@ -18,25 +18,24 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
-from ..utils.files import write_atomically
+from ..utils.files import read_json, write_text
+from ..utils.tables import measure_title
 from .sections import (
-    MEASURE_TITLES,
     ORIGINAL_FILE,
     RECIPE_FILE,
     component_folders,
     data_section,
+    image_side,
     is_figure,
     model_section,
     origins,
-    picture_side,
-    read_json,
     results_section,
     training_section,
 )
 
 
 CARD_FILE, FACTS_FILE = "README.md", "model_card.yaml"
-RESULTS_FOLDER, PICTURES_FOLDER = "results", "pictures"
+RESULTS_FOLDER, IMAGES_FOLDER = "results", "images"
 FACT_NAMES = (
     *("title", "summary", "prompt", "license", "license_name", "language", "base_model"),
     *("data", "data_note", "datasets", "limits"),
@@ -64,7 +63,7 @@ def write_model_card(folder: str | Path, name: str | None = None, changed_from: 
     """
     folder = Path(folder)
     facts = read_facts(folder / FACTS_FILE)
-    record, original = read_json(folder / RECIPE_FILE), read_json(folder / ORIGINAL_FILE)
+    record, original = read_json(folder / RECIPE_FILE, {}), read_json(folder / ORIGINAL_FILE, {})
     results = {path.stem: read_json(path) for path in sorted((folder / RESULTS_FOLDER).glob("*.json"))}
     results = {key: value for key, value in results.items() if value.get("results")}
     name = name or folder.resolve().name
@@ -72,7 +71,7 @@ def write_model_card(folder: str | Path, name: str | None = None, changed_from: 
     data = card_data(folder, facts, name, results, [source for source in based_on if source.count("/") == 1])
     sections = {
         "Use": usage(folder, name, facts),
-        "Pictures": pictures_section(folder),
+        "Images": images_section(folder),
         "Model": model_section(folder),
         "Data": data_section(record, facts),
         "Training": training_section(record, original),
@@ -86,7 +85,7 @@ def write_model_card(folder: str | Path, name: str | None = None, changed_from: 
     text = f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{summary(folder, facts)}\n\n{body}\n\n{MARK}\n"
     ModelCard(text)  # refuses metadata that cannot be read back
     path = folder / CARD_FILE
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    write_text(path, text)
     return path
 
 
@@ -96,7 +95,7 @@ class CardMixin:
     def save_pretrained(self: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Save the pipeline as Diffusers does, with a model card written from what is known about the model.
 
-        Recipe, result files and pictures beside the model that was loaded come along, unless its weights changed.
+        Recipe, result files and images beside the model that was loaded come along, unless its weights changed.
         A card that somebody wrote by hand stays.
         """
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
@@ -146,7 +145,7 @@ def is_replaceable(card: Path) -> bool:
 
 
 def carry_card_files(source: Path, target: Path) -> bool:
-    """Copy recipe, facts, results and pictures to a newly saved folder, if it holds the same weights.
+    """Copy recipe, facts, results and images to a newly saved folder, if it holds the same weights.
 
     Returns:
         Whether the weights are the same; figures of other weights are not carried along.
@@ -156,7 +155,7 @@ def carry_card_files(source: Path, target: Path) -> bool:
     for name in (RECIPE_FILE, ORIGINAL_FILE, FACTS_FILE):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    for name in (RESULTS_FOLDER, PICTURES_FOLDER):
+    for name in (RESULTS_FOLDER, IMAGES_FOLDER):
         if (source / name).is_dir():
             shutil.copytree(source / name, target / name, dirs_exist_ok=True)
     return True
@@ -204,7 +203,7 @@ def card_data(
 
 
 def evaluation_results(results: Mapping[str, Any], task: str) -> list[EvalResult]:
-    """Return the figures at full length as metadata, for result files with one set of pictures."""
+    """Return the figures at full length as metadata, for result files with one set of images."""
     entries = []
     for name, record in results.items():
         by_count = record["results"]
@@ -217,9 +216,9 @@ def evaluation_results(results: Mapping[str, Any], task: str) -> list[EvalResult
                     EvalResult(
                         task_type=task,
                         dataset_type=name,
-                        dataset_name=f"{name}, {record.get('count', '?')} pictures",
+                        dataset_name=f"{name}, {record.get('count', '?')} images",
                         metric_type=key,
-                        metric_name=f"{MEASURE_TITLES.get(key, key)}, {count} tokens",
+                        metric_name=f"{measure_title(key)}, {count} tokens",
                         metric_value=value.get("mean", value.get("share")),
                     )
                 )
@@ -232,9 +231,9 @@ def summary(folder: Path, facts: Mapping[str, Any]) -> str:
         return f"{facts['summary'].strip()} The method is FlexTok {METHOD}."
     if not (folder / "encoder").is_dir():
         return f"A VAE for models of the kind FlexTok {METHOD}."
-    what = "draws pictures, and turns pictures" if (folder / "prior").is_dir() else "turns pictures"
+    what = "draws images, and turns images" if (folder / "prior").is_dir() else "turns images"
     return (
-        f"A FlexTok model {METHOD}: it {what} into ordered tokens and back. Every number of tokens gives a picture;"
+        f"A FlexTok model {METHOD}: it {what} into ordered tokens and back. Every number of tokens gives an image;"
         " the first say what it is about, later ones add detail."
     )
 
@@ -258,20 +257,20 @@ def usage(folder: Path, name: str, facts: Mapping[str, Any]) -> str:
     return "```python\n" + "\n".join(lines) + "\n```"
 
 
-def pictures_section(folder: Path) -> str:
-    """Show the pictures beside the model; what they show is their file's name."""
-    files = sorted(path for path in (folder / PICTURES_FOLDER).glob("*") if path.is_file())
-    return "\n\n".join(f"![{path.stem.replace('_', ' ')}]({PICTURES_FOLDER}/{path.name})" for path in files)
+def images_section(folder: Path) -> str:
+    """Show the images beside the model; what they show is their file's name."""
+    files = sorted(path for path in (folder / IMAGES_FOLDER).glob("*") if path.is_file())
+    return "\n\n".join(f"![{path.stem.replace('_', ' ')}]({IMAGES_FOLDER}/{path.name})" for path in files)
 
 
 def limits(folder: Path, facts: Mapping[str, Any]) -> str:
     """Say what not to expect."""
     lines = [facts["limits"].strip()] if facts.get("limits") else []
-    side = picture_side(folder)
+    side = image_side(folder)
     if side is not None:
         lines.append(
-            f"Pictures are {side} x {side} pixels. What the training pictures do not show comes back as the nearest"
-            " thing they do, and their view of the world is the model's. A picture from few tokens is a plausible"
+            f"Images are {side} x {side} pixels. What the training images do not show comes back as the nearest"
+            " thing they do, and their view of the world is the model's. An image from few tokens is a plausible"
             " guess, not a record: do not take its details for facts."
         )
     return "\n\n".join(lines)

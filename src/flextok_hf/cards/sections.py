@@ -3,7 +3,6 @@
 Nothing is loaded but JSON and the headers of weight files.
 """
 
-import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+
+from ..utils.files import read_json
+from ..utils.tables import markdown_table, measure_title
 
 
 RECIPE_FILE = "training.json"
@@ -23,18 +25,6 @@ COMPONENT_TITLES = {
     "prior": "prior",
     "text_encoder": "text encoder",
 }
-MEASURE_TITLES = {
-    "psnr_db": "PSNR (dB)",
-    "ssim": "SSIM",
-    "mae": "mean absolute error",
-    "perceptual_distance": "perceptual distance",
-    "name": "name found",
-}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON file, or an empty dictionary if there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def stage_name(record: Mapping[str, Any]) -> str:
@@ -42,12 +32,6 @@ def stage_name(record: Mapping[str, Any]) -> str:
     arguments = record["arguments"]
     named = "prior" if "tokenizer" in arguments else "tokenizer" if "num_registers" in arguments else "vae"
     return record.get("stage") or named
-
-
-def markdown_table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
-    """Return a Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def count_weights(folder: Path) -> tuple[int, str]:
@@ -70,9 +54,9 @@ def component_folders(folder: Path) -> dict[str, Path]:
     return {"vae": folder}
 
 
-def picture_side(folder: Path) -> int | None:
-    """Return the side of the square pictures of a pipeline in pixels, from its configuration."""
-    decoder, vae = read_json(folder / "decoder" / "config.json"), read_json(folder / "vae" / "config.json")
+def image_side(folder: Path) -> int | None:
+    """Return the side of the square images of a pipeline in pixels, from its configuration."""
+    decoder, vae = read_json(folder / "decoder" / "config.json", {}), read_json(folder / "vae" / "config.json", {})
     if not decoder:
         return None
     side = decoder["grid_size"] * decoder["patch_size"]
@@ -86,14 +70,14 @@ def model_section(folder: Path) -> str:
         weights, kind = count_weights(part)
         rows.append([COMPONENT_TITLES[name], f"{weights:,}", kind])
     lines = [markdown_table(["part", "weights", "stored as"], rows)]
-    encoder = read_json(folder / "encoder" / "config.json")
+    encoder = read_json(folder / "encoder" / "config.json", {})
     if encoder:
         levels, registers = encoder["fsq_levels"], encoder["num_registers"]
-        size, side = math.prod(levels), picture_side(folder)
+        size, side = math.prod(levels), image_side(folder)
         lines.append(
-            f"Pictures of {side} x {side} pixels as 1 to {registers} tokens. A token is one of {size:,} codes (finite"
+            f"Images of {side} x {side} pixels as 1 to {registers} tokens. A token is one of {size:,} codes (finite"
             f" scalar quantization with {' x '.join(map(str, levels))} levels), {math.log2(size):.1f} bits; a whole"
-            f" picture takes {registers * math.log2(size) / 8:.0f} bytes."
+            f" image takes {registers * math.log2(size) / 8:.0f} bytes."
             + ("" if (folder / "vae").is_dir() else " The model works on pixels, without a VAE.")
         )
     return "\n\n".join(lines)
@@ -105,7 +89,7 @@ def training_facts(arguments: Mapping[str, Any], log: Sequence[Mapping[str, Any]
     Args:
         arguments: the options of the stage.
         log: the entries of its log.
-        images_per_step: pictures that an optimizer step sees.
+        images_per_step: images that an optimizer step sees.
 
     Returns:
         `hardware`, `seconds` that the steps took, and the recipes of the stages before, `earlier`.
@@ -123,7 +107,7 @@ def earlier_recipes(arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
     recipes = []
     for option in ("vae", "tokenizer", "pretrained_tokenizer"):
         if arguments.get(option):
-            record = read_json(Path(arguments[option]) / RECIPE_FILE)
+            record = read_json(Path(arguments[option]) / RECIPE_FILE, {})
             recipes += [*record.pop("earlier", []), record] if record else []
     return recipes
 
@@ -151,7 +135,7 @@ def stage_recipe(record: Mapping[str, Any]) -> str:
     """Say how one stage was trained."""
     arguments = record["arguments"]
     per_step = record.get("images_per_step", arguments.get("train_batch_size"))
-    line = f"Stage `{stage_name(record)}`: {record['steps']:,} steps of {per_step} pictures"
+    line = f"Stage `{stage_name(record)}`: {record['steps']:,} steps of {per_step} images"
     line += f", {duration(record['seconds'])}" if record.get("seconds") else ""
     line += f" on {record['hardware']}" if record.get("hardware") else ""
     line += f", precision {'float32' if arguments['mixed_precision'] == 'no' else arguments['mixed_precision']}"
@@ -206,7 +190,7 @@ def results_section(results: Mapping[str, Mapping[str, Any]]) -> str:
         if isinstance(settings, Mapping):
             settings = ", ".join(f"{option} {value}" for option, value in settings.items())
         protocol = {
-            "pictures": record.get("real_pictures") or record.get("count"),
+            "images": record.get("real_images") or record.get("count"),
             "settings": settings,
             "seed": record.get("seed"),
             "device": record.get("device"),
@@ -224,14 +208,14 @@ def results_table(results: Mapping[str, Any]) -> str:
     """
     if all(str(key).isdigit() for key in results):
         measures = [key for key, value in next(iter(results.values())).items() if is_figure(value)]
-        header = ["tokens", *(MEASURE_TITLES.get(key, key.replace("_", " ")) for key in measures)]
+        header = ["tokens", *(measure_title(key) for key in measures)]
         rows = [[count, *(cell(row[key]) for key in measures)] for count, row in results.items()]
         return markdown_table(header, rows)
     counts = list(next(iter(results.values())))
     measure = next(key for key, value in next(iter(results.values()))[counts[0]].items() if is_figure(value))
     header = ["tokens", *(key.replace("_", " ") for key in results)]
     rows = [[count, *(cell(results[key][count][measure]) for key in results)] for count in counts]
-    title = MEASURE_TITLES.get(measure, measure.replace("_", " "))
+    title = measure_title(measure)
     return f"Measure: {title}.\n\n{markdown_table(header, rows)}"
 
 

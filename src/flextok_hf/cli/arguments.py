@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
     parser = OneLineErrorParser(
         prog="flextok",
-        description="Pictures as ordered token sequences of any length, and back.",
+        description="Images as ordered token sequences of any length, and back.",
         epilog=f"`flextok COMMAND --help` explains one command.\n\n{EPILOGS['generate']}",
         formatter_class=WideHelpFormatter,
     )
@@ -104,7 +104,7 @@ def check_files(options: argparse.Namespace) -> None:
         FileNotFoundError: there is no such photo or file of ids.
     """
     from ..embedded import resolve_model
-    from ..utils.files import PICTURE_EXTENSIONS, check_output_folder, check_output_path
+    from ..utils.files import IMAGE_EXTENSIONS, check_output_folder, check_output_path
 
     if options.command == "convert":
         check_output_folder(options.output)
@@ -112,7 +112,7 @@ def check_files(options: argparse.Namespace) -> None:
             raise ValueError("name a TOKENIZER, a --prior, or both")
         return
     if "output" in options:
-        check_output_path(options.output, (".json",) if options.command == "tokenize" else PICTURE_EXTENSIONS)
+        check_output_path(options.output, (".json",) if options.command == "tokenize" else IMAGE_EXTENSIONS)
     if (getattr(options, "image", None) is None) != (getattr(options, "keep_tokens", None) is None):
         raise ValueError("`--image` and `--keep-tokens` go together: a photo to vary, and how many of its tokens stay")
     photos = [*getattr(options, "photos", ()), *filter(None, [getattr(options, "image", None)])]
@@ -153,7 +153,7 @@ def port(text: str) -> int:
 
 
 def seed(text: str) -> int:
-    """Read a seed that leaves room for the seeds of further pictures below what PyTorch takes."""
+    """Read a seed that leaves room for the seeds of further images below what PyTorch takes."""
     return _bounded(int, text, "an integer from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)
 
 
@@ -221,13 +221,13 @@ def _add_decoding(parser: argparse.ArgumentParser, steps: int) -> None:
 
 
 def _add_generate(commands) -> None:
-    parser = _add_command(commands, "generate", "turn a prompt into one or more pictures")
+    parser = _add_command(commands, "generate", "turn a prompt into one or more images")
     parser.add_argument("prompt", help='what to draw, such as "a cat"; or a class')
     parser.add_argument(
-        "--output", required=True, metavar="FILE", help="picture file; several get numbers: cat-1.png, ..."
+        "--output", required=True, metavar="FILE", help="image file; several get numbers: cat-1.png, ..."
     )
     parser.add_argument("--max-tokens", type=positive_int, metavar="N", help="at most so many tokens (all)")
-    parser.add_argument("--num-images", type=positive_int, default=1, metavar="N", help="pictures to draw (1)")
+    parser.add_argument("--num-images", type=positive_int, default=1, metavar="N", help="images to draw (1)")
     parser.add_argument("--image", metavar="PHOTO", help="vary this photo")
     parser.add_argument("--keep-tokens", type=positive_int, metavar="K", help="keep its first K tokens")
     _add_prior(parser)
@@ -236,7 +236,7 @@ def _add_generate(commands) -> None:
 
 
 def _add_stream(commands) -> None:
-    parser = _add_command(commands, "stream", "draw a picture and show it while its tokens are being written")
+    parser = _add_command(commands, "stream", "draw an image and show it while its tokens are being written")
     parser.add_argument("prompt", help='what to draw, such as "a cat"; or a class')
     parser.add_argument(
         "--output", required=True, metavar="FILE", help=".webp: one animation; others get numbers: cat-04.png"
@@ -272,17 +272,17 @@ def _add_prior(parser: argparse.ArgumentParser) -> None:
 
 def _add_tokenize(commands) -> None:
     parser = _add_command(commands, "tokenize", "turn photos into token ids")
-    parser.add_argument("photos", nargs="+", metavar="PHOTO", help="picture files of any size and mode")
+    parser.add_argument("photos", nargs="+", metavar="PHOTO", help="image files of any size and mode")
     parser.add_argument("--output", required=True, metavar="FILE", help="JSON file for the ids")
     parser.add_argument("--max-tokens", type=positive_int, metavar="N", help="at most so many tokens (all)")
     _add_shared(parser, has_seed=False)
 
 
 def _add_detokenize(commands) -> None:
-    parser = _add_command(commands, "detokenize", "turn token ids back into pictures")
+    parser = _add_command(commands, "detokenize", "turn token ids back into images")
     parser.add_argument("ids", metavar="IDS", help="JSON file of `flextok tokenize`, or a plain list of ids")
     parser.add_argument(
-        "--output", required=True, metavar="FILE", help="picture file; several get numbers: cat-1.png, ..."
+        "--output", required=True, metavar="FILE", help="image file; several get numbers: cat-1.png, ..."
     )
     parser.add_argument("--max-tokens", type=positive_int, metavar="N", help="use the first N tokens only (all)")
     _add_decoding(parser, steps=20)
@@ -291,8 +291,8 @@ def _add_detokenize(commands) -> None:
 
 def _add_reconstruct(commands) -> None:
     parser = _add_command(commands, "reconstruct", "show photos as they come back from more and more tokens")
-    parser.add_argument("photos", nargs="+", metavar="PHOTO", help="picture files of any size and mode, one row each")
-    parser.add_argument("--output", required=True, metavar="FILE", help="picture file for the contact sheet")
+    parser.add_argument("photos", nargs="+", metavar="PHOTO", help="image files of any size and mode, one row each")
+    parser.add_argument("--output", required=True, metavar="FILE", help="image file for the contact sheet")
     parser.add_argument(
         "--max-tokens",
         type=positive_int,

@@ -14,25 +14,26 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from ..embedded import embedded_model
-from ..models.nested_dropout import token_ladder
 from ..pipelines.bulk_tokenization import tokenize_batches
 from ..pipelines.images import load_image, prepare_images, resize_and_crop
+from ..pipelines.input_checks import check_token_counts
+from ..pipelines.loading import load_pipeline
 from ..pipelines.pipeline_flextok import FlexTokPipeline
-from ..utils.files import ANIMATED, numbered_paths, save_animation, save_picture
+from ..utils.files import ANIMATED, numbered_paths, read_json, save_animation, save_image
 from ..utils.sheets import contact_sheet, token_count_title
-from .token_files import parse_token_ids, read_json, write_token_file
+from .token_files import parse_token_ids, write_token_file
 
 
-# Pictures that are in memory at the same time; more of them are worked on in turns.
+# Images that are in memory at the same time; more of them are worked on in turns.
 BATCH_SIZE = 16
 
 
 def generate(options: argparse.Namespace) -> None:
-    """Turn a prompt into pictures."""
-    pipe = load_pipeline(options)
+    """Turn a prompt into images."""
+    pipe = open_pipeline(options)
     paths = numbered_paths(options.output, options.num_images)
-    for start, batch in batches(paths, options, "pictures", pipe):
-        # A generator per picture: picture n of seed s is the first picture of seed s + n, whatever the batch.
+    for start, batch in batches(paths, options, "images", pipe):
+        # A generator per image: image n of seed s is the first image of seed s + n, whatever the batch.
         result = pipe(
             **condition(pipe, options.prompt),
             max_tokens=options.max_tokens,
@@ -42,29 +43,29 @@ def generate(options: argparse.Namespace) -> None:
             **sampling(options),
             generator=[seeded(options.seed + start + number) for number in range(len(batch))],
         )
-        for number, (path, picture, token_ids) in enumerate(zip(batch, result.images, result.token_ids)):
-            save_picture(picture, path)
-            size, length = f"{picture.width} x {picture.height}", token_count_title(len(token_ids))
+        for number, (path, image, token_ids) in enumerate(zip(batch, result.images, result.token_ids)):
+            save_image(image, path)
+            size, length = f"{image.width} x {image.height}", token_count_title(len(token_ids))
             report(options, f"{path}: {size}, {length}, seed {options.seed + start + number}")
 
 
 def stream(options: argparse.Namespace) -> None:
-    """Write the pictures of a growing number of tokens, as files or as one animation."""
-    pipe = load_pipeline(options)
+    """Write the images of a growing number of tokens, as files or as one animation."""
+    pipe = open_pipeline(options)
     pipe.set_progress_bar_config(disable=True if options.quiet else None, leave=False)
     path = Path(options.output)
     width = len(str(pipe.num_registers))
     frames = []
-    for count, picture in pipe.stream(
+    for count, image in pipe.stream(
         **condition(pipe, options.prompt),
         token_counts=options.token_counts,
         generator=seeded(options.seed),
         **sampling(options),
     ):
-        frames.append(picture)
+        frames.append(image)
         if path.suffix.lower() != ANIMATED:
             frame_path = path.with_stem(f"{path.stem}-{count:0{width}d}")
-            save_picture(picture, frame_path)
+            save_image(image, frame_path)
             report(options, f"{frame_path}: {token_count_title(count)}")
     if path.suffix.lower() == ANIMATED:
         save_animation(frames, path, options.frame_ms)
@@ -87,42 +88,42 @@ def sampling(options: argparse.Namespace) -> dict[str, Any]:
 
 def tokenize(options: argparse.Namespace) -> None:
     """Turn photos into a JSON file of token ids."""
-    pipe = load_pipeline(options)
+    pipe = open_pipeline(options)
     start = time.perf_counter()
     batched = batches(options.photos, options, "photos", pipe)
     pixels = (prepare_images([load_image(path) for path in batch], pipe.resolution) for _, batch in batched)
     rows = [ids for batch in tokenize_batches(pipe, pixels, options.max_tokens) for ids in batch.tolist()]
     speed = len(rows) / (time.perf_counter() - start)
-    pictures = [{"file": path, "token_ids": ids} for path, ids in zip(options.photos, rows, strict=True)]
-    write_token_file(options.output, pictures, pipe.codebook_size, pipe.num_registers)
+    images = [{"file": path, "token_ids": ids} for path, ids in zip(options.photos, rows, strict=True)]
+    write_token_file(options.output, images, pipe.codebook_size, pipe.num_registers)
     report(options, f"{options.output}: {len(rows)} x {token_count_title(len(rows[0]))}, {speed:.1f} photos/s")
 
 
 def detokenize(options: argparse.Namespace) -> None:
-    """Turn a file of token ids back into pictures."""
+    """Turn a file of token ids back into images."""
     content = read_json(options.ids)
-    pipe = load_pipeline(options)
+    pipe = open_pipeline(options)
     sequences = parse_token_ids(content, options.ids, pipe.codebook_size, pipe.num_registers)
     sequences = [sequence[: options.max_tokens] for sequence in sequences]
     paths = numbered_paths(options.output, len(sequences))
     start_s = time.perf_counter()
-    for start, batch in batches(paths, options, "pictures", pipe):
+    for start, batch in batches(paths, options, "images", pipe):
         images = pipe.detokenize(
             [torch.tensor(sequence) for sequence in sequences[start : start + len(batch)]],
             num_inference_steps=options.num_inference_steps,
             guidance_scale=options.guidance_scale,
             generator=[seeded(options.seed + start + number) for number in range(len(batch))],
         ).images
-        for path, picture, sequence in zip(batch, images, sequences[start:]):
-            save_picture(picture, path)
-            report(options, f"{path}: {picture.width} x {picture.height}, {token_count_title(len(sequence))}")
-    report(options, f"{len(paths) / (time.perf_counter() - start_s):.2f} pictures/s")
+        for path, image, sequence in zip(batch, images, sequences[start:]):
+            save_image(image, path)
+            report(options, f"{path}: {image.width} x {image.height}, {token_count_title(len(sequence))}")
+    report(options, f"{len(paths) / (time.perf_counter() - start_s):.2f} images/s")
 
 
 def reconstruct(options: argparse.Namespace) -> None:
     """Draw a contact sheet: a row per photo, a column per number of tokens."""
-    pipe = load_pipeline(options)
-    counts = token_counts(options.max_tokens, pipe.num_registers)
+    pipe = open_pipeline(options)
+    counts = check_token_counts(options.max_tokens, pipe.num_registers)
     cell_size = max(128, pipe.resolution)
     rows: list[list[Image.Image]] = []
     for start, batch in batches(options.photos, options, "photos", pipe):
@@ -138,7 +139,7 @@ def reconstruct(options: argparse.Namespace) -> None:
         rows += [list(row) for row in zip(originals, *columns)]
     titles = ["original", *map(token_count_title, counts)]
     sheet = contact_sheet(rows, titles, cell_size=cell_size)
-    save_picture(sheet, options.output)
+    save_image(sheet, options.output)
     report(options, f"{options.output}: {len(rows)} row{'s'[: len(rows) > 1]}, {', '.join(titles)}")
 
 
@@ -151,7 +152,7 @@ def demo(options: argparse.Namespace) -> None:
             raise
         raise ValueError('the demo needs Gradio; install it: pip install "flextok_hf[demo]"') from error
     is_embedded = options.model == embedded_model()
-    page = build_demo(load_pipeline(options), "the embedded model" if is_embedded else options.model)
+    page = build_demo(open_pipeline(options), "the embedded model" if is_embedded else options.model)
     page.launch(server_name=options.host, server_port=options.port, quiet=options.quiet, **launch_options())
 
 
@@ -178,7 +179,7 @@ def convert(options: argparse.Namespace) -> None:
 
 def info(options: argparse.Namespace) -> None:
     """Print what a model consists of."""
-    pipe = load_pipeline(options)
+    pipe = open_pipeline(options)
     folder = Path(options.model)
     components = {}
     for name, component in pipe.components.items():
@@ -205,8 +206,8 @@ def info_table(facts: dict[str, Any]) -> str:
     side = facts["resolution"]
     lines = [
         f"model       {facts['model']}",
-        f"pictures    {side} x {side}",
-        f"tokens      1 to {facts['num_registers']} per picture, {facts['codebook_size']:,} codes",
+        f"images    {side} x {side}",
+        f"tokens      1 to {facts['num_registers']} per image, {facts['codebook_size']:,} codes",
         "",
         f"{'component':<14}{'class':<34}{'parameters':>14}{'on disk':>12}",
     ]
@@ -220,21 +221,10 @@ def info_table(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def load_pipeline(options: argparse.Namespace) -> FlexTokPipeline:
-    """Load the pipeline that the options name onto their device.
-
-    Raises:
-        ValueError: there is no such device, or the model cannot be read.
-    """
+def open_pipeline(options: argparse.Namespace) -> FlexTokPipeline:
+    """Load the pipeline that the options name onto their device."""
     set_verbosity(options)
-    device = choose_device(options.device)
-    try:
-        pipe = FlexTokPipeline.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
-    except Exception as error:  # a missing or damaged file can surface as almost anything in the libraries below
-        if options.traceback:
-            raise
-        raise ValueError(f"`model` {options.model!r} cannot be loaded; fetch or save it again: {error}") from error
-    return pipe.to(device)
+    return load_pipeline(options.model, options.device, getattr(torch, options.dtype))
 
 
 def set_verbosity(options: argparse.Namespace) -> None:
@@ -245,25 +235,6 @@ def set_verbosity(options: argparse.Namespace) -> None:
     # Loading bars of both libraries would bury the bars that say how long the work takes.
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-
-
-def choose_device(name: str | None) -> torch.device:
-    """Return the device called `name`, or by default the best one of this machine.
-
-    Raises:
-        ValueError: PyTorch does not know such a device, or this machine has none.
-    """
-    if name is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"`device` {name!r} cannot be used here; try cpu ({reason})") from error
-    return device
 
 
 def batches(
@@ -284,13 +255,6 @@ def batches(
 def seeded(seed: int) -> torch.Generator:
     """Return a generator on the CPU, so that a seed means the same on every device."""
     return torch.Generator("cpu").manual_seed(seed)
-
-
-def token_counts(asked: Sequence[int] | None, num_registers: int) -> list[int]:
-    """Return the columns of a contact sheet: counts asked for, or powers of two; each once, at most all registers."""
-    if asked is None:
-        asked = token_ladder(num_registers)
-    return list(dict.fromkeys(min(count, num_registers) for count in asked))
 
 
 def report(options: argparse.Namespace, line: str) -> None:

@@ -2,47 +2,33 @@
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
-from ..utils.files import write_atomically
+from ..utils.files import write_text
 
 
 TOKEN_FILE_FORMAT = "flextok-token-ids"
 
 
 def write_token_file(
-    path: str | os.PathLike, pictures: list[dict[str, Any]], codebook_size: int, num_registers: int
+    path: str | os.PathLike, images: list[dict[str, Any]], codebook_size: int, num_registers: int
 ) -> None:
     """Write token ids as JSON.
 
     Args:
         path: where to.
-        pictures: one entry per picture, with its `file` and `token_ids`.
+        images: one entry per image, with its `file` and `token_ids`.
         codebook_size: number of codes of the model that made the ids; reading checks it.
         num_registers: longest sequence of that model.
     """
     content = {
         "format": TOKEN_FILE_FORMAT,
-        "version": 1,
+        "version": 2,
         "codebook_size": codebook_size,
         "num_registers": num_registers,
-        "pictures": pictures,
+        "images": images,
     }
-    text = json.dumps(content) + "\n"
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
-
-
-def read_json(path: str) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        ValueError: the file is not JSON.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path!r} is not a JSON file: {error}") from error
+    write_text(path, json.dumps(content) + "\n")
 
 
 def parse_token_ids(content: Any, path: str, codebook_size: int, num_registers: int) -> list[list[int]]:
@@ -58,7 +44,8 @@ def parse_token_ids(content: Any, path: str, codebook_size: int, num_registers: 
         ValueError: the content is something else, or was made for another model.
     """
     if isinstance(content, dict):
-        if content.get("format") != TOKEN_FILE_FORMAT or not isinstance(content.get("pictures"), list):
+        entries = content.get("images", content.get("pictures"))  # their name in files of version 1
+        if content.get("format") != TOKEN_FILE_FORMAT or not isinstance(entries, list):
             raise ValueError(
                 f"{path!r} was not written by `flextok tokenize`: its `format` is {content.get('format')!r}"
             )
@@ -67,9 +54,7 @@ def parse_token_ids(content: Any, path: str, codebook_size: int, num_registers: 
                 f"{path!r} holds ids of a codebook of {content.get('codebook_size')} codes, but this model has"
                 f" {codebook_size}; name the model they were made with: --model"
             )
-        content = [
-            picture.get("token_ids") if isinstance(picture, dict) else picture for picture in content["pictures"]
-        ]
+        content = [entry.get("token_ids") if isinstance(entry, dict) else entry for entry in entries]
     elif isinstance(content, list) and content and all(type(entry) is int for entry in content):
         content = [content]
     if not isinstance(content, list) or not content:

@@ -1,80 +1,21 @@
-"""Conversion: official checkpoints in, a pipeline in memory or a folder of ours out."""
+"""Conversion: official checkpoints in, a folder of ours out."""
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.utils import logging
 
 from ..cards.model_card import write_model_card
 from ..cards.sections import ORIGINAL_FILE
 from ..pipelines.pipeline_flextok import FlexTokPipeline
 from ..utils.files import check_output_folder
-from .components import Component
-from .prior import Prior, read_prior
-from .prior_settings import TextSettings
-from .source import DTYPES, Checkpoint, open_checkpoint
-from .text_encoder import load_text_encoder
-from .tokenizer import Tokenizer, read_tokenizer
+from .original import Original, read_original
 from .writing import check_space, new_folder, num_bytes, write_component
 
 
 MAX_SHARD_BYTES = 5 * 10**9
-# Of the official settings on sampling, those that are defaults of our pipeline too; strengths of guidance are saved
-SAMPLING_DEFAULTS = {
-    "sample": True,
-    "temperature": 1.0,
-    "top_k": 0,
-    "top_p": 0.0,
-    "num_samples": 1,
-    "timesteps": 25,
-    "tokenizer_perform_norm_guidance": True,
-}
-
-logger = logging.get_logger(__name__)
-
-
-@dataclass
-class Original:
-    """Official checkpoints, read but for the values of their tensors.
-
-    components: models under the names that the pipeline gives them.
-    others: what is loaded already: text encoder and text tokenizer.
-    defaults: strengths of guidance to save with the pipeline.
-    text: which text encoder the prior reads.
-    record: where all came from, and what has no place in our configurations.
-    notes: what differs from the official code, in words.
-    """
-
-    components: dict[str, Component] = field(default_factory=dict)
-    others: dict[str, Any] = field(default_factory=dict)
-    defaults: dict[str, float] = field(default_factory=dict)
-    text: TextSettings | None = None
-    record: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def pipeline_arguments(self, models: dict[str, Any]) -> dict[str, Any]:
-        """Return what a `FlexTokPipeline` is made from, with `models` under the names of `components`."""
-        return {"scheduler": FlowMatchEulerDiscreteScheduler(), **models, **self.others, **self.defaults}
-
-
-def load_original(
-    tokenizer: str | os.PathLike,
-    prior: str | os.PathLike | None = None,
-    text_encoder: str | os.PathLike | None = None,
-    dtype: torch.dtype | None = torch.float32,
-    **options: Any,
-) -> dict[str, Any]:
-    """Load official checkpoints; returns what a `FlexTokPipeline` is made from (see its `from_original`)."""
-    original = read_original(tokenizer, prior, text_encoder, dtype=dtype, **options)
-    for note in original.notes:
-        logger.warning(note)
-    return original.pipeline_arguments({name: one.load(dtype) for name, one in original.components.items()})
 
 
 def convert_checkpoint(
@@ -136,93 +77,3 @@ def write_pipeline_files(folder: Path, original: Original, max_shard_bytes: int)
     if pipe.text_encoder is not None:
         pipe.text_encoder.save_pretrained(folder / "text_encoder", max_shard_size=max_shard_bytes)
         pipe.tokenizer.save_pretrained(folder / "tokenizer")
-
-
-def read_original(
-    tokenizer: str | os.PathLike | None,
-    prior: str | os.PathLike | None,
-    text_encoder: str | os.PathLike | None,
-    dtype: torch.dtype | None,
-    revision: str | None = None,
-    prior_revision: str | None = None,
-    ignore: Sequence[str] = (),
-    cache_dir: str | os.PathLike | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
-) -> Original:
-    """Open and check official checkpoints; apart from a text encoder, no values are read yet."""
-    if dtype not in (None, *DTYPES.values()):
-        raise ValueError(f"`dtype` must be {', '.join(map(str, DTYPES.values()))} or None, got {dtype!r}.")
-    original = Original()
-    hub_options = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-    if tokenizer is None and prior is None:
-        raise ValueError("Name a tokenizer, a prior, or both.")
-    if tokenizer is not None:
-        checkpoint = open_checkpoint(tokenizer, "tokenizer", ignore, revision=revision, **hub_options)
-        add_tokenizer(original, checkpoint, read_tokenizer(checkpoint, **hub_options))
-    elif revision is not None:
-        raise ValueError("`revision` is that of a tokenizer. For a prior, pass `prior_revision`.")
-    if prior is None:
-        if text_encoder is not None or prior_revision is not None:
-            raise ValueError("`text_encoder` and `prior_revision` belong to a prior. Name it as `prior`.")
-        return original
-    checkpoint = open_checkpoint(prior, "prior", ignore, revision=prior_revision, **hub_options)
-    add_prior(original, checkpoint, read_prior(checkpoint))
-    if original.text is None and text_encoder is not None:
-        raise ValueError(f"{str(prior)!r} reads no text. Leave `text_encoder` out.")
-    if original.text is not None and tokenizer is not None:  # a prior by itself is saved without its text encoder
-        width = original.components["prior"].model.config.text_hidden_size
-        original.others["text_encoder"], original.others["tokenizer"] = load_text_encoder(
-            text_encoder, original.text, checkpoint, width, dtype, **hub_options
-        )
-    return original
-
-
-def add_tokenizer(original: Original, checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
-    """Add encoder, decoder and VAE."""
-    original.components.update(tokenizer.components)
-    original.notes += tokenizer.notes
-    original.record["tokenizer"] = {**origin(checkpoint), "training": tokenizer.training}
-
-
-def add_prior(original: Original, checkpoint: Checkpoint, prior: Prior) -> None:
-    """Add a prior, if it writes the tokens of the tokenizer."""
-    settings, model = prior.settings, prior.component.model
-    if "encoder" in original.components:
-        encoder = original.components["encoder"].model
-        ours = (encoder.quantizer.codebook_size, encoder.config.num_registers)
-        theirs = (model.config.codebook_size, model.config.max_position_embeddings)
-        if ours != theirs:
-            raise ValueError(
-                f"{checkpoint.name!r} writes {theirs[1]} tokens of {theirs[0]} codes, but the tokenizer has {ours[1]}"
-                f" of {ours[0]}. They do not belong together."
-            )
-    original.components["prior"], original.text = prior.component, settings.text
-    original.record["prior"] = {**origin(checkpoint), "generation": settings.generation}
-    if settings.text is not None:
-        original.record["prior"]["text_encoder"] = settings.text.reference
-    if settings.tokenizer is not None:
-        original.record["prior"]["tokenizer"] = settings.tokenizer
-        named = original.record.get("tokenizer", {}).get("source", settings.tokenizer)
-        if named != settings.tokenizer:
-            original.notes.append(
-                f"The prior was trained with the tokenizer {settings.tokenizer!r}; with another than that, its tokens"
-                f" mean nothing. Here it is {named!r}."
-            )
-    names = {"default_prior_guidance_scale": "cfg_factor", "default_guidance_scale": "tokenizer_cfg_factor"}
-    for name, key in names.items():
-        value = settings.generation.get(key, "missing")
-        value = 1.0 if value is None else value  # none is no guidance
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            original.defaults[name] = float(value)
-    unlike = {key: settings.generation.get(key, value) for key, value in SAMPLING_DEFAULTS.items()}
-    unlike = {key: value for key, value in unlike.items() if value != SAMPLING_DEFAULTS[key]}
-    if unlike:
-        original.notes.append(f"The official code samples with {unlike} by default; here, pass them with each call.")
-
-
-def origin(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return where a checkpoint came from, without the paths of this machine."""
-    if checkpoint.is_local:
-        return {"source": checkpoint.folder.resolve().name}
-    return {"source": checkpoint.name, "commit": checkpoint.folder.name}

@@ -83,7 +83,7 @@ def read_tokenizer_settings(settings: Section) -> tuple[dict[str, Any], dict[str
 def read_levels(regularizer: Section) -> list[int]:
     """Read the levels of the quantizer."""
     regularizer.target("flextok.regularizers.quantize_fsq.FSQ")
-    regularizer.skip("drop_quant_p", "packed_call")  # a training aid; how pictures of several sizes share a call
+    regularizer.skip("drop_quant_p", "packed_call")  # a training aid; how images of several sizes share a call
     levels = regularizer.counts("levels")
     if min(levels) < 2 or math.prod(levels) > MAX_COUNT:
         raise ValueError(
@@ -205,7 +205,7 @@ def read_decoder(modules: dict[str, Section], levels: list[int], num_registers: 
         positions.expect("posemb_scaling", "absolute")
         positions.expect("max_sizes", [num_registers], (num_registers,))
     elif patches["grid_size"] ** 2 != num_registers:
-        raise ValueError(f"{packer.source!r} is a grid whose encoder and decoder cut pictures into unlike patches.")
+        raise ValueError(f"{packer.source!r} is a grid whose encoder and decoder cut images into unlike patches.")
     packer.expect("per_subseq_embs", has_registers, default=False)
     modules["dec_transformer"].expect("adaLN_expansion", 2 if has_registers else 1, default=1)
 

@@ -56,7 +56,7 @@ def read_vae(settings: Section, checkpoint: Checkpoint, notes: list[str], **hub_
     if settings.flag("sample_posterior", True):
         notes.append(
             "The official code draws latents from the VAE's posterior (`sample_posterior` is true); here they are its"
-            " mean, so that a picture always gives the same ids."
+            " mean, so that an image always gives the same ids."
         )
     precision = settings.text("dtype_override", None)
     if precision not in (None, "fp32"):

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
@@ -14,7 +13,7 @@ from diffusers import ModelMixin
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..utils.files import check_output_folder
+from ..utils.files import check_output_folder, temporary_beside
 from .components import Component
 
 
@@ -30,12 +29,10 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
         path: must not exist, or be an empty folder; the folder it is in must exist.
     """
     path = check_output_folder(path)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    temporary = temporary_beside(path)
+    temporary.mkdir()
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)  # mkdtemp makes it for the owner only
         if path.is_dir():
             path.rmdir()  # it is empty; not every system renames over it
         os.replace(temporary, path)

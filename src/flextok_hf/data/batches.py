@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..training.step_randomness import draw_seed
 from .image_stream import Place, StreamBatches, StreamedImageDataset
 from .samples import collate
+from .seeds import draw_seed
 
 
 class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
@@ -90,7 +90,7 @@ def build_dataloader(
     divided among the processes, and accelerate cannot divide captions. The batches lie on the CPU.
 
     Args:
-        batch_size: pictures per batch and process.
+        batch_size: images per batch and process.
         shuffle: draw a new order in each epoch. Data sets that are streamed have their own `shuffle_buffer`.
         seed: decides the order, flips, crops and wordings; keep it for all processes and for a run that resumes.
 

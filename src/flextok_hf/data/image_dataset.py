@@ -1,9 +1,8 @@
-"""Data sets whose rows are found by their number: pictures or token ids, with captions and classes.
+"""Data sets whose rows are found by their number: images or token ids, with captions and classes.
 
-Letters: R resolution (side of the square pictures).
+Letters: R resolution (side of the square images).
 """
 
-import logging
 from dataclasses import replace
 from typing import Any
 
@@ -13,54 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .latent_cache import read_rows
-from .samples import (
-    Columns,
-    ImageTransform,
-    UnreadableRow,
-    class_range_message,
-    draw_conditions,
-    no_picture_error,
-    read_sample,
-    seeded_generator,
-)
-
-
-logger = logging.getLogger(__name__)
-
-MAX_UNREADABLE_ROWS = 100  # one after the other; more than that is not a damaged file but a wrong data set
-MAX_WARNINGS = 20  # of unreadable rows, from each reading process; the report has them all
-
-
-class SkippedRows(dict):
-    """Reasons by row, for the rows that could not be used. The first ones are warned of.
-
-    Args:
-        fail: raise an error at the first one instead.
-    """
-
-    def __init__(self, fail: bool):
-        super().__init__()
-        self.fail = fail
-
-    def add(self, row: int | str, reason: Exception) -> None:
-        """Note a row, once.
-
-        Raises:
-            ValueError: if unreadable rows are to stop the training.
-        """
-        if row in self:
-            return
-        if self.fail:
-            raise ValueError(f"Row {row} cannot be used: {reason}, and `fail_on_unreadable` is set.") from reason
-        self[row] = str(reason)
-        if len(self) <= MAX_WARNINGS:
-            last = " Further ones are not named here." if len(self) == MAX_WARNINGS else ""
-            logger.warning("Row %s is skipped: %s Rows skipped so far: %d.%s", row, reason, len(self), last)
+from .columns import Columns, class_range_message, undecoded
+from .row_reader import read_rows
+from .samples import ImageTransform, draw_conditions, read_sample
+from .seeds import seeded_generator
+from .skipped_rows import MAX_UNREADABLE_ROWS, SkippedRows, UnreadableRow, no_image_error
 
 
 class ImageDataset(Dataset):
-    """Pictures, or their token ids, with captions and classes, found by their row.
+    """Images, or their token ids, with captions and classes, found by their row.
 
     An item is asked for by row, or by (row, draw) with a `draw` number that decides flips, crops and wordings; without
     it they come from the global generator of the worker. A row that cannot be read is replaced by the next one that
@@ -68,9 +28,9 @@ class ImageDataset(Dataset):
 
     Args:
         dataset: the rows.
-        transform: how a picture becomes `pixel_values`.
+        transform: how an image becomes `pixel_values`.
         columns: what to read of a row.
-        cache_in_memory: decode everything now and keep 3 * R * R bytes per picture; unreadable rows are left out.
+        cache_in_memory: decode everything now and keep 3 * R * R bytes per image; unreadable rows are left out.
         num_workers: processes that decode for the cache.
         fail_on_unreadable: an unreadable row is an error.
 
@@ -129,14 +89,14 @@ class ImageDataset(Dataset):
             except UnreadableRow as error:
                 self.skipped.add(candidate, error)
                 unreadable[candidate] = str(error)
-        raise no_picture_error(f"{num_tries} rows from row {row} on", self.columns)
+        raise no_image_error(f"{num_tries} rows from row {row} on", self.columns)
 
     def _fill_cache(self, num_workers: int) -> None:
-        found = [(values, pixels) for _, pixels, values in read_rows(self, num_workers)]
+        found = list(read_rows(self.rows, self.transform, self.columns, self.skipped, num_workers))
         if not found:
-            raise no_picture_error(f"all {len(self.rows)} rows", self.columns)
-        self.rows = [values for values, _ in found]  # plain dictionaries: reading one row of an Arrow table is slow
-        self.pixels = torch.stack([pixels for _, pixels in found]).share_memory_()  # one copy for all workers
+            raise no_image_error(f"all {len(self.rows)} rows", self.columns)
+        self.rows = [values for _, values in found]  # plain dictionaries: reading one row of an Arrow table is slow
+        self.pixels = torch.stack([pixels for pixels, _ in found]).share_memory_()  # one copy for all workers
 
 
 def check_classes(dataset: datasets.Dataset, columns: Columns) -> None:
@@ -146,9 +106,3 @@ def check_classes(dataset: datasets.Dataset, columns: Columns) -> None:
     largest = pyarrow.compute.max(dataset.select_columns([name]).with_format("arrow")[:][name]).as_py()
     if largest is not None and largest >= num_classes:
         raise ValueError(class_range_message(name, largest, num_classes))
-
-
-def undecoded(dataset: Any, columns: Columns) -> Any:
-    """Keep the columns in use and leave the pictures as bytes: decoding happens row by row, where it may fail."""
-    dataset = dataset.select_columns(columns.names())
-    return dataset if columns.token_ids else dataset.cast_column(columns.image, datasets.Image(decode=False))

@@ -14,9 +14,10 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ..training.step_randomness import draw_seed
-from .image_dataset import MAX_UNREADABLE_ROWS, SkippedRows, undecoded
-from .samples import Columns, ImageTransform, UnreadableRow, collate, no_picture_error, read_sample
+from .columns import Columns, undecoded
+from .samples import ImageTransform, collate, read_sample
+from .seeds import draw_seed
+from .skipped_rows import MAX_UNREADABLE_ROWS, SkippedRows, UnreadableRow, no_image_error
 
 
 READ_BLOCK = 64  # rows between two places that are kept, where nothing is shuffled
@@ -27,11 +28,11 @@ Place = dict[str, Any] | None
 
 
 class StreamedImageDataset(IterableDataset):
-    """Pictures, or their token ids, with captions and classes, read in order; nothing is decoded ahead of its use.
+    """Images, or their token ids, with captions and classes, read in order; nothing is decoded ahead of its use.
 
     Args:
         dataset: the rows.
-        transform: how a picture becomes `pixel_values`.
+        transform: how an image becomes `pixel_values`.
         columns: what to read of a row.
         shuffle_buffer: rows that are shuffled together, in a new order of the shards; 0 keeps the order of the source.
         seed: decides the order, flips, crops and wordings.
@@ -95,7 +96,7 @@ class StreamedImageDataset(IterableDataset):
                 self.skipped.add(f"{row} (epoch {self.epoch}, process {process}, reader {worker})", error)
                 num_failed += 1
                 if num_failed >= MAX_UNREADABLE_ROWS:
-                    raise no_picture_error(f"{num_failed} rows up to row {row}", self.columns) from error
+                    raise no_image_error(f"{num_failed} rows up to row {row}", self.columns) from error
             else:
                 num_failed = 0
                 yield sample, place_after

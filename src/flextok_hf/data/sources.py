@@ -5,8 +5,12 @@ from pathlib import Path
 
 import datasets
 
+from .synthetic import SyntheticShapes
 
-# How files are read, by their ending; a folder may hold files of one kind, or pictures.
+
+SYNTHETIC = "synthetic"
+SYNTHETIC_ROWS = {"train": 10_000, "validation": 500}
+# How files are read, by their ending; a folder may hold files of one kind, or images.
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 
 
@@ -26,15 +30,41 @@ def load_folder(path: Path, split: str, streaming: bool) -> datasets.Dataset | d
 def load_rows(
     source: str | Path | Sequence[str | Path],
     split: str,
-    streaming: bool,
-    config_name: str | None,
+    streaming: bool = False,
+    config_name: str | None = None,
+    max_rows: int | None = None,
+    seed: int = 0,
+    resolution: int = 64,
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """Find out what `source` is and load it with the matching call of `datasets`.
+    """Find out what `source` is and load one split of it.
+
+    Args:
+        source: "synthetic" for shapes that this package draws; else a folder of images, one or more parquet files or
+            tar files in WebDataset form, a folder of them, a folder of `save_to_disk`, or a name on the Hub.
+        split: its name. Files given by name are all of this split.
+        streaming: read while iterating, without a local copy.
+        config_name: of a data set on the Hub that has several.
+        max_rows: only the first rows; `None` is all.
+        seed, resolution: of the synthetic images.
 
     Raises:
         FileNotFoundError: files, or a folder given as a path, that do not exist.
         ValueError: files of different or unknown kinds, or a split that is not there.
     """
+    if isinstance(source, (list, tuple)) and len(source) == 1:
+        source = source[0]  # a list of one is that one: a name or folder need not be a file
+    if source == SYNTHETIC:
+        if split not in SYNTHETIC_ROWS:
+            raise ValueError(f"`split` of the synthetic data set must be train or validation, got '{split}'.")
+        return SyntheticShapes(max_rows or SYNTHETIC_ROWS[split], seed, resolution, split=split, streaming=streaming)
+    rows = load_named(source, split, streaming, config_name)
+    return rows if max_rows is None else rows.take(max_rows)
+
+
+def load_named(
+    source: str | Path | Sequence[str | Path], split: str, streaming: bool, config_name: str | None
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Load files, a folder or a name on the Hub with the matching call of `datasets`; see `load_rows`."""
     paths = [Path(source)] if isinstance(source, (str, Path)) else [Path(path) for path in source]
     if paths and all(path.is_file() for path in paths):
         kinds = {path.suffix for path in paths}

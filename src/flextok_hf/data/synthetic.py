@@ -1,11 +1,11 @@
-"""Captioned pictures of colored shapes, drawn by this package: training and tests without a download.
+"""Captioned images of colored shapes, drawn by this package: training and tests without a download.
 
 A scene has one to three shapes, each with a size and a color, in a stated arrangement on a plain background. Scene
-number i of a seed is a pure function of (split, seed, i), and its picture one of that and the resolution. Its caption
+number i of a seed is a pure function of (split, seed, i), and its image one of that and the resolution. Its caption
 says all that matters in varied words, and `parse_caption` reads the attributes back exactly.
 
 Held-out combinations: in the split train, color number c (in the order of COLORS) never has the shape number -c modulo
-len(SHAPES), so that each color lacks one shape and each shape one or two colors. In the split validation every picture
+len(SHAPES), so that each color lacks one shape and each shape one or two colors. In the split validation every image
 with an odd number has such a combination, `is_held_out`; those with an even number have none.
 """
 
@@ -35,8 +35,8 @@ COLORS = {
     "brown": (130, 80, 40),
 }
 BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "gray": (128, 128, 128)}
-DIAMETERS = {"small": 0.16, "large": 0.3}  # in sides of the picture; the same in every arrangement
-PLACES = {  # of a single shape: x to the right, y down, in sides of the picture
+DIAMETERS = {"small": 0.16, "large": 0.3}  # in sides of the image; the same in every arrangement
+PLACES = {  # of a single shape: x to the right, y down, in sides of the image
     "center": (0.5, 0.5),
     "top left": (0.25, 0.25),
     "top right": (0.75, 0.25),
@@ -48,7 +48,7 @@ THREE_RELATIONS = ("left to right", "top to bottom")
 SPLITS = ("train", "validation")
 MIN_RESOLUTION = 16  # below, a small shape is two pixels wide
 SUPERSAMPLING = 4
-SHARD_SIZE = 250  # pictures per shard of the streamed form; shards are what workers and processes divide
+SHARD_SIZE = 250  # images per shard of the streamed form; shards are what workers and processes divide
 
 FEATURES = datasets.Features(
     {
@@ -73,7 +73,7 @@ FEATURES = datasets.Features(
 
 @dataclass(frozen=True)
 class SceneObject:
-    """A shape, where its center is and how wide it is, in sides of the picture."""
+    """A shape, where its center is and how wide it is, in sides of the image."""
 
     shape: str
     color: str
@@ -85,7 +85,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. Objects are in reading order: from the left or from the top."""
+    """What an image shows. Objects are in reading order: from the left or from the top."""
 
     objects: tuple[SceneObject, ...]
     relation: str
@@ -104,7 +104,7 @@ def is_held_out(shape: str, color: str) -> bool:
 
 
 def make_scene(index: int, seed: int = 0, split: str = "train") -> Scene:
-    """Draw the attributes and the caption of picture number `index`."""
+    """Draw the attributes and the caption of image number `index`."""
     if split not in SPLITS:
         raise ValueError(f"`split` must be one of {', '.join(SPLITS)}, got {split!r}.")
     chance = random.Random(f"{split}/{seed}/{index}")
@@ -121,7 +121,7 @@ def make_scene(index: int, seed: int = 0, split: str = "train") -> Scene:
 
 
 def draw_scene(scene: Scene, resolution: int) -> Image.Image:
-    """Paint a scene as an RGB picture (R, R) with smooth edges."""
+    """Paint a scene as an RGB image (R, R) with smooth edges."""
     if resolution < MIN_RESOLUTION:
         raise ValueError(f"`resolution` must be {MIN_RESOLUTION} or more to tell the shapes apart, got {resolution}.")
     side = resolution * SUPERSAMPLING
@@ -138,7 +138,7 @@ def draw_scene(scene: Scene, resolution: int) -> Image.Image:
 
 
 def make_row(index: int, seed: int, resolution: int, split: str) -> dict[str, Any]:
-    """Make picture number `index` as a row of the data set; the picture as the bytes of a PNG file."""
+    """Make image number `index` as a row of the data set; the image as the bytes of a PNG file."""
     scene = make_scene(index, seed, split)
     content = BytesIO()
     draw_scene(scene, resolution).save(content, format="PNG", compress_level=1)
@@ -158,12 +158,12 @@ def SyntheticShapes(  # noqa: N802, the name of a data set
     """Make the data set of colored shapes, with the columns of FEATURES.
 
     Args:
-        num_examples: number of pictures, 1 or more.
-        seed: another seed gives other pictures.
-        resolution: side of the square pictures in pixels.
-        split: "train", or "validation" with the held-out combinations in every second picture.
-        streaming: draw each picture when it is asked for. Otherwise all are drawn now and kept in memory as PNG, about
-            a kilobyte each. Neither form keeps pictures in the cache folder of `datasets`.
+        num_examples: number of images, 1 or more.
+        seed: another seed gives other images.
+        resolution: side of the square images in pixels.
+        split: "train", or "validation" with the held-out combinations in every second image.
+        streaming: draw each image when it is asked for. Otherwise all are drawn now and kept in memory as PNG, about
+            a kilobyte each. Neither form keeps images in the cache folder of `datasets`.
     """
     if num_examples < 1:
         raise ValueError(f"`num_examples` must be 1 or more, got {num_examples}.")

@@ -1,12 +1,12 @@
 """Token ids made by scripts/tokenize_dataset.py: are they those of this tokenizer?"""
 
-import json
 from pathlib import Path
 
 import torch
 
-from ..evaluation import weights_hash
 from ..pipelines.pipeline_flextok import FlexTokPipeline
+from ..utils.files import read_json
+from ..utils.measures import weights_hash
 
 
 SETTINGS_FILE = "settings.json"  # beside the shards: what decided the ids
@@ -24,7 +24,7 @@ def check_token_data(sources: list[str], tokenizer: str) -> None:
     for path in (folder / SETTINGS_FILE for folder in sorted(folders)):
         if not path.is_file():
             continue
-        settings = json.loads(path.read_text())
+        settings = read_json(path)
         dtype = getattr(torch, settings["dtype"])
         unused = {"prior": None, "text_encoder": None, "tokenizer": None}
         pipe = FlexTokPipeline.from_pretrained(tokenizer, dtype=dtype, **unused)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..evaluation import peak_signal_to_noise, stack_pictures
 from ..models.nested_dropout import token_ladder
 from ..pipelines.images import PILLOW_BOMBS, PILLOW_ERRORS, load_image, resize_and_crop
 from ..pipelines.pipeline_flextok import FlexTokPipeline
+from ..utils.measures import peak_signal_to_noise, stack_images
 
 
 MAX_PROMPT_CHARACTERS = 500
@@ -27,7 +27,7 @@ class Reconstruction:
     """A photo as the model sees it, as it comes back, and figures about it."""
 
     original: Image.Image
-    picture: Image.Image
+    image: Image.Image
     num_tokens: int
     bits: float
     psnr_db: float
@@ -46,7 +46,7 @@ class Studio:
 
     @property
     def num_registers(self) -> int:
-        """Longest token sequence of a picture."""
+        """Longest token sequence of an image."""
         return self.pipe.num_registers
 
     @property
@@ -63,7 +63,7 @@ class Studio:
         """Read a photo that somebody sent and cut out the square that the model sees, (R, R) in RGB.
 
         Raises:
-            ValueError: if there is none, or it is no picture, damaged or too large.
+            ValueError: if there is none, or it is no image, damaged or too large.
         """
         if not path:
             raise ValueError("Choose a photo first.")
@@ -71,25 +71,25 @@ class Studio:
             with Image.open(path) as header:
                 width, height = header.size
         except Image.UnidentifiedImageError as error:
-            raise ValueError("This file is not a picture that can be read. Send a PNG, JPEG or WebP file.") from error
+            raise ValueError("This file is not an image that can be read. Send a PNG, JPEG or WebP file.") from error
         except PILLOW_BOMBS as error:
             raise ValueError(self._too_large()) from error
         except PILLOW_ERRORS as error:
-            raise ValueError("This picture is damaged or cut off. Save it again and send it once more.") from error
+            raise ValueError("This image is damaged or cut off. Save it again and send it once more.") from error
         if width * height > MAX_PHOTO_MEGAPIXELS * 10**6:
             raise ValueError(self._too_large(f" This one has {width} x {height}."))
         try:
             return resize_and_crop(load_image(path), self.pipe.resolution)
         except ValueError as error:
-            raise ValueError("This picture is damaged or cut off. Save it again and send it once more.") from error
+            raise ValueError("This image is damaged or cut off. Save it again and send it once more.") from error
 
     def reconstruct(self, path: str | None, num_tokens: Any, seed: Any = 0) -> Reconstruction:
         """Draw a photo again from its first tokens."""
         photo = self.open_photo(path)
         count = self.check_count(num_tokens, "tokens")
-        picture = self.decode(self.pipe.tokenize(photo, count)[0].tolist(), seed)
-        psnr = peak_signal_to_noise(stack_pictures([picture]), stack_pictures([photo])).item()
-        return Reconstruction(photo, picture, count, count * self.bits_per_token, psnr)
+        image = self.decode(self.pipe.tokenize(photo, count)[0].tolist(), seed)
+        psnr = peak_signal_to_noise(stack_images([image]), stack_images([photo])).item()
+        return Reconstruction(photo, image, count, count * self.bits_per_token, psnr)
 
     def generate(
         self,
@@ -99,18 +99,18 @@ class Studio:
         guidance_scale: float | None = None,
         prior_guidance_scale: float | None = None,
     ) -> Iterator[tuple[int, int, Image.Image]]:
-        """Draw a prompt; returns an iterator over (picture number, number of tokens, picture)."""
+        """Draw a prompt; returns an iterator over (image number, number of tokens, image)."""
         text = self.check_prompt(prompt)
         most = self.check_count(max_tokens, "tokens")
         counts = [count for count in token_ladder(self.num_registers) if count < most] + [most]
-        pictures = self.pipe.stream(
+        images = self.pipe.stream(
             text,
             counts,
             guidance_scale=guidance_scale,
             prior_guidance_scale=prior_guidance_scale,
             generator=self.generator(seed),
         )
-        return ((number, count, picture) for number, (count, picture) in enumerate(pictures, start=1))
+        return ((number, count, image) for number, (count, image) in enumerate(images, start=1))
 
     def vary(
         self, path: str | None, keep_tokens: Any, prompt: Any = "", seed: Any = 0
@@ -118,7 +118,7 @@ class Studio:
         """Keep the first tokens of a photo and let the prior write the rest, several times.
 
         Returns:
-            An iterator over (title, picture): what is kept, then the variations, each with a seed of its own.
+            An iterator over (title, image): what is kept, then the variations, each with a seed of its own.
         """
         photo = self.open_photo(path)
         keep = self.check_count(keep_tokens, "kept tokens")
@@ -126,13 +126,13 @@ class Studio:
         first = self.check_seed(seed)
         kept = self.pipe.tokenize(photo, keep)
 
-        def pictures() -> Iterator[tuple[str, Image.Image]]:
+        def images() -> Iterator[tuple[str, Image.Image]]:
             yield "kept", self.decode(kept[0].tolist(), first)
             for number in range(NUM_VARIATIONS):
                 output = self.pipe(text, token_ids=kept, generator=self.generator(first + number))
                 yield f"variation {number + 1}", output.images[0]
 
-        return pictures()
+        return images()
 
     def tokens_of_photo(self, path: str | None) -> list[int]:
         """Return all token ids of a photo."""
@@ -141,8 +141,7 @@ class Studio:
     def tokens_of_prompt(self, prompt: Any, seed: Any = 0) -> list[int]:
         """Return the token ids that the prior writes for a prompt."""
         text = self.check_prompt(prompt)
-        output = self.pipe(text, num_inference_steps=1, output_type="latent", generator=self.generator(seed))
-        return output.token_ids[0].tolist()
+        return self.pipe.generate_tokens(text, generator=self.generator(seed))[0].tolist()
 
     def token_rows(self, token_ids: list[int]) -> list[list]:
         """Return a row per token: its number from 1 on, its id, its FSQ digits."""
@@ -163,7 +162,7 @@ class Studio:
         """Put another id in one place.
 
         Returns:
-            The new ids, and the pictures before and after from the same noise.
+            The new ids, and the images before and after from the same noise.
         """
         if not token_ids:
             raise ValueError("Read a photo or write a prompt first: there are no tokens to change yet.")
@@ -173,7 +172,7 @@ class Studio:
         return changed, self.decode(token_ids, seed), self.decode(changed, seed)
 
     def decode(self, token_ids: list[int], seed: Any = 0) -> Image.Image:
-        """Draw the picture of one sequence of ids."""
+        """Draw the image of one sequence of ids."""
         return self.pipe.detokenize(torch.tensor([token_ids]), generator=self.generator(seed)).images[0]
 
     def generator(self, seed: Any) -> torch.Generator:
@@ -204,7 +203,7 @@ class Studio:
 
     @staticmethod
     def _too_large(detail: str = "") -> str:
-        return f"This picture is too large: send one of at most {MAX_PHOTO_MEGAPIXELS} million pixels.{detail}"
+        return f"This image is too large: send one of at most {MAX_PHOTO_MEGAPIXELS} million pixels.{detail}"
 
     @staticmethod
     def _whole_number(value: Any, what: str, low: int, high: int) -> int:

@@ -1,6 +1,6 @@
 """The page of the demo: four tabs over one `Studio`, made with Gradio.
 
-One picture is worked on at a time (`MODEL_QUEUE`): a pipeline has one scheduler, and two jobs at once would only take
+One image is worked on at a time (`MODEL_QUEUE`): a pipeline has one scheduler, and two jobs at once would only take
 turns on the same cores. Everybody else waits in the queue and sees it.
 """
 
@@ -24,13 +24,13 @@ logger = logging.getLogger(__name__)
 MODEL_QUEUE = {"concurrency_id": "model", "concurrency_limit": 1}
 MAX_QUEUE_LENGTH = 64
 MAX_FILE_SIZE = "20mb"
-KEEP_FILES_S = 3600  # pictures of the queue's answers lie on the disk for so long
+KEEP_FILES_S = 3600  # images of the queue's answers lie on the disk for so long
 
 # Fonts of the reader's own system: nothing is fetched from elsewhere.
 FONTS = ["system-ui", "sans-serif"]
 CSS = """
 .gradio-container {max-width: 1100px !important; margin: 0 auto !important}
-.picture img {width: 100%; height: 100%; object-fit: contain}
+.result img {width: 100%; height: 100%; object-fit: contain}
 .pixels img {image-rendering: pixelated}
 progress {width: 100%; height: 0.8rem; accent-color: var(--primary-500)}
 """
@@ -49,9 +49,9 @@ def build_demo(pipe: FlexTokPipeline, name: str = "the embedded model") -> gr.Bl
     studio = Studio(pipe)
     with gr.Blocks(title="FlexTok", analytics_enabled=False, delete_cache=(KEEP_FILES_S, KEEP_FILES_S)) as demo:
         gr.Markdown(
-            "# FlexTok: pictures as 1 to"
-            f" {studio.num_registers} tokens\nThe first tokens say what a picture is about, later ones add detail."
-            f" Every number of them gives a picture. You see {name}: {pipe.resolution} x {pipe.resolution} pixels,"
+            "# FlexTok: images as 1 to"
+            f" {studio.num_registers} tokens\nThe first tokens say what an image is about, later ones add detail."
+            f" Every number of them gives an image. You see {name}: {pipe.resolution} x {pipe.resolution} pixels,"
             f" {pipe.codebook_size:,} codes, {studio.bits_per_token:.1f} bits per token."
         )
         with gr.Tabs():
@@ -83,8 +83,8 @@ def add_reconstruct(studio: Studio) -> None:
             button = gr.Button("Draw it again", variant="primary")
         with gr.Column(min_width=280, scale=2):
             with gr.Row():
-                original = picture_output(studio, "What the model sees")
-                picture = picture_output(studio, "What comes back")
+                original = image_output(studio, "What the model sees")
+                image = image_output(studio, "What comes back")
             facts = gr.Markdown(elem_id="reconstruct-facts")
 
     def run(path, num_tokens, seed):
@@ -93,16 +93,16 @@ def add_reconstruct(studio: Studio) -> None:
             f"**{token_count_title(result.num_tokens)}**, {result.bits:.0f} bits"
             f" ({result.bits / 8:.0f} bytes), PSNR {result.psnr_db:.1f} dB"
         )
-        return result.original, result.picture, line
+        return result.original, result.image, line
 
-    inputs, outputs = [photo, count, seed], [original, picture, facts]
+    inputs, outputs = [photo, count, seed], [original, image, facts]
     on(button.click, answer(run), inputs, outputs, api_name="reconstruct")
     on(photo.upload, answer(run), inputs, outputs)
     on(count.release, answer(run), inputs, outputs, trigger_mode="always_last")
 
 
 def add_generate(studio: Studio) -> None:
-    """Tab: a prompt; pictures appear as its tokens are written."""
+    """Tab: a prompt; images appear as its tokens are written."""
     with gr.Row():
         with gr.Column(min_width=280):
             prompt = gr.Textbox(label="Prompt", value="a cat", placeholder="a cat", max_lines=3)
@@ -115,26 +115,26 @@ def add_generate(studio: Studio) -> None:
                 prior_guidance = guidance_slider("Follow the prompt", studio.pipe.config.default_prior_guidance_scale)
         with gr.Column(min_width=280, scale=2):
             progress = gr.HTML(elem_id="generate-progress")
-            picture = picture_output(studio, "The picture so far", height=320)
+            image = image_output(studio, "The image so far", height=320)
             gallery = gallery_output(studio, "How it came about")
 
     def run(text, max_tokens, seed, guidance_scale, prior_guidance_scale):
         total = len([step for step in token_ladder(studio.num_registers) if step < max_tokens]) + 1
         shown: list[tuple] = []
-        pictures = studio.generate(text, max_tokens, seed, guidance_scale, prior_guidance_scale)
+        images = studio.generate(text, max_tokens, seed, guidance_scale, prior_guidance_scale)
         yield progress_bar(0, total, "writing"), None, []
-        for number, num_tokens, image in pictures:
+        for number, num_tokens, image in images:
             title = token_count_title(num_tokens)
             shown.append((image, title))
             yield progress_bar(number, total, title), image, list(shown)
 
-    inputs, outputs = [prompt, count, seed, guidance, prior_guidance], [progress, picture, gallery]
+    inputs, outputs = [prompt, count, seed, guidance, prior_guidance], [progress, image, gallery]
     on(button.click, answer(run), inputs, outputs, api_name="generate", show_progress="hidden")
     on(prompt.submit, answer(run), inputs, outputs, show_progress="hidden")
 
 
 def add_vary(studio: Studio) -> None:
-    """Tab: a photo, the number of tokens to keep, and pictures that share them."""
+    """Tab: a photo, the number of tokens to keep, and images that share them."""
     with gr.Row():
         with gr.Column(min_width=280):
             photo = photo_input()
@@ -147,11 +147,11 @@ def add_vary(studio: Studio) -> None:
             gallery = gallery_output(studio, "What is kept, and four ways to go on")
 
     def run(path, keep_tokens, text, seed):
-        pictures = studio.vary(path, keep_tokens, text, seed)
+        images = studio.vary(path, keep_tokens, text, seed)
         total = 1 + NUM_VARIATIONS
         shown: list[tuple] = []
         yield progress_bar(0, total, "reading"), []
-        for number, (title, image) in enumerate(pictures, start=1):
+        for number, (title, image) in enumerate(images, start=1):
             shown.append((image, title))
             yield progress_bar(number, total, title), list(shown)
 
@@ -160,7 +160,7 @@ def add_vary(studio: Studio) -> None:
 
 
 def add_tokens(studio: Studio) -> None:
-    """Tab: the ids of a picture with their digits; replace one and see what it changes."""
+    """Tab: the ids of an image with their digits; replace one and see what it changes."""
     token_ids = gr.State([])
     levels = " x ".join(map(str, studio.pipe.encoder.quantizer.levels))
     gr.Markdown(f"A token is one of {studio.pipe.codebook_size:,} codes: {levels} levels, written as digits.")
@@ -186,8 +186,8 @@ def add_tokens(studio: Studio) -> None:
             new_id = gr.Number(0, label="New id", precision=0, minimum=0, maximum=studio.pipe.codebook_size - 1)
             replace = gr.Button("Replace", variant="primary")
         with gr.Column(min_width=280):
-            before = picture_output(studio, "Before")
-            after = picture_output(studio, "After")
+            before = image_output(studio, "Before")
+            after = image_output(studio, "After")
 
     def show(ids):
         return ids, studio.token_rows(ids), None
@@ -250,8 +250,8 @@ def answer(run: Callable) -> Callable:
 
 
 def progress_bar(done: int, total: int, what: str) -> str:
-    """Return a bar for the page: `done` of `total` pictures."""
-    label = html.escape(f"{done} of {total} pictures: {what}" if done else f"{what} ...")
+    """Return a bar for the page: `done` of `total` images."""
+    label = html.escape(f"{done} of {total} images: {what}" if done else f"{what} ...")
     return f'<label>{label}<progress max="{total}" value="{done}" aria-label="{label}"></progress></label>'
 
 
@@ -267,7 +267,7 @@ def photo_input() -> gr.Image:
 
 
 def seed_input() -> gr.Number:
-    return gr.Number(0, label="Seed: same seed, same picture", precision=0, minimum=0, maximum=2**32 - 1)
+    return gr.Number(0, label="Seed: same seed, same image", precision=0, minimum=0, maximum=2**32 - 1)
 
 
 def token_slider(studio: Studio, label: str, value: int, elem_id: str) -> gr.Slider:
@@ -278,8 +278,8 @@ def guidance_slider(label: str, value: float) -> gr.Slider:
     return gr.Slider(1, max(15, value), value=value, step=0.5, label=label)
 
 
-def picture_output(studio: Studio, label: str, height: int = 260) -> gr.Image:
-    classes = ["picture", *pixel_classes(studio)]
+def image_output(studio: Studio, label: str, height: int = 260) -> gr.Image:
+    classes = ["result", *pixel_classes(studio)]
     buttons: list = ["download", "fullscreen"]
     return gr.Image(label=label, interactive=False, format="png", height=height, buttons=buttons, elem_classes=classes)
 
@@ -293,5 +293,5 @@ def gallery_output(studio: Studio, label: str) -> gr.Gallery:
 
 
 def pixel_classes(studio: Studio) -> list[str]:
-    """Small pictures are enlarged by the browser; smoothing would flatter a small model."""
+    """Small images are enlarged by the browser; smoothing would flatter a small model."""
     return ["pixels"] if studio.pipe.resolution < 128 else []

@@ -1,9 +1,9 @@
-"""Running sums of everything measured: memory does not depend on the number of pictures, nor results on their batches.
+"""Running sums of everything measured: memory does not depend on the number of images, nor results on their batches.
 
 Each is a `torchmetrics.Metric` whose states can be saved, loaded and merged, so that an evaluation can stop, go on and
 be split over processes. What a sample counts for in an interval depends on its index alone (see `intervals`).
 
-Letters: B batch, R side of the square pictures.
+Letters: B batch, R side of the square images.
 """
 
 from collections.abc import Sequence
@@ -118,7 +118,7 @@ class StreamedMedian(Accumulator):
 
 
 class Checksum(Accumulator):
-    """Sum of checksums, modulo 2 ** 63: names a set of pictures whatever its order."""
+    """Sum of checksums, modulo 2 ** 63: names a set of images whatever its order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,8 +136,8 @@ class Checksum(Accumulator):
         return f"{int(self.total) & (2**63 - 1):016x}"
 
 
-class KeptPictures(Accumulator):
-    """A few pictures, for a contact sheet: rows of columns, each filled once by whichever process makes it."""
+class KeptImages(Accumulator):
+    """A few images, for a contact sheet: rows of columns, each filled once by whichever process makes it."""
 
     def __init__(self, rows: Sequence[int], num_columns: int, resolution: int):
         super().__init__()
@@ -145,11 +145,11 @@ class KeptPictures(Accumulator):
         self.add_sum("pixels", len(self.rows), num_columns, 3, resolution, resolution, dtype=torch.uint8)
 
     def update(self, column: int, pixels: Tensor, indices: Sequence[int]) -> None:
-        """Keep those of the pictures (B, 3, R, R) uint8 whose index is one of the rows."""
+        """Keep those of the images (B, 3, R, R) uint8 whose index is one of the rows."""
         for position, index in enumerate(indices):
             if index in self.rows:
                 self.pixels[self.rows.index(index), column] = pixels[position]
 
     def compute(self) -> Tensor:
-        """Return the pictures, (rows, columns, 3, R, R) uint8."""
+        """Return the images, (rows, columns, 3, R, R) uint8."""
         return self.pixels

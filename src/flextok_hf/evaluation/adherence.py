@@ -1,6 +1,6 @@
-"""Is it the picture that was asked for: its nearest real pictures must have the attributes of the condition.
+"""Is it the image that was asked for: its nearest real images must have the attributes of the condition.
 
-An attribute is a column of the reference pictures, such as `name` or `style`; a check names the attributes that must
+An attribute is a column of the reference images, such as `name` or `style`; a check names the attributes that must
 agree and how many neighbors may try. Letters: B batch.
 """
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .accumulators import MeanWithInterval, StreamedMedian, share_of
-from .image_index import PictureIndex, gaussian_blur
+from .image_index import ImageIndex, gaussian_blur
 from .images import draw_rows
 
 
@@ -21,7 +21,7 @@ TOP = 5
 
 @dataclass(frozen=True)
 class Check:
-    """One question about a picture.
+    """One question about an image.
 
     key: its name in result files.
     attributes: which must agree with those asked for.
@@ -49,7 +49,7 @@ def checks_for(attributes: Sequence[str]) -> tuple[Check, ...]:
 
 
 class Reference:
-    """Real pictures with attributes.
+    """Real images with attributes.
 
     Args:
         pixels: (N, 3, R, R) uint8.
@@ -57,22 +57,22 @@ class Reference:
     """
 
     def __init__(self, pixels: Tensor, rows: Sequence[dict]):
-        self.index = PictureIndex(pixels)
+        self.index = ImageIndex(pixels)
         self.rows = list(rows)
 
     def answer(
         self, checks: Sequence[Check], pixels: Tensor, wanted: Sequence[dict], leave_out: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Ask all questions about pictures.
+        """Ask all questions about images.
 
         Args:
             checks: those whose attributes some wanted row lacks are left out.
             pixels: (B, 3, R, R) uint8 or in [0, 1].
-            wanted: attributes asked for, per picture.
-            leave_out: per picture, a reference picture that must not be found, (B,).
+            wanted: attributes asked for, per image.
+            leave_out: per image, a reference image that must not be found, (B,).
 
         Returns:
-            Distance to the nearest picture (B,), and by key of the check whether it was passed, (B,) boolean.
+            Distance to the nearest image (B,), and by key of the check whether it was passed, (B,) boolean.
         """
         count = min(max(check.top for check in checks), len(self.rows) - (leave_out is not None))
         distances, neighbors = self.index.search(pixels, count, leave_out)
@@ -115,60 +115,60 @@ class AdherenceScore(nn.Module):
 def score(
     reference: Reference, checks: Sequence[Check], pixels: Tensor, wanted: Sequence[dict], leave_out=None
 ) -> dict:
-    """Score pictures that are all at hand, (B, 3, R, R); see `Reference.answer` and `AdherenceScore.compute`."""
+    """Score images that are all at hand, (B, 3, R, R); see `Reference.answer` and `AdherenceScore.compute`."""
     total = AdherenceScore(checks)
     total.update(*reference.answer(checks, pixels, wanted, leave_out), range(len(wanted)))
     return total.compute()
 
 
-def thumbnails(pictures: Tensor, side: int) -> Tensor:
-    """Return pictures (B, 3, H, W) reduced to `side` pixels and enlarged again."""
-    small = F.interpolate(pictures, (side, side), mode="area")
-    return F.interpolate(small, pictures.shape[-2:], mode="bicubic").clamp(0, 1)
+def thumbnails(images: Tensor, side: int) -> Tensor:
+    """Return images (B, 3, H, W) reduced to `side` pixels and enlarged again."""
+    small = F.interpolate(images, (side, side), mode="area")
+    return F.interpolate(small, images.shape[-2:], mode="bicubic").clamp(0, 1)
 
 
-def shift(pictures: Tensor, pixels: int) -> Tensor:
-    """Return pictures moved right and down by `pixels`, the border repeated."""
-    return F.pad(pictures, (pixels, 0, pixels, 0), mode="replicate")[..., : pictures.shape[-2], : pictures.shape[-1]]
+def shift(images: Tensor, pixels: int) -> Tensor:
+    """Return images moved right and down by `pixels`, the border repeated."""
+    return F.pad(images, (pixels, 0, pixels, 0), mode="replicate")[..., : images.shape[-2], : images.shape[-1]]
 
 
-def add_noise(pictures: Tensor, strength: float, seed: int) -> Tensor:
-    """Return pictures with Gaussian noise of standard deviation `strength`."""
-    noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(seed))
-    return (pictures + strength * noise).clamp(0, 1)
+def add_noise(images: Tensor, strength: float, seed: int) -> Tensor:
+    """Return images with Gaussian noise of standard deviation `strength`."""
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+    return (images + strength * noise).clamp(0, 1)
 
 
-def distortions(pictures: Tensor, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Yield pictures (B, 3, H, W) in [0, 1] with kinds of damage, and the name of each; pixels are their own."""
-    yield "none", pictures
+def distortions(images: Tensor, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Yield images (B, 3, H, W) in [0, 1] with kinds of damage, and the name of each; pixels are their own."""
+    yield "none", images
     for strength in (0.1, 0.25):
-        yield f"noise, standard deviation {strength}", add_noise(pictures, strength, seed)
+        yield f"noise, standard deviation {strength}", add_noise(images, strength, seed)
     for blur in (1.5, 3.0):
-        yield f"blur, {blur:g} pixels", gaussian_blur(pictures, blur)
+        yield f"blur, {blur:g} pixels", gaussian_blur(images, blur)
     for pixels in (2, 4):
-        yield f"shift, {pixels} pixels", shift(pictures, pixels)
-    yield "contrast 0.8", 0.5 + 0.8 * (pictures - 0.5)
+        yield f"shift, {pixels} pixels", shift(images, pixels)
+    yield "contrast 0.8", 0.5 + 0.8 * (images - 0.5)
     for side in (12, 8, 6, 4):
-        yield f"thumbnail, {side} x {side}", thumbnails(pictures, side)
+        yield f"thumbnail, {side} x {side}", thumbnails(images, side)
 
 
 def measure_feature_space(
     reference: Reference, checks: Sequence[Check], pixels: Tensor, max_rows: int | None, seed: int
 ) -> dict:
-    """Measure what the space tells apart: damaged real pictures, and real pictures whose own entry is left out.
+    """Measure what the space tells apart: damaged real images, and real images whose own entry is left out.
 
     Args:
-        reference: the real pictures.
+        reference: the real images.
         checks: the questions.
-        pixels: the same pictures, (N, 3, R, R) uint8.
+        pixels: the same images, (N, 3, R, R) uint8.
         max_rows: draw this many at random.
         seed: of the draw and of the noise.
     """
     rows = reference.rows
     drawn = draw_rows(range(len(rows)), max_rows, seed)
-    pictures = pixels[drawn].float() / 255
-    space: dict = {"distorted": {}, "own_picture_left_out": {}}
-    for name, damaged in distortions(pictures, seed):
+    images = pixels[drawn].float() / 255
+    space: dict = {"distorted": {}, "own_image_left_out": {}}
+    for name, damaged in distortions(images, seed):
         space["distorted"][name] = score(reference, checks, damaged, [rows[i] for i in drawn])
     if "style" not in rows[0]:
         return space
@@ -176,5 +176,5 @@ def measure_feature_space(
         chosen = torch.tensor(draw_rows([i for i, row in enumerate(rows) if row["style"] == style], max_rows, seed))
         # the same name in another style is all that is left to find
         wanted = [{key: value for key, value in rows[i].items() if key != "style"} for i in chosen.tolist()]
-        space["own_picture_left_out"][style] = score(reference, checks, pixels[chosen], wanted, leave_out=chosen)
+        space["own_image_left_out"][style] = score(reference, checks, pixels[chosen], wanted, leave_out=chosen)
     return space

@@ -1,10 +1,11 @@
 """Measure how many tokens a condition needs: prompts of growing detail, and where adherence stops growing.
 
-A level is a column of prompts and the attributes that they ask for. A picture adheres if its nearest real picture has
+A level is a column of prompts and the attributes that they ask for. An image adheres if its nearest real image has
 all of them. The paper's claim is that a simple condition is met with fewer tokens than a detailed one.
 """
 
 import math
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cards.sections import markdown_table
-from ..utils.files import save_picture
+from ..utils.files import save_image
 from ..utils.sheets import contact_sheet, token_count_title
-from .accumulators import KeptPictures, MeanWithInterval, share_of
+from ..utils.tables import markdown_table
+from .accumulators import KeptImages, MeanWithInterval, share_of
 from .adherence import Check
 from .conditions import Condition, ConditionedMeasurement
 from .images import to_pil
@@ -51,7 +52,7 @@ class Complexity(ConditionedMeasurement):
             "levels": options.levels,
             "num_prompts": sizes,
             "saturation": options.saturation,
-            "sampling": self.sampling.decoding | self.sampling.writing,
+            "sampling": asdict(self.sampling),
         }
         self.accumulators = self.build_accumulators()
 
@@ -68,31 +69,29 @@ class Complexity(ConditionedMeasurement):
                 for level in range(len(self.levels))
             }
         )
-        kept = KeptPictures(rows, len(self.counts), self.pipe.resolution)
+        kept = KeptImages(rows, len(self.counts), self.pipe.resolution)
         return nn.ModuleDict({"cost": Cost(), "levels": levels, "kept": kept})
 
     def measure_batch(self, samples: list[int]) -> dict[int, str]:
-        """Draw pictures for prompts of any level and add whether they adhere."""
+        """Draw images for prompts of any level and add whether they adhere."""
         jobs = [self.jobs[sample] for sample in samples]
         conditions = [self.levels[level][index]["condition"] for level, index in jobs]
         indices = [index for _, index in jobs]
         draw = partial(generate, self.pipe, conditions, self.counts, indices, self.options.seed, self.sampling)
-        for column, (count, pictures) in enumerate(
-            zip(self.counts, self.accumulators["cost"].draw(draw), strict=True)
-        ):
-            self.accumulators["kept"].update(column, pictures, samples)
+        for column, (count, images) in enumerate(zip(self.counts, self.accumulators["cost"].draw(draw), strict=True)):
+            self.accumulators["kept"].update(column, images, samples)
             for level, check in enumerate(self.level_checks):
                 chosen = [position for position, job in enumerate(jobs) if job[0] == level]
                 if chosen:
                     part = [indices[position] for position in chosen]
-                    hits = self.ask(check, pictures[chosen], [self.levels[level][index] for index in part])
+                    hits = self.ask(check, images[chosen], [self.levels[level][index] for index in part])
                     self.accumulators["levels"][str(level)][str(count)].update(hits, part)
         return {}
 
-    def ask(self, check: Check, pictures: Tensor, wanted: list[Condition]) -> Tensor:
-        """Return which pictures (B, 3, R, R) uint8 have what was asked for, (B,)."""
+    def ask(self, check: Check, images: Tensor, wanted: list[Condition]) -> Tensor:
+        """Return which images (B, 3, R, R) uint8 have what was asked for, (B,)."""
         assert self.reference is not None  # levels name attributes
-        return self.reference.answer([check], pictures, wanted)[1][check.key]
+        return self.reference.answer([check], images, wanted)[1][check.key]
 
     def measure(self) -> dict:
         """Measure everything, write the results, and return the record."""
@@ -111,7 +110,7 @@ class Complexity(ConditionedMeasurement):
 
     def tokens_needed(self, metrics: Any) -> dict[str, float] | None:
         """Return the fewest tokens from which adherence stays near its largest value, with a bootstrap interval; or
-        `None` if no picture adheres.
+        `None` if no image adheres.
         """
         shares = torch.stack([metric.total / metric.count for metric in metrics.values()])  # (counts,)
         value = saturation_point(shares, self.counts, self.options.saturation)
@@ -126,10 +125,8 @@ class Complexity(ConditionedMeasurement):
         """Write record, page, curves and contact sheet."""
         folder = Path(self.options.output)
         write_record(folder, self.name, record, make_markdown(record))
-        rows = [[to_pil(picture) for picture in row] for row in self.accumulators["kept"].compute()]
-        save_picture(
-            contact_sheet(rows, [token_count_title(count) for count in self.counts]), folder / "complexity.png"
-        )
+        rows = [[to_pil(image) for image in row] for row in self.accumulators["kept"].compute()]
+        save_image(contact_sheet(rows, [token_count_title(count) for count in self.counts]), folder / "complexity.png")
         curves = {
             name: [figures["adherence"] for figures in by_count.values()]
             for name, by_count in record["results"].items()
@@ -175,7 +172,7 @@ def make_markdown(record: dict) -> str:
         "",
         *protocol_lines(record),
         "",
-        "Share of pictures whose nearest real picture has all attributes asked for, by the detail of the prompt (95%"
+        "Share of images whose nearest real image has all attributes asked for, by the detail of the prompt (95%"
         f" Wilson intervals). Tokens needed: the fewest from which adherence stays at {saturation:.0%} of its largest"
         " value or above (95% bootstrap interval over prompts).",
         "",

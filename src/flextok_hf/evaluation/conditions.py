@@ -1,4 +1,4 @@
-"""Data sets of pictures with prompts -> sets of conditions, with the attributes that each asks for."""
+"""Data sets of images with prompts -> sets of conditions, with the attributes that each asks for."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ Condition = dict  # attributes by name, and under "condition" a prompt or a clas
 
 
 class ConditionedMeasurement(Measurement):
-    """A measurement that draws from prompts or classes and asks whether the pictures are what they ask for.
+    """A measurement that draws from prompts or classes and asks whether the images are what they ask for.
 
     Args:
         name: of the measurement.
@@ -41,9 +41,9 @@ class ConditionedMeasurement(Measurement):
         self.protocol |= {"attributes": self.attributes, "max_prompts": options.max_prompts}
         self.reference: Reference | None = None
         if self.checks:
-            self.pixels = self.pictures(self.all_rows).read_all()
+            self.pixels = self.images(self.all_rows).read_all()
             self.reference = Reference(self.pixels, [self.attributes_of(row) for row in self.all_rows])
-            self.protocol["neighbors"] = f"{len(self.all_rows)} pictures"
+            self.protocol["neighbors"] = f"{len(self.all_rows)} images"
 
     def attributes_of(self, row: dict) -> Condition:
         """Return the attributes of a row that can be asked for."""

@@ -1,4 +1,4 @@
-"""Are two sets of pictures alike: Frechet distance, inception-style score, precision and recall, as running sums.
+"""Are two sets of images alike: Frechet distance, inception-style score, precision and recall, as running sums.
 
 Letters: B batch, D features, C classes, G groups, M samples kept.
 """
@@ -53,7 +53,7 @@ def frechet_distance(real: FeatureMoments, fake: FeatureMoments, is_paired: bool
 
     Args:
         real: moments of the reference set.
-        fake: moments of the pictures to judge.
+        fake: moments of the images to judge.
         is_paired: each fake sample was made from the real one of its index, so that the jackknife leaves out both.
 
     Returns:
@@ -96,14 +96,14 @@ def check_sample_count(num_samples: int, num_features: int) -> None:
     """Raise a ValueError if a Frechet distance of so few samples would mean nothing."""
     if num_samples <= num_features:
         raise ValueError(
-            f"A Frechet distance of {num_features} features needs more than {num_features} pictures, got"
+            f"A Frechet distance of {num_features} features needs more than {num_features} images, got"
             f" {num_samples}. Measure more, choose a feature network with fewer features, or leave it out with"
             " `--feature_network none`."
         )
 
 
 class StreamedScore(Accumulator):
-    """Inception-style score: how sure a classifier is of each picture, and how different its answers are
+    """Inception-style score: how sure a classifier is of each image, and how different its answers are
     (Salimans et al., 2016, https://arxiv.org/abs/1606.03498), over all samples at once instead of ten parts.
     """
 
@@ -182,7 +182,7 @@ def precision_and_recall(real: Tensor, fake: Tensor, num_neighbors: int = NUM_NE
     """
     if min(len(real), len(fake)) <= num_neighbors:
         raise ValueError(
-            f"Precision and recall with {num_neighbors} neighbors need more pictures than that, got {len(real)} real"
+            f"Precision and recall with {num_neighbors} neighbors need more images than that, got {len(real)} real"
             f" and {len(fake)} made ones."
         )
     return share_inside(fake, real, num_neighbors), share_inside(real, fake, num_neighbors)

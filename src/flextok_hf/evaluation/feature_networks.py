@@ -1,4 +1,4 @@
-"""Pictures -> features and class probabilities, by a public network or by one of our own.
+"""Images -> features and class probabilities, by a public network or by one of our own.
 
 Every figure from such a network is labelled with its name and the hash of its weights: a Frechet distance is called
 FID only if the network is the Inception of Heusel et al. (2017), https://arxiv.org/abs/1706.08500.
@@ -6,23 +6,21 @@ FID only if the network is the Inception of Heusel et al. (2017), https://arxiv.
 Letters: B batch, D features, C classes.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoTokenizer, CLIPModel
-from transformers.image_processing_base import ImageProcessingMixin
 
+from ..utils.files import read_json
 from ..utils.measures import weights_hash
+from ..utils.vision_networks import read_preprocessing
 from .results import public_name
 
 
 INCEPTION = "inception"
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TRAINING_RECORD = "training.json"  # beside the weights of a network that `train_feature_network.py` made
 
 
@@ -56,7 +54,7 @@ class FeatureNetwork(nn.Module):
     class_names: list[str] | None = None
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Turn pictures (B, 3, R, R) uint8 into features (B, D) and log-probabilities (B, C), if it has classes."""
+        """Turn images (B, 3, R, R) uint8 into features (B, D) and log-probabilities (B, C), if it has classes."""
         raise NotImplementedError
 
 
@@ -78,11 +76,11 @@ class TransformersFeatures(FeatureNetwork):
             labels = self.network.config.id2label
             self.class_names = [labels[index] for index in range(len(labels))]
             self.network.classifier.register_forward_pre_hook(self._keep_classifier_input)
-        self.input_size, mean, std = read_preprocessing(name)
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
-        record = Path(name) / TRAINING_RECORD
-        known = json.loads(record.read_text()) if record.is_file() else {}
+        expected = read_preprocessing(name)
+        self.input_size = expected.size
+        self.register_buffer("mean", expected.mean, persistent=False)
+        self.register_buffer("std", expected.std, persistent=False)
+        known = read_json(Path(name) / TRAINING_RECORD, {})
         self.description = Description(
             name=known.get("name", public_name(name)),
             sha256=weights_hash({"network": self.network}),
@@ -99,11 +97,11 @@ class TransformersFeatures(FeatureNetwork):
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return features and log-probabilities; see `FeatureNetwork.forward`."""
-        pictures = pixels.to(self.mean.device).float() / 255
-        if pictures.shape[-2:] != (self.input_size, self.input_size):
+        images = pixels.to(self.mean.device).float() / 255
+        if images.shape[-2:] != (self.input_size, self.input_size):
             size = (self.input_size, self.input_size)
-            pictures = F.interpolate(pictures, size, mode="bicubic", antialias=True).clamp(0, 1)
-        output = self.network(pixel_values=(pictures - self.mean) / self.std)
+            images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+        output = self.network(pixel_values=(images - self.mean) / self.std)
         if self.class_names is not None:
             return self.classifier_input.flatten(1), output.logits.log_softmax(dim=1)
         if output.get("pooler_output") is not None:
@@ -171,20 +169,8 @@ def load_feature_network(name: str) -> FeatureNetwork:
     return TransformersFeatures(str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name)
 
 
-def read_preprocessing(name: str) -> tuple[int, Any, Any]:
-    """Return the side of the input in pixels, and the mean and standard deviation that a network was trained with."""
-    try:
-        values, _ = ImageProcessingMixin.get_image_processor_dict(name)
-    except OSError:
-        values = {}
-    size = values.get("crop_size") or values.get("size") or 224
-    if isinstance(size, dict):
-        size = size.get("height") or size.get("shortest_edge") or 224
-    return int(size), values.get("image_mean", IMAGENET_MEAN), values.get("image_std", IMAGENET_STD)
-
-
 class ClipScore(nn.Module):
-    """How well pictures fit texts: 100 times the cosine of their CLIP embeddings, not below 0 (Hessel et al., 2021,
+    """How well images fit texts: 100 times the cosine of their CLIP embeddings, not below 0 (Hessel et al., 2021,
     https://arxiv.org/abs/2104.08718).
 
     Args:
@@ -196,22 +182,22 @@ class ClipScore(nn.Module):
         self.network = CLIPModel.from_pretrained(name, dtype=torch.float32).requires_grad_(False).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(name)
         self.input_size = self.network.config.vision_config.image_size
-        _, mean, std = read_preprocessing(name)
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        expected = read_preprocessing(name)
+        self.register_buffer("mean", expected.mean, persistent=False)
+        self.register_buffer("std", expected.std, persistent=False)
         self.sha256 = weights_hash({"network": self.network})
 
     @torch.no_grad()
     def forward(self, pixels: Tensor, texts: list[str]) -> Tensor:
-        """Return the score (B,) of pictures (B, 3, R, R) uint8 with B texts."""
+        """Return the score (B,) of images (B, 3, R, R) uint8 with B texts."""
         device = self.mean.device
         size = (self.input_size, self.input_size)
-        pictures = F.interpolate(pixels.to(device).float() / 255, size, mode="bicubic", antialias=True).clamp(0, 1)
+        images = F.interpolate(pixels.to(device).float() / 255, size, mode="bicubic", antialias=True).clamp(0, 1)
         tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(device)
         output = self.network(
             input_ids=tokens.input_ids,
             attention_mask=tokens.attention_mask,
-            pixel_values=(pictures - self.mean) / self.std,
+            pixel_values=(images - self.mean) / self.std,
         )
         cosine = F.cosine_similarity(output.image_embeds, output.text_embeds)
         return (100 * cosine).clamp(min=0).cpu()

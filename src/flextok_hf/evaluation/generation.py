@@ -1,7 +1,7 @@
-"""Measure generation: prompts or classes become pictures from several numbers of tokens.
+"""Measure generation: prompts or classes become images from several numbers of tokens.
 
-Whether a picture is the one that was asked for is measured on sets of prompts; whether pictures are as real and as
-varied as real ones, on the first set. Reconstructions of real pictures, judged in the same way, bound from above what
+Whether an image is the one that was asked for is measured on sets of prompts; whether images are as real and as
+varied as real ones, on the first set. Reconstructions of real images, judged in the same way, bound from above what
 a perfect prior could reach with the tokenizer; shuffled prompts bound from below.
 """
 
@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..utils.files import save_picture
+from ..utils.files import save_image
 from ..utils.sheets import contact_sheet, token_count_title
-from .accumulators import Checksum, KeptPictures, MeanWithInterval, share_of
+from .accumulators import Checksum, KeptImages, MeanWithInterval, share_of
 from .adherence import AdherenceScore, measure_feature_space
 from .conditions import Condition, ConditionedMeasurement
 from .distributions import FeatureMoments, FeatureReservoir, StreamedScore, frechet_distance, precision_and_recall
 from .feature_networks import ClipScore
 from .generation_pages import make_markdown, panels_of
-from .images import picture_checksums, to_pil
+from .images import image_checksums, to_pil
 from .intervals import wilson_interval
 from .measurement import Cost
 from .options import GenerationOptions
@@ -59,7 +59,7 @@ class Generation(ConditionedMeasurement):
         self.first_set = next(iter(self.sets))
         self.jobs = [(key, index) for key, conditions in self.sets.items() for index in range(len(conditions))]
         self.to_reconstruct = self.draw(in_split)
-        self.originals = self.pictures(self.to_reconstruct)
+        self.originals = self.images(self.to_reconstruct)
         self.clip = ClipScore(options.clip_model).to(self.device) if options.clip_model else None
         self.protocol |= {"num_prompts": {key: len(conditions) for key, conditions in self.sets.items()}}
         self.protocol["conditions"] = column or "sets of prompts"
@@ -71,7 +71,7 @@ class Generation(ConditionedMeasurement):
                 )
             self.check_distribution(len(self.reference_rows), "`reference_split`")
             self.check_distribution(len(self.sets[self.first_set]), "`max_prompts`")
-            self.protocol["reference"] = f"{len(self.reference_rows)} pictures of {options.reference_split}"
+            self.protocol["reference"] = f"{len(self.reference_rows)} images of {options.reference_split}"
 
     def real_accumulators(self, num_features: int) -> nn.ModuleDict:
         """Return the sums over the reference set."""
@@ -101,7 +101,7 @@ class Generation(ConditionedMeasurement):
         return nn.ModuleDict(sums)
 
     def build_accumulators(self, names: Sequence[str]) -> nn.ModuleDict:
-        """Return the sums of a pass that draws sets of pictures."""
+        """Return the sums of a pass that draws sets of images."""
         sets = nn.ModuleDict()
         for name in names:
             with_distribution = name == self.first_set
@@ -110,60 +110,60 @@ class Generation(ConditionedMeasurement):
         return nn.ModuleDict({"cost": Cost(), "sets": sets})
 
     def measure_reference(self, sums: Any, samples: list[int]) -> dict[int, str]:
-        """Add pictures of the reference set."""
-        pictures = self.pictures(self.reference_rows)
-        found, pixels = pictures.read(samples)
+        """Add images of the reference set."""
+        images = self.images(self.reference_rows)
+        found, pixels = images.read(samples)
         if found and self.network is not None:
             features, _ = self.network(pixels)
-            sums["checksum"].update(picture_checksums(pixels))
+            sums["checksum"].update(image_checksums(pixels))
             sums["features"].update(features, found)
             sums["reservoir"].update(features, found)
-        return pictures.skipped
+        return images.skipped
 
     def measure_prompts(self, sums: Any, sampling: Sampling, samples: list[int]) -> dict[int, str]:
-        """Draw pictures for prompts and add them to the sums of their sets."""
+        """Draw images for prompts and add them to the sums of their sets."""
         jobs = [self.jobs[sample] for sample in samples]
         indices = [index for _, index in jobs]
         conditions = [self.sets[key][index]["condition"] for key, index in jobs]
         draw = partial(generate, self.pipe, conditions, self.counts, indices, self.options.seed, sampling)
-        for column, (count, pictures) in enumerate(zip(self.counts, sums["cost"].draw(draw), strict=True)):
+        for column, (count, images) in enumerate(zip(self.counts, sums["cost"].draw(draw), strict=True)):
             for key in self.sets:
                 chosen = [position for position, (name, _) in enumerate(jobs) if name == key]
                 if chosen:
                     part = [indices[position] for position in chosen]
-                    self.add_pictures(sums["sets"], key, count, pictures[chosen], part)
+                    self.add_images(sums["sets"], key, count, images[chosen], part)
                     if "kept" in sums and key == self.shown_set:
-                        sums["kept"].update(column, pictures[chosen], part)
+                        sums["kept"].update(column, images[chosen], part)
         return {}
 
     def measure_bound(self, sums: Any, samples: list[int]) -> dict[int, str]:
-        """Reconstruct real pictures and judge them like drawn ones."""
+        """Reconstruct real images and judge them like drawn ones."""
         found, originals = self.originals.read(samples)
         if found and self.reference is not None:
             draw = partial(reconstruct, self.pipe, originals, self.counts, found, self.options.seed, self.samplings[0])
-            for count, pictures in zip(self.counts, sums["cost"].draw(draw), strict=True):
+            for count, images in zip(self.counts, sums["cost"].draw(draw), strict=True):
                 wanted = [self.attributes_of(self.to_reconstruct[index]) for index in found]
-                answer = self.reference.answer(self.checks, pictures, wanted)
+                answer = self.reference.answer(self.checks, images, wanted)
                 sums["sets"][BOUND][str(count)]["adherence"].update(*answer, found)
         return {sample: reason for sample, reason in self.originals.skipped.items() if sample in samples}
 
-    def add_pictures(self, sets: Any, key: str, count: int, pictures: Tensor, indices: list[int]) -> None:
-        """Add pictures (B, 3, R, R) uint8 of one set and token count to its sums."""
+    def add_images(self, sets: Any, key: str, count: int, images: Tensor, indices: list[int]) -> None:
+        """Add images (B, 3, R, R) uint8 of one set and token count to its sums."""
         conditions = self.sets[key]
         wanted = [conditions[index] for index in indices]
         sums = sets[key][str(count)]
         if self.reference is not None:
-            sums["adherence"].update(*self.reference.answer(self.checks, pictures, wanted), indices)
+            sums["adherence"].update(*self.reference.answer(self.checks, images, wanted), indices)
             if key == self.first_set:
                 # neighboring prompts may share a name; half the list away they do not
                 others = [conditions[(index + len(conditions) // 2) % len(conditions)] for index in indices]
-                answer = self.reference.answer(self.checks, pictures, others)
+                answer = self.reference.answer(self.checks, images, others)
                 sets[key + SHUFFLED][str(count)]["adherence"].update(*answer, indices)
         if self.clip is not None and isinstance(wanted[0]["condition"], str):
-            sums["clip_score"].update(self.clip(pictures, [row["condition"] for row in wanted]), indices)
+            sums["clip_score"].update(self.clip(images, [row["condition"] for row in wanted]), indices)
         if self.network is None or not ({"recognized", "features"} & set(sums)):
             return
-        features, log_probabilities = self.network(pictures)
+        features, log_probabilities = self.network(images)
         if "features" in sums:
             sums["features"].update(features, indices)
             sums["reservoir"].update(features, indices)
@@ -174,7 +174,7 @@ class Generation(ConditionedMeasurement):
     def add_classes(
         sums: Any, log_probabilities: Tensor, class_names: list[str], wanted: list[Condition], indices: list[int]
     ) -> None:
-        """Add what a classifier (B, C) says of pictures: its score, and whether it sees the class asked for."""
+        """Add what a classifier (B, C) says of images: its score, and whether it sees the class asked for."""
         if "score" in sums:
             sums["score"].update(log_probabilities, indices)
         chosen = [position for position, row in enumerate(wanted) if row.get("name") in class_names]
@@ -203,7 +203,7 @@ class Generation(ConditionedMeasurement):
             if number == 0:
                 total = len(self.sets[self.shown_set])
                 shown = range(0, total, max(1, total // options.sheet_rows))[: options.sheet_rows]
-                sums["kept"] = KeptPictures(list(shown), len(self.counts), self.pipe.resolution)
+                sums["kept"] = KeptImages(list(shown), len(self.counts), self.pipe.resolution)
             self.run(f"prompts-{number + 1}", sums, len(self.jobs), partial(self.measure_prompts, sums, sampling))
             passes.append(sums)
         bound = None
@@ -218,7 +218,7 @@ class Generation(ConditionedMeasurement):
         """Return the figures of all sets, token counts and settings."""
         if real is not None:
             self.protocol["checksum_of_reference"] = real["checksum"].compute()
-        record: dict = {"real_pictures": len(self.all_rows), "settings": asdict(self.samplings[0])}
+        record: dict = {"real_images": len(self.all_rows), "settings": asdict(self.samplings[0])}
         if "name" in self.attributes:
             record["names"] = len({row["name"] for row in self.all_rows})
         if self.reference is not None:
@@ -271,8 +271,6 @@ class Generation(ConditionedMeasurement):
         """Write record, page, curves and contact sheet."""
         folder = Path(self.options.output)
         write_record(folder, self.name, record, make_markdown(record))
-        rows = [[to_pil(picture) for picture in row] for row in self.kept.compute()]
-        save_picture(
-            contact_sheet(rows, [token_count_title(count) for count in self.counts]), folder / "generation.png"
-        )
+        rows = [[to_pil(image) for image in row] for row in self.kept.compute()]
+        save_image(contact_sheet(rows, [token_count_title(count) for count in self.counts]), folder / "generation.png")
         plot_curves(self.counts, panels_of(record), "tokens", folder / "generation_curves.png")

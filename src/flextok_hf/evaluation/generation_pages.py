@@ -1,33 +1,13 @@
 """Records of generation and complexity as pages for reading."""
 
-from ..cards.sections import markdown_table
-from .adherence import TOP
+from ..utils.tables import markdown_table, measure_title
 from .results import interval_text, protocol_lines
-
-
-TITLES = {
-    "name": "name",
-    f"name_in_top_{TOP}": f"name in the nearest {TOP}",
-    "name_and_style": "name and style",
-    "all": "all attributes",
-    "recognized": "recognized",
-    "clip_score": "CLIP score",
-    "fid": "FID",
-    "inception_score": "Inception score",
-    "classifier_score": "classifier score",
-    "precision": "precision",
-    "recall": "recall",
-}
 
 
 def title_of(record: dict, key: str) -> str:
     """Return the heading of a figure; a distance or score says whose features it is in."""
     network = record["protocol"]["feature_network"]
-    if key == "frechet_distance":
-        return f"Frechet distance ({network['name']})"
-    if key == "classifier_score":
-        return f"score ({network['name']})"
-    return TITLES.get(key, key)
+    return measure_title(key, network and network["name"])
 
 
 def keys_of(results: dict) -> list[str]:
@@ -54,7 +34,7 @@ def results_table(record: dict, results: dict) -> str:
         for count, figures in by_count.items()
     ]
     return markdown_table(
-        ["pictures", "tokens", "count", *(title_of(record, key) for key in keys), "median distance"], rows
+        ["images", "tokens", "count", *(title_of(record, key) for key in keys), "median distance"], rows
     )
 
 
@@ -77,16 +57,16 @@ def feature_space_tables(space: dict) -> list[str]:
         "## What the neighbor search tells apart",
         "",
         "Blurred CIE Lab colors and histograms of oriented gradients, equally weighted; 1 is the mean distance (root"
-        " mean square) of two different real pictures. Damaged real pictures, searched among all real pictures:",
+        " mean square) of two different real images. Damaged real images, searched among all real images:",
         "",
     ]
     tables = [("damage", space["distorted"])]
-    if space["own_picture_left_out"]:
-        tables.append(("style", space["own_picture_left_out"]))
+    if space["own_image_left_out"]:
+        tables.append(("style", space["own_image_left_out"]))
     for number, (title, scores) in enumerate(tables):
         keys = keys_of({"": scores})
         if number == 1:
-            lines += ["", "Real pictures with their own entry left out, so that only other styles can be found:", ""]
+            lines += ["", "Real images with their own entry left out, so that only other styles can be found:", ""]
         rows = [
             [
                 name,
@@ -96,9 +76,7 @@ def feature_space_tables(space: dict) -> list[str]:
             ]
             for name, figures in scores.items()
         ]
-        lines.append(
-            markdown_table([title, "count", *(TITLES.get(key, key) for key in keys), "median distance"], rows)
-        )
+        lines.append(markdown_table([title, "count", *(measure_title(key) for key in keys), "median distance"], rows))
     return lines
 
 
@@ -107,14 +85,14 @@ def make_markdown(record: dict) -> str:
     lines = ["# Generation", "", *protocol_lines(record), ""]
     if "names" in record:
         lines += [
-            f"{record['real_pictures']} real pictures of {record['names']} names are searched; chance is"
+            f"{record['real_images']} real images of {record['names']} names are searched; chance is"
             f" {1 / record['names']:.2%} per name.",
             "",
         ]
     lines += [
-        "Attributes: share of pictures whose nearest real picture, by color and shape, has what was asked for (95%"
+        "Attributes: share of images whose nearest real image, by color and shape, has what was asked for (95%"
         " Wilson intervals). Trained and held out: prompts with a style. Everyday and plain: without, of everyday"
-        " names and of all names. Reconstructions of real pictures bound what a perfect prior could reach; shuffled"
+        " names and of all names. Reconstructions of real images bound what a perfect prior could reach; shuffled"
         " prompts show the floor. Distances between sets (95% jackknife intervals) are larger for smaller sets:"
         " compare equal numbers only. Recognized: the feature network's class is the one asked for.",
         "",

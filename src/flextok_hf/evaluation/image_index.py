@@ -1,6 +1,6 @@
-"""Pictures -> the most similar real ones, by color and shape; nothing here was learned or needs weights.
+"""Images -> the most similar real ones, by color and shape; nothing here was learned or needs weights.
 
-Letters: B batch, H W picture sides, N reference pictures, F features. Pictures are RGB, (B, 3, H, W), in
+Letters: B batch, H W image sides, N reference images, F features. Images are RGB, (B, 3, H, W), in
 [0, 1] or uint8.
 """
 
@@ -11,28 +11,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-FEATURE_RESOLUTION = 48  # side in pixels at which pictures are compared
+FEATURE_RESOLUTION = 48  # side in pixels at which images are compared
 COLOR_BLUR, COLOR_STRIDE = 2.0, 2
 SHAPE_BLUR, SHAPE_CELL, SHAPE_ORIENTATIONS = 1.0, 8, 8
-CHUNK = 256  # reference pictures described at a time
+CHUNK = 256  # reference images described at a time
 SPARE_CANDIDATES = 16
 
 
-def gaussian_blur(pictures: Tensor, blur: float) -> Tensor:
+def gaussian_blur(images: Tensor, blur: float) -> Tensor:
     """Blur (B, C, H, W) with a Gaussian of standard deviation `blur` in pixels; borders repeat their last pixel."""
     radius = math.ceil(3 * blur)
-    weights = torch.exp(-(torch.arange(-radius, radius + 1, dtype=pictures.dtype) ** 2) / (2 * blur**2))
-    weights = (weights / weights.sum()).to(pictures.device)
-    channels = pictures.shape[1]
-    padded = F.pad(pictures, (radius,) * 4, mode="replicate")
+    weights = torch.exp(-(torch.arange(-radius, radius + 1, dtype=images.dtype) ** 2) / (2 * blur**2))
+    weights = (weights / weights.sum()).to(images.device)
+    channels = images.shape[1]
+    padded = F.pad(images, (radius,) * 4, mode="replicate")
     rows = F.conv2d(padded, weights.view(1, 1, -1, 1).expand(channels, -1, -1, -1), groups=channels)
     return F.conv2d(rows, weights.view(1, 1, 1, -1).expand(channels, -1, -1, -1), groups=channels)
 
 
-def rgb_to_lab(pictures: Tensor) -> Tensor:
+def rgb_to_lab(images: Tensor) -> Tensor:
     """Convert sRGB (B, 3, H, W) in [0, 1] to CIE Lab under D65: L in [0, 100], a and b about [-128, 127]."""
-    linear = torch.where(pictures <= 0.04045, pictures / 12.92, ((pictures.clamp(min=0) + 0.055) / 1.055) ** 2.4)
-    to_xyz = pictures.new_tensor(
+    linear = torch.where(images <= 0.04045, images / 12.92, ((images.clamp(min=0) + 0.055) / 1.055) ** 2.4)
+    to_xyz = images.new_tensor(
         [[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]]
     )
     white = to_xyz.sum(dim=1).view(3, 1, 1)
@@ -42,27 +42,27 @@ def rgb_to_lab(pictures: Tensor) -> Tensor:
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=1)
 
 
-def oriented_gradients(pictures: Tensor, cell: int, orientations: int = SHAPE_ORIENTATIONS) -> Tensor:
+def oriented_gradients(images: Tensor, cell: int, orientations: int = SHAPE_ORIENTATIONS) -> Tensor:
     """Describe shapes by histograms of oriented gradients (Dalal and Triggs, 2005, doi:10.1109/CVPR.2005.177).
 
     Gradients are taken of the color channel where they are strongest; a gradient is shared between its two nearest
     orientations; cells are normalized in blocks of 2 x 2 (clipped at 0.2, then again).
 
     Args:
-        pictures: (B, 3, H, W) in [0, 1].
+        images: (B, 3, H, W) in [0, 1].
         cell: side of a cell in pixels.
         orientations: number of directions over half a turn.
 
     Returns:
         (B, F).
     """
-    padded = F.pad(pictures, (1, 1, 1, 1), mode="replicate")
+    padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
     dx = (padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]) / 2
     dy = (padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]) / 2
     strongest = (dx**2 + dy**2).argmax(dim=1, keepdim=True)  # (B, 1, H, W)
     dx, dy = dx.gather(1, strongest), dy.gather(1, strongest)
     position = torch.atan2(dy, dx).remainder(math.pi) * orientations / math.pi  # (B, 1, H, W) in [0, orientations]
-    centers = torch.arange(orientations, device=pictures.device).view(1, -1, 1, 1)
+    centers = torch.arange(orientations, device=images.device).view(1, -1, 1, 1)
     offset = (position - centers).remainder(orientations)
     share = (1 - torch.minimum(offset, orientations - offset)).clamp(min=0)  # (B, orientations, H, W)
     cells = F.avg_pool2d(share * torch.hypot(dx, dy), cell)
@@ -71,70 +71,70 @@ def oriented_gradients(pictures: Tensor, cell: int, orientations: int = SHAPE_OR
     return F.normalize(blocks, dim=1, eps=1e-3).flatten(1)
 
 
-def color_features(pictures: Tensor) -> Tensor:
+def color_features(images: Tensor) -> Tensor:
     """Describe where which color is: Lab, blurred so that small shifts do not matter, every other pixel. (B, F)."""
-    return gaussian_blur(rgb_to_lab(pictures), COLOR_BLUR)[:, :, ::COLOR_STRIDE, ::COLOR_STRIDE].flatten(1)
+    return gaussian_blur(rgb_to_lab(images), COLOR_BLUR)[:, :, ::COLOR_STRIDE, ::COLOR_STRIDE].flatten(1)
 
 
-def shape_features(pictures: Tensor) -> Tensor:
+def shape_features(images: Tensor) -> Tensor:
     """Describe outlines whatever their color: oriented gradients after a light blur against noise. (B, F)."""
-    return oriented_gradients(gaussian_blur(pictures, SHAPE_BLUR), SHAPE_CELL)
+    return oriented_gradients(gaussian_blur(images, SHAPE_BLUR), SHAPE_CELL)
 
 
-class PictureIndex(nn.Module):
-    """Reference pictures, searched by color and shape together.
+class ImageIndex(nn.Module):
+    """Reference images, searched by color and shape together.
 
-    Color and shape count the same: each is scaled so that the mean squared distance between two reference pictures
-    is 1. Distances are thus in units of "two unrelated pictures": 0 is the same picture, 1 is no resemblance.
+    Color and shape count the same: each is scaled so that the mean squared distance between two reference images
+    is 1. Distances are thus in units of "two unrelated images": 0 is the same image, 1 is no resemblance.
     `adherence.measure_feature_space` measures what this space can and cannot tell apart.
 
     Args:
-        pictures: (N, 3, H, W), uint8 or in [0, 1], N at least 2.
+        images: (N, 3, H, W), uint8 or in [0, 1], N at least 2.
 
     Raises:
-        ValueError: if there are fewer than 2 pictures, or all are the same.
+        ValueError: if there are fewer than 2 images, or all are the same.
     """
 
     BLOCKS = (color_features, shape_features)
 
-    def __init__(self, pictures: Tensor):
+    def __init__(self, images: Tensor):
         super().__init__()
-        if len(pictures) < 2:
-            raise ValueError(f"`pictures` must hold at least 2 reference pictures, got {len(pictures)}.")
-        raw = [torch.cat([block(self._resize(part)) for part in pictures.split(CHUNK)]) for block in self.BLOCKS]
+        if len(images) < 2:
+            raise ValueError(f"`images` must hold at least 2 reference images, got {len(images)}.")
+        raw = [torch.cat([block(self._resize(part)) for part in images.split(CHUNK)]) for block in self.BLOCKS]
         # Mean squared distance between two different rows = 2 * total variance (with N - 1 in the denominator).
         self.scales = [(2 * block.var(dim=0).sum()).sqrt().item() * math.sqrt(len(raw)) for block in raw]
         if min(self.scales) == 0:
-            raise ValueError("All `pictures` are the same; an index needs different ones.")
+            raise ValueError("All `images` are the same; an index needs different ones.")
         features = torch.cat([block / scale for block, scale in zip(raw, self.scales)], dim=1)
         self.register_buffer("features", features, persistent=False)
 
     @staticmethod
-    def _resize(pictures: Tensor) -> Tensor:
-        pictures = pictures.float() / 255 if pictures.dtype == torch.uint8 else pictures.float()
-        if pictures.shape[-2:] == (FEATURE_RESOLUTION, FEATURE_RESOLUTION):
-            return pictures
+    def _resize(images: Tensor) -> Tensor:
+        images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        if images.shape[-2:] == (FEATURE_RESOLUTION, FEATURE_RESOLUTION):
+            return images
         size = (FEATURE_RESOLUTION, FEATURE_RESOLUTION)
-        return F.interpolate(pictures, size, mode="bicubic", antialias=True).clamp(0, 1)
+        return F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
 
-    def describe(self, pictures: Tensor) -> Tensor:
-        """Return the features of pictures (B, 3, H, W) as (B, F); their Euclidean distances are ours."""
-        resized = self._resize(pictures)
+    def describe(self, images: Tensor) -> Tensor:
+        """Return the features of images (B, 3, H, W) as (B, F); their Euclidean distances are ours."""
+        resized = self._resize(images)
         return torch.cat([block(resized) / scale for block, scale in zip(self.BLOCKS, self.scales)], dim=1)
 
-    def search(self, pictures: Tensor, count: int = 5, leave_out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Find the reference pictures most like each picture.
+    def search(self, images: Tensor, count: int = 5, leave_out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Find the reference images most like each image.
 
         Args:
-            pictures: (B, 3, H, W).
-            count: neighbors per picture, at most N.
-            leave_out: per picture, the index of one reference picture that must not be found, (B,).
+            images: (B, 3, H, W).
+            count: neighbors per image, at most N.
+            leave_out: per image, the index of one reference image that must not be found, (B,).
 
         Returns:
-            Distances (B, count), nearest first, and the numbers of the reference pictures (B, count).
+            Distances (B, count), nearest first, and the numbers of the reference images (B, count).
         """
-        described = self.describe(pictures)  # (B, F)
-        # A matrix product is fast but cancels for near-identical pictures: it only chooses the candidates.
+        described = self.describe(images)  # (B, F)
+        # A matrix product is fast but cancels for near-identical images: it only chooses the candidates.
         distances = torch.cdist(described, self.features, compute_mode="use_mm_for_euclid_dist")
         if leave_out is not None:
             distances.scatter_(1, leave_out.view(-1, 1), math.inf)
@@ -144,6 +144,6 @@ class PictureIndex(nn.Module):
         nearest = exact.topk(count, dim=1, largest=False)
         return nearest.values, candidates.gather(1, nearest.indices)
 
-    def distance_between(self, pictures: Tensor, originals: Tensor) -> Tensor:
-        """Return the distance of each picture (B, 3, H, W) to its original, (B,)."""
-        return (self.describe(pictures) - self.describe(originals)).norm(dim=1)
+    def distance_between(self, images: Tensor, originals: Tensor) -> Tensor:
+        """Return the distance of each image (B, 3, H, W) to its original, (B,)."""
+        return (self.describe(images) - self.describe(originals)).norm(dim=1)

@@ -1,4 +1,4 @@
-"""Pictures and their originals -> how close each one is. Letters: B batch, H W picture sides."""
+"""Images and their originals -> how close each one is. Letters: B batch, H W image sides."""
 
 from collections.abc import Callable
 
@@ -10,39 +10,31 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from ..utils.measures import peak_signal_to_noise
 
 
-PictureMeasure = Callable[[Tensor, Tensor], Tensor]
+ImageMeasure = Callable[[Tensor, Tensor], Tensor]
 
-TITLES = {
-    "psnr_db": "PSNR (dB)",
-    "ssim": "SSIM",
-    "mae": "MAE",
-    "perceptual_distance": "perceptual distance",
-    "lpips": "LPIPS",
-    "dreamsim": "DreamSim",
-}
 IS_LOWER_BETTER = {"mae", "perceptual_distance", "lpips", "dreamsim"}
 SSIM_BORDER = 5  # half of the window
 
 
-def measure_ssim(pictures: Tensor, originals: Tensor) -> Tensor:
-    """Return the structural similarity of each picture, (B,), 1 for equal pictures.
+def measure_ssim(images: Tensor, originals: Tensor) -> Tensor:
+    """Return the structural similarity of each image, (B,), 1 for equal images.
 
     Wang et al., 2004 (doi:10.1109/TIP.2003.819861), with its Gaussian window of 11 x 11 pixels, standard deviation
-    1.5, per color channel, over the pixels whose window lies inside the picture; torchmetrics' own mean also takes
+    1.5, per color channel, over the pixels whose window lies inside the image; torchmetrics' own mean also takes
     the border, where a mirrored part fills the window.
     """
     _, similarity = structural_similarity_index_measure(
-        pictures, originals, data_range=1.0, reduction="none", return_full_image=True
+        images, originals, data_range=1.0, reduction="none", return_full_image=True
     )
     return similarity[..., SSIM_BORDER:-SSIM_BORDER, SSIM_BORDER:-SSIM_BORDER].flatten(1).mean(dim=1)
 
 
-def measure_mae(pictures: Tensor, originals: Tensor) -> Tensor:
-    """Return the mean absolute error of each picture, (B,), 0 for equal pictures."""
-    return (pictures - originals).abs().flatten(1).mean(dim=1)
+def measure_mae(images: Tensor, originals: Tensor) -> Tensor:
+    """Return the mean absolute error of each image, (B,), 0 for equal images."""
+    return (images - originals).abs().flatten(1).mean(dim=1)
 
 
-def load_lpips(device: str) -> PictureMeasure:
+def load_lpips(device: str) -> ImageMeasure:
     """Return LPIPS with AlexNet (Zhang et al., 2018, https://arxiv.org/abs/1801.03924).
 
     Raises:
@@ -55,16 +47,16 @@ def load_lpips(device: str) -> PictureMeasure:
     except (ImportError, ModuleNotFoundError) as error:
         raise ImportError("The measure `lpips` needs torchvision: `pip install torchvision`.") from error
 
-    def measure(pictures: Tensor, originals: Tensor) -> Tensor:
-        scores = metric(pictures.to(device), originals.to(device))
-        metric.reset()  # its own memory would grow with every picture
+    def measure(images: Tensor, originals: Tensor) -> Tensor:
+        scores = metric(images.to(device), originals.to(device))
+        metric.reset()  # its own memory would grow with every image
         return scores.cpu()
 
     return measure
 
 
-def load_dreamsim(device: str) -> PictureMeasure:
-    """Return DreamSim (Fu et al., 2023, https://arxiv.org/abs/2306.09344), 0 for equal pictures.
+def load_dreamsim(device: str) -> ImageMeasure:
+    """Return DreamSim (Fu et al., 2023, https://arxiv.org/abs/2306.09344), 0 for equal images.
 
     Raises:
         ImportError: if its package is missing.
@@ -76,10 +68,9 @@ def load_dreamsim(device: str) -> PictureMeasure:
     network, _ = dreamsim(pretrained=True, device=device)
     size = (224, 224)
 
-    def measure(pictures: Tensor, originals: Tensor) -> Tensor:
+    def measure(images: Tensor, originals: Tensor) -> Tensor:
         resized = [
-            F.interpolate(x.to(device), size, mode="bicubic", antialias=True).clamp(0, 1)
-            for x in (pictures, originals)
+            F.interpolate(x.to(device), size, mode="bicubic", antialias=True).clamp(0, 1) for x in (images, originals)
         ]
         return network(*resized).cpu()
 
@@ -89,22 +80,23 @@ def load_dreamsim(device: str) -> PictureMeasure:
 EXTRA_MEASURES = {"lpips": load_lpips, "dreamsim": load_dreamsim}
 
 
-def check_pictures(pictures: Tensor, originals: Tensor) -> None:
-    """Raise a ValueError if pictures cannot be compared with their originals."""
-    if pictures.shape != originals.shape or pictures.ndim != 4 or pictures.shape[1] != 3:
+def check_images(images: Tensor, originals: Tensor) -> None:
+    """Raise a ValueError if images cannot be compared with their originals."""
+    if images.shape != originals.shape or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(
-            f"Pictures and originals must both have the shape (batch, 3, height, width), got {tuple(pictures.shape)}"
+            f"Images and originals must both have the shape (batch, 3, height, width), got {tuple(images.shape)}"
             f" and {tuple(originals.shape)}. Resize one of them first."
         )
-    if min(pictures.shape[-2:]) <= 2 * SSIM_BORDER:
-        raise ValueError(f"SSIM needs pictures of 11 pixels or more, got {pictures.shape[-2]} x {pictures.shape[-1]}.")
+    if min(images.shape[-2:]) <= 2 * SSIM_BORDER:
+        raise ValueError(f"SSIM needs images of 11 pixels or more, got {images.shape[-2]} x {images.shape[-1]}.")
 
 
-def measure_pictures(measures: dict[str, PictureMeasure], pictures: Tensor, originals: Tensor) -> dict[str, Tensor]:
-    """Apply each measure to pictures and originals, both (B, 3, H, W) in [0, 1]; returns values (B,) by name."""
-    check_pictures(pictures, originals)
+def measure_images(measures: dict[str, ImageMeasure], images: Tensor, originals: Tensor) -> dict[str, Tensor]:
+    """Apply each measure to images and originals, both (B, 3, H, W) in [0, 1]; returns values (B,) by name."""
+    check_images(images, originals)
     with torch.no_grad():
-        return {name: measure(pictures, originals).reshape(len(pictures)) for name, measure in measures.items()}
+        return {name: measure(images, originals).reshape(len(images)) for name, measure in measures.items()}
 
 
-PLAIN_MEASURES: dict[str, PictureMeasure] = {"psnr_db": peak_signal_to_noise, "ssim": measure_ssim, "mae": measure_mae}
+PLAIN_MEASURES: dict[str, ImageMeasure] = {"psnr_db": peak_signal_to_noise, "ssim": measure_ssim, "mae": measure_mae}
+ALL_MEASURES = (*PLAIN_MEASURES, "perceptual_distance", *EXTRA_MEASURES)  # of single images

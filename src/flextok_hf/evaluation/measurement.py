@@ -10,22 +10,24 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from ..pipelines.pipeline_flextok import FlexTokPipeline
+from ..pipelines.input_checks import check_token_counts
+from ..pipelines.loading import choose_device, load_pipeline
+from ..utils.flops import FlopCounter
 from .accumulators import Accumulator
 from .distributions import check_sample_count
 from .feature_networks import FeatureNetwork, load_feature_network
-from .images import CROP, EvaluationPictures, load_split
+from .images import CROP, EvaluationImages, load_split
 from .options import NO_NETWORK, EvaluationOptions
 from .progress import Evaluation
 from .results import describe_machine, describe_model, public_name, rounded
-from .sampling import FlopCounter, check_token_counts, cost_of, load_pipeline
+from .sampling import cost_of
 
 
 SPLITS = ("train", "validation")
 
 
 class Cost(Accumulator):
-    """Pictures drawn, and floating-point operations of those batches that were counted."""
+    """Images drawn, and floating-point operations of those batches that were counted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,14 +47,14 @@ class Cost(Accumulator):
         return torch.stack([self.images, self.flops, self.flop_images])
 
     def draw(self, make: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Call `make`, which draws batches of pictures, and count them; operations in the first batch only."""
+        """Call `make`, which draws batches of images, and count them; operations in the first batch only."""
         if self.images > 0:
             batches = make()
             self.update(sum(map(len, batches)))
         else:
             with FlopCounter() as counter:
                 batches = make()
-            self.update(sum(map(len, batches)), float(counter.get_total_flops()))
+            self.update(sum(map(len, batches)), float(counter.total))
         return batches
 
 
@@ -67,14 +69,15 @@ class Measurement:
     def __init__(self, name: str, options: EvaluationOptions):
         self.name, self.options = name, options
         self.start = time.perf_counter()
-        self.state = PartialState(cpu=options.device == "cpu")
-        device = str(self.state.device) if self.state.num_processes > 1 else options.device
-        self.device = device
-        self.pipe: FlexTokPipeline = load_pipeline(options.model, device)
+        device = choose_device(options.device)
+        self.state = PartialState(cpu=device.type == "cpu")
+        self.device = str(self.state.device if self.state.num_processes > 1 else device)
+        self.pipe = load_pipeline(options.model, self.device)
+        self.pipe.set_progress_bar_config(disable=True)
         self.counts = check_token_counts(options.token_counts, self.pipe.num_registers)
         self.network: FeatureNetwork | None = None
         if options.feature_network != NO_NETWORK:
-            self.network = load_feature_network(options.feature_network).to(device)
+            self.network = load_feature_network(options.feature_network).to(self.device)
         model_name = options.model_name or (public_name(options.model) if options.model else "embedded")
         self.model = describe_model(self.pipe, model_name)
         self.protocol: dict[str, Any] = {
@@ -91,12 +94,12 @@ class Measurement:
         self.seconds = 0.0
         self.passes: list[Evaluation] = []
 
-    def pictures(self, rows: Any) -> EvaluationPictures:
-        """Return the pictures of rows at the resolution of the model."""
-        return EvaluationPictures(rows, self.pipe.resolution, self.options.image_column)
+    def images(self, rows: Any) -> EvaluationImages:
+        """Return the images of rows at the resolution of the model."""
+        return EvaluationImages(rows, self.pipe.resolution, self.options.image_column)
 
     def load_all_splits(self) -> list[dict]:
-        """Return the rows of train and validation as dictionaries with the pictures undecoded, `split` among them.
+        """Return the rows of train and validation as dictionaries with the images undecoded, `split` among them.
 
         Raises:
             ValueError: if the data has none of these splits.
@@ -114,7 +117,7 @@ class Measurement:
         return rows
 
     def check_distribution(self, num_samples: int, what: str) -> None:
-        """Refuse early what could not be computed in the end: too few pictures for the feature network."""
+        """Refuse early what could not be computed in the end: too few images for the feature network."""
         if self.network is not None:
             try:
                 check_sample_count(num_samples, self.network.description.num_features)

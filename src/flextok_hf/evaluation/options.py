@@ -13,14 +13,14 @@ NO_NETWORK = "none"
 class EvaluationOptions:
     """Options that all measurements share."""
 
-    data: str = field(metadata={"help": "Folder, parquet file or Hub name of real pictures, or `synthetic`."})
+    data: str = field(metadata={"help": "Folder, parquet file or Hub name of real images, or `synthetic`."})
     output: str = field(metadata={"help": "Folder for the results; made if missing."})
     model: str | None = field(default=None, metadata={"help": "Folder or Hub id; by default the embedded model."})
     model_name: str | None = field(default=None, metadata={"help": "What the results call it; by default `model`."})
-    device: str = field(default="cpu", metadata={"help": "Where to run it."})
-    image_column: str = field(default="image", metadata={"help": "Column of the pictures."})
+    device: str | None = field(default=None, metadata={"help": "Where to run it; by default the best device."})
+    image_column: str = field(default="image", metadata={"help": "Column of the images."})
     token_counts: list[int] | None = field(
-        default=None, metadata={"help": "Tokens per picture; by default 1, 2, 4, ... all."}
+        default=None, metadata={"help": "Tokens per image; by default 1, 2, 4, ... all."}
     )
     batch_size: int = field(default=16, metadata={"help": "Samples drawn at a time; figures do not depend on it."})
     seed: int = field(default=0, metadata={"help": "Sample i is drawn with seed + i; also draws the samples."})
@@ -41,16 +41,16 @@ class EvaluationOptions:
 
 @dataclass(kw_only=True)
 class ReconstructionOptions(EvaluationOptions):
-    """Pictures -> tokens -> pictures: how close, and how real as a set, for each number of tokens."""
+    """Images -> tokens -> images: how close, and how real as a set, for each number of tokens."""
 
     split: str = field(default="validation", metadata={"help": "Split to reconstruct."})
-    max_pictures: int | None = field(default=None, metadata={"help": "Draw this many pictures at random."})
+    max_images: int | None = field(default=None, metadata={"help": "Draw this many images at random."})
     guidance_scale: float | None = field(default=None, metadata={"help": "By default that of the model."})
     extra_measures: list[str] = field(
         default_factory=list, metadata={"help": "`lpips`, `dreamsim`; their packages must be installed."}
     )
     group_column: str = field(default="style", metadata={"help": "Means by its values, if the data has it."})
-    sheet_group: str | None = field(default=None, metadata={"help": "Show pictures of this group only."})
+    sheet_group: str | None = field(default=None, metadata={"help": "Show images of this group only."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -59,7 +59,7 @@ class ReconstructionOptions(EvaluationOptions):
             raise ValueError(f"`extra_measures` must be among {', '.join(EXTRA_MEASURES)}, got {wrong}.")
 
     def sampling(self) -> Sampling:
-        """Return how pictures are drawn."""
+        """Return how images are drawn."""
         return Sampling(
             num_inference_steps=self.num_inference_steps, guidance=self.guidance, guidance_scale=self.guidance_scale
         )
@@ -72,7 +72,7 @@ class ConditionOptions(EvaluationOptions):
     max_prompts: int | None = field(default=None, metadata={"help": "Draw this many prompts of each set at random."})
     attributes: list[str] = field(
         default_factory=list,
-        metadata={"help": "Columns that the nearest real picture must share; default: name and style, where known."},
+        metadata={"help": "Columns that the nearest real image must share; default: name and style, where known."},
     )
     top_k: int = field(default=0, metadata={"help": "Best ids that the prior chooses among; 0: all."})
     top_p: float = field(default=1.0, metadata={"help": "Probability of the ids that it chooses among."})
@@ -80,10 +80,10 @@ class ConditionOptions(EvaluationOptions):
 
 @dataclass(kw_only=True)
 class GenerationOptions(ConditionOptions):
-    """Prompts or classes -> pictures: as asked for, and real as a set, per number of tokens, guidance, temperature."""
+    """Prompts or classes -> images: as asked for, and real as a set, per number of tokens, guidance, temperature."""
 
     split: str = field(default="validation", metadata={"help": "Split of the prompts, unless the data has sets."})
-    reference_split: str = field(default="train", metadata={"help": "Split that pictures are compared with as a set."})
+    reference_split: str = field(default="train", metadata={"help": "Split that images are compared with as a set."})
     caption_column: str | None = field(default=None, metadata={"help": "Prompts, for data without prompt columns."})
     class_column: str | None = field(default=None, metadata={"help": "Classes instead of prompts."})
     guidance_scale: list[float] = field(
@@ -103,7 +103,7 @@ class GenerationOptions(ConditionOptions):
             raise ValueError("`temperature` is empty: name at least one value.")
 
     def samplings(self) -> list[Sampling]:
-        """Return how pictures are drawn, one for each combination of the values to try."""
+        """Return how images are drawn, one for each combination of the values to try."""
         default: list[float | None] = [None]
         return [
             Sampling(
@@ -152,7 +152,7 @@ class ComplexityOptions(ConditionOptions):
         return [(level.partition("=")[0], tuple(level.partition("=")[2].split(","))) for level in self.levels]
 
     def sampling(self) -> Sampling:
-        """Return how pictures are drawn."""
+        """Return how images are drawn."""
         return Sampling(
             num_inference_steps=self.num_inference_steps,
             guidance=self.guidance,

@@ -16,7 +16,7 @@ def plot_curves(counts: list[int], panels: Curves, x_title: str, path: Path) -> 
         counts: numbers of tokens.
         panels: what to draw; every curve has one figure per count, or `None` where there is none.
         x_title: of the horizontal axes.
-        path: of the picture.
+        path: of the image.
     """
     from matplotlib.figure import Figure  # a figure without pyplot leaves no global state and needs no display
 

@@ -1,4 +1,4 @@
-"""Measure reconstruction: every picture is encoded once and drawn from several numbers of tokens."""
+"""Measure reconstruction: every image is encoded once and drawn from several numbers of tokens."""
 
 from functools import partial
 from pathlib import Path
@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cards.sections import markdown_table
-from ..utils.files import save_picture
+from ..utils.files import save_image
 from ..utils.sheets import contact_sheet, token_count_title
-from .accumulators import Checksum, GroupedMean, KeptPictures, MeanWithInterval, share_of
+from ..utils.tables import markdown_table, measure_title
+from .accumulators import Checksum, GroupedMean, KeptImages, MeanWithInterval, share_of
 from .adherence import Reference
 from .distributions import FeatureMoments, frechet_distance
-from .image_measures import EXTRA_MEASURES, IS_LOWER_BETTER, PLAIN_MEASURES, TITLES, PictureMeasure, measure_pictures
-from .images import draw_rows, load_split, picture_checksums, to_pil, to_unit_range
+from .image_measures import ALL_MEASURES, EXTRA_MEASURES, IS_LOWER_BETTER, PLAIN_MEASURES, ImageMeasure, measure_images
+from .images import draw_rows, image_checksums, load_split, to_pil, to_unit_range
 from .measurement import Cost, Measurement
 from .options import ReconstructionOptions
 from .plots import plot_curves
@@ -31,21 +31,21 @@ class Reconstruction(Measurement):
         super().__init__("reconstruction", options)
         self.sampling = options.sampling().resolved(self.pipe)
         rows = load_split(options.data, options.split, options.image_column)
-        drawn = draw_rows(range(len(rows)), options.max_pictures, options.seed)
+        drawn = draw_rows(range(len(rows)), options.max_images, options.seed)
         self.rows = rows.select(drawn)
-        self.originals = self.pictures(self.rows)
-        self.check_distribution(len(drawn), "`max_pictures`")
+        self.originals = self.images(self.rows)
+        self.check_distribution(len(drawn), "`max_images`")
         self.protocol |= {
             "split": options.split,
-            "num_pictures": len(drawn),
+            "num_images": len(drawn),
             "sampling": self.sampling.decoding,
             "reference": "the originals themselves",
         }
         self.reference: Reference | None = None
         if "name" in rows.column_names:
             every = self.load_all_splits()
-            self.reference = Reference(self.pictures(every).read_all(), [{"name": row["name"]} for row in every])
-            self.protocol["neighbors"] = f"{len(every)} pictures of train and validation"
+            self.reference = Reference(self.images(every).read_all(), [{"name": row["name"]} for row in every])
+            self.protocol["neighbors"] = f"{len(every)} images of train and validation"
         column = options.group_column
         self.groups: list[str] | None = None
         if column in rows.column_names:
@@ -54,8 +54,8 @@ class Reconstruction(Measurement):
         self.measures = self.build_measures()
         self.accumulators = self.build_accumulators()
 
-    def build_measures(self) -> dict[str, PictureMeasure]:
-        """Return the measures of single pictures by name."""
+    def build_measures(self) -> dict[str, ImageMeasure]:
+        """Return the measures of single images by name."""
         measures = dict(PLAIN_MEASURES)
         if self.reference is not None:
             measures["perceptual_distance"] = self.reference.index.distance_between
@@ -74,7 +74,7 @@ class Reconstruction(Measurement):
                 sums["features"] = FeatureMoments(self.network.description.num_features)
             counts[str(count)] = sums
         shared = {"cost": Cost(), "checksum": Checksum(), "counts": counts}
-        shared["kept"] = KeptPictures(self.shown_rows(), 1 + len(self.counts), self.pipe.resolution)
+        shared["kept"] = KeptImages(self.shown_rows(), 1 + len(self.counts), self.pipe.resolution)
         if self.network is not None:
             shared["features"] = FeatureMoments(self.network.description.num_features)
         return nn.ModuleDict(shared)
@@ -87,7 +87,7 @@ class Reconstruction(Measurement):
         else:
             rows = [row for row, group in enumerate(self.groups or []) if group == wanted]
         if not rows:
-            raise ValueError(f"`sheet_group` {wanted!r} is no value of `group_column` among the pictures drawn.")
+            raise ValueError(f"`sheet_group` {wanted!r} is no value of `group_column` among the images drawn.")
         return rows[:: max(1, len(rows) // number)][:number]
 
     def measure_batch(self, samples: list[int]) -> dict[int, str]:
@@ -97,27 +97,27 @@ class Reconstruction(Measurement):
         if not found:
             return skipped
         sums = self.accumulators
-        sums["checksum"].update(picture_checksums(originals))
+        sums["checksum"].update(image_checksums(originals))
         sums["kept"].update(0, originals, found)
         if self.network is not None:
             sums["features"].update(self.network(originals)[0], found)
         draw = partial(reconstruct, self.pipe, originals, self.counts, found, self.options.seed, self.sampling)
-        for column, (count, pictures) in enumerate(zip(self.counts, sums["cost"].draw(draw), strict=True), start=1):
-            sums["kept"].update(column, pictures, found)
-            self.add_pictures(sums["counts"][str(count)], pictures, originals, found)
+        for column, (count, images) in enumerate(zip(self.counts, sums["cost"].draw(draw), strict=True), start=1):
+            sums["kept"].update(column, images, found)
+            self.add_images(sums["counts"][str(count)], images, originals, found)
         return skipped
 
-    def add_pictures(self, sums: Any, pictures: Tensor, originals: Tensor, found: list[int]) -> None:
-        """Add pictures (B, 3, R, R) uint8 of one token count to its sums."""
-        values = measure_pictures(self.measures, to_unit_range(pictures), to_unit_range(originals))
+    def add_images(self, sums: Any, images: Tensor, originals: Tensor, found: list[int]) -> None:
+        """Add images (B, 3, R, R) uint8 of one token count to its sums."""
+        values = measure_images(self.measures, to_unit_range(images), to_unit_range(originals))
         for name, value in values.items():
             sums[name].update(value, found)
         if self.groups is not None:
             sums["by_group"].update(torch.stack(list(values.values()), dim=1), [self.groups[i] for i in found])
         if self.network is not None:
-            sums["features"].update(self.network(pictures)[0], found)
+            sums["features"].update(self.network(images)[0], found)
         if self.reference is not None:
-            _, neighbors = self.reference.index.search(pictures, 1)
+            _, neighbors = self.reference.index.search(images, 1)
             names = [self.reference.rows[i]["name"] for i in neighbors[:, 0].tolist()]
             hits = [name == self.rows[sample]["name"] for name, sample in zip(names, found, strict=True)]
             sums["name"].update(torch.tensor(hits), found)
@@ -139,21 +139,21 @@ class Reconstruction(Measurement):
 
     def measure(self) -> dict:
         """Measure everything, write the results, and return the record."""
-        self.run("pictures", self.accumulators, len(self.rows), self.measure_batch)
+        self.run("images", self.accumulators, len(self.rows), self.measure_batch)
         return self.finish(self.make_record, [self.accumulators["cost"]], self.write)
 
     def make_record(self) -> dict:
         """Return the figures of all token counts."""
         num_measured = int(self.accumulators["checksum"].count)
         if num_measured == 0:
-            raise ValueError(f"None of the {len(self.rows)} pictures could be read; the first: {self.first_skipped()}")
-        self.check_distribution(num_measured, "readable pictures")
-        self.protocol["checksum_of_pictures"] = self.accumulators["checksum"].compute()
+            raise ValueError(f"None of the {len(self.rows)} images could be read; the first: {self.first_skipped()}")
+        self.check_distribution(num_measured, "readable images")
+        self.protocol["checksum_of_images"] = self.accumulators["checksum"].compute()
         results = {str(count): self.summarize(self.accumulators["counts"][str(count)]) for count in self.counts}
         return {"count": num_measured, "settings": self.sampling.decoding, "results": results}
 
     def first_skipped(self) -> str:
-        """Return the reason why the first picture was skipped."""
+        """Return the reason why the first image was skipped."""
         return next(iter(self.skipped.values()), "no reason is known")
 
     def write(self, record: dict) -> None:
@@ -161,8 +161,8 @@ class Reconstruction(Measurement):
         folder = Path(self.options.output)
         write_record(folder, self.name, record, make_markdown(record))
         columns = ["original", *(token_count_title(count) for count in self.counts)]
-        rows = [[to_pil(picture) for picture in row] for row in self.accumulators["kept"].compute()]
-        save_picture(contact_sheet(rows, columns), folder / "reconstruction.png")
+        rows = [[to_pil(image) for image in row] for row in self.accumulators["kept"].compute()]
+        save_image(contact_sheet(rows, columns), folder / "reconstruction.png")
         curves = {
             column_title(record, key): {"": [figures[key] for figures in record["results"].values()]}
             for key in measured_keys(record)
@@ -178,9 +178,8 @@ def measured_keys(record: dict) -> list[str]:
 
 def column_title(record: dict, key: str) -> str:
     """Return the heading of a figure; a Frechet distance says whose features it is in."""
-    if key == "frechet_distance":
-        return f"Frechet distance ({record['protocol']['feature_network']['name']})"
-    return {"fid": "rFID", "name": "name"}.get(key) or TITLES[key]
+    network = record["protocol"]["feature_network"]
+    return "rFID" if key == "fid" else measure_title(key, network and network["name"])
 
 
 def make_markdown(record: dict) -> str:
@@ -193,17 +192,17 @@ def make_markdown(record: dict) -> str:
         means = [figures[key]["mean"] * (-1 if key in IS_LOWER_BETTER else 1) for figures in results.values()]
         return "yes" if means == sorted(means) else "no"
 
-    ordered = ", ".join(f"{TITLES[key]}: {improves(key)}" for key in keys if key in TITLES)
+    ordered = ", ".join(f"{measure_title(key)}: {improves(key)}" for key in keys if key in ALL_MEASURES)
     lines = [
         "# Reconstruction",
         "",
-        f"{record['count']} pictures.",
+        f"{record['count']} images.",
         "",
         *protocol_lines(record),
         "",
-        "Means with 95% bootstrap intervals over pictures. Distances between sets, with 95% jackknife intervals, are"
+        "Means with 95% bootstrap intervals over images. Distances between sets, with 95% jackknife intervals, are"
         " larger for smaller sets: compare equal numbers only. Perceptual distance: color and shape, 0 the same"
-        " picture, 1 two unrelated ones. Name: the nearest real picture has the original's name (Wilson interval).",
+        " image, 1 two unrelated ones. Name: the nearest real image has the original's name (Wilson interval).",
         "",
         markdown_table(
             ["tokens", *titles],
@@ -214,12 +213,12 @@ def make_markdown(record: dict) -> str:
     ]
     group = next((key for key in next(iter(results.values())) if key.startswith("by_")), None)
     if group is not None:
-        measures = [key for key in keys if key in TITLES]
+        measures = [key for key in keys if key in ALL_MEASURES]
         rows = [
             [count, name, means["count"], *(f"{means[key]:.3f}" for key in measures)]
             for count, figures in results.items()
             for name, means in figures[group].items()
         ]
-        header = ["tokens", group.removeprefix("by_"), "count", *(TITLES[key] for key in measures)]
+        header = ["tokens", group.removeprefix("by_"), "count", *(measure_title(key) for key in measures)]
         lines += ["", markdown_table(header, rows)]
     return "\n".join(lines)

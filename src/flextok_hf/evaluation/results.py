@@ -1,6 +1,6 @@
 """Records of an evaluation: what was measured and how, as JSON and Markdown; and two of them compared.
 
-A record holds `protocol`, everything that a figure depends on beside the model: pictures, crop, sampling, feature
+A record holds `protocol`, everything that a figure depends on beside the model: images, crop, sampling, feature
 network, seeds. Two records may only be compared if their protocols agree.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..utils.files import write_atomically
+from ..utils.files import read_json, write_text
 from ..utils.measures import weights_hash
 
 
@@ -55,7 +55,7 @@ def write_record(folder: Path, name: str, record: dict, markdown: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     texts = {".json": json.dumps(record, indent=2, allow_nan=False) + "\n", ".md": markdown.rstrip() + "\n"}
     for ending, text in texts.items():
-        write_atomically(folder / f"{name}{ending}", lambda path: Path(path).write_text(text, encoding="utf-8"))
+        write_text(folder / f"{name}{ending}", text)
 
 
 def read_record(path: str | Path) -> dict:
@@ -68,10 +68,7 @@ def read_record(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no result file {str(path)!r}.")
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{str(path)!r} is no JSON: {error}.") from error
+    record = read_json(path)
     if not isinstance(record, dict) or not {"protocol", "results"} <= set(record):
         raise ValueError(f"{str(path)!r} is no result file: it has no `protocol` and `results`. Make it again.")
     return record
@@ -159,10 +156,10 @@ def protocol_lines(record: dict) -> list[str]:
         lines.append(f"- {key.replace('_', ' ')}: {text}")
     skipped = record.get("skipped", {})
     if skipped:
-        lines.append(f"- {len(skipped)} pictures could not be read: {json.dumps(skipped)}")
+        lines.append(f"- {len(skipped)} images could not be read: {json.dumps(skipped)}")
     lines.append(
         f"- {record['wall_time_s']:.0f} s on {record['device']}, {record['num_processes']} process(es) of"
-        f" {record['num_threads']} threads: {cost['images_per_s']:.2f} pictures/s;"
+        f" {record['num_threads']} threads: {cost['images_per_s']:.2f} images/s;"
         f" {cost['tflop_per_image']:.4f} TFLOP each"
     )
     return lines

@@ -1,20 +1,16 @@
-"""Pictures or prompts -> pictures from 1, 2, 4, ... tokens. Every sample has a generator of its own, so that neither
+"""Images or prompts -> images from 1, 2, 4, ... tokens. Every sample has a generator of its own, so that neither
 batches nor processes change it, and all its token counts start from the same noise and the same tokens.
 
-Letters: B batch, R side of the square pictures.
+Letters: B batch, R side of the square images.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch import Tensor
 
-from ..embedded import resolve_model
-from ..models.nested_dropout import token_ladder
 from ..pipelines.pipeline_flextok import FlexTokPipeline
 from .images import round_to_8_bits
 
@@ -24,7 +20,7 @@ ASSUMED_FLOPS = 3.5e14  # per second and H100-class accelerator: 35% of its dens
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How pictures are drawn; `None` is the default of the model. Names as in `FlexTokPipeline.__call__`."""
+    """How images are drawn; `None` is the default of the model. Names as in `FlexTokPipeline.__call__`."""
 
     num_inference_steps: int = 20
     guidance_scale: float | None = None
@@ -49,32 +45,8 @@ class Sampling:
 
     @property
     def writing(self) -> dict[str, Any]:
-        """Arguments of the prior's `generate`."""
-        values = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p")}
-        return values | {"guidance_scale": self.prior_guidance_scale, "do_sample": True}
-
-
-def load_pipeline(model: str | None, device: str) -> FlexTokPipeline:
-    """Return the pipeline to measure, the embedded one by default, without progress bars of its own."""
-    pipe = FlexTokPipeline.from_pretrained(resolve_model(model)).to(device)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def check_token_counts(counts: Sequence[int] | None, num_registers: int) -> list[int]:
-    """Return the token counts to measure, by default 1, 2, 4, ... and all.
-
-    Raises:
-        ValueError: if one is below 1 or above what the model has, or none is named.
-    """
-    if counts is None:
-        return token_ladder(num_registers)
-    wrong = [count for count in counts if not 1 <= count <= num_registers]
-    if wrong or not counts:
-        raise ValueError(
-            f"`token_counts` {wrong or 'is empty'}: this model can be measured with 1 to {num_registers}."
-        )
-    return sorted(set(counts))
+        """Arguments of the pipeline's `token_writer`."""
+        return {name: getattr(self, name) for name in ("prior_guidance_scale", "temperature", "top_k", "top_p")}
 
 
 def seeded_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
@@ -85,7 +57,7 @@ def seeded_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator
 def reconstruct(
     pipe: FlexTokPipeline, pixels: Tensor, counts: Sequence[int], indices: Sequence[int], seed: int, sampling: Sampling
 ) -> list[Tensor]:
-    """Encode pictures once and draw them from each number of tokens.
+    """Encode images once and draw them from each number of tokens.
 
     Args:
         pixels: (B, 3, R, R) uint8.
@@ -95,12 +67,12 @@ def reconstruct(
         sampling: settings.
 
     Returns:
-        For each count, pictures (B, 3, R, R) uint8.
+        For each count, images (B, 3, R, R) uint8.
     """
-    pictures = pipe.reconstruct(
+    columns = pipe.reconstruct(
         pixels, counts, generator=seeded_generators(seed, indices), output_type="pt", **sampling.decoding
     )
-    return [round_to_8_bits(images) for images in pictures]
+    return [round_to_8_bits(images) for images in columns]
 
 
 @torch.no_grad()
@@ -114,7 +86,7 @@ def generate(
 ) -> list[Tensor]:
     """Write tokens for prompts or classes once and draw each number of them.
 
-    The pictures are those of `pipe(prompt, max_tokens=count, generator=...)`, at the cost of one run of the prior.
+    The images are those of `pipe(prompt, max_tokens=count, generator=...)`, at the cost of one run of the prior.
 
     Args:
         conditions: B prompts, or B classes.
@@ -124,47 +96,29 @@ def generate(
         sampling: settings, with the defaults of the model written out.
 
     Returns:
-        For each count, pictures (B, 3, R, R) uint8.
+        For each count, images (B, 3, R, R) uint8.
     """
     prompts, classes = (list(conditions), None) if isinstance(conditions[0], str) else (None, list(conditions))
-    batch_size, inputs = pipe.encode_condition(prompts, classes, 1)
     generators = seeded_generators(seed, indices)
-    noise = pipe.prepare_latents(batch_size, generators)  # before the tokens, as in calling the pipeline
-    token_ids = pipe.prior.generate(**inputs, max_new_tokens=max(counts), generator=generators, **sampling.writing)
-    token_ids = token_ids[:, 1:]  # (B, longest), without the start token
-    pictures = [
+    no_prefix = pipe.encode_prefix(None, None, None)
+    writer = pipe.token_writer(prompts, classes, 1, max(counts), no_prefix, generator=generators, **sampling.writing)
+    noise = pipe.prepare_latents(len(writer.counts), generators)  # before the tokens, as in calling the pipeline
+    token_ids = writer.write(max(counts))  # (B, longest)
+    columns = [
         pipe.detokenize(token_ids[:, :count], latents=noise, output_type="pt", **sampling.decoding).images
         for count in counts
     ]
-    return [round_to_8_bits(images) for images in pictures]
-
-
-class FlopCounter(FlopCounterMode):
-    """Counts floating-point operations, attention and oneDNN's products on CPUs included, which PyTorch leaves out."""
-
-    def __init__(self, modules: nn.Module | None = None):
-        def count_attention(query_shape, key_shape, value_shape, *args, out_shape=None, **kwargs) -> int:
-            return sdpa_flop_count(query_shape, key_shape, value_shape)
-
-        def count_product(rows_shape, *args, out_shape=None, **kwargs) -> int:
-            return 2 * math.prod(rows_shape) * out_shape[-1]
-
-        cpu_counts: dict[Any, Callable[..., int]] = {
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: count_attention
-        }
-        if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-            cpu_counts[torch.ops.mkldnn._linear_pointwise] = count_product
-        super().__init__(modules, display=False, custom_mapping=cpu_counts)
+    return [round_to_8_bits(images) for images in columns]
 
 
 def cost_of(num_images: int, seconds: float, flops: float, num_flop_images: int) -> dict[str, Any]:
     """Say what a protocol cost here and would cost at full size.
 
     Args:
-        num_images: pictures drawn, all token counts counted.
+        num_images: images drawn, all token counts counted.
         seconds: summed over processes.
         flops: operations counted in a part of the run.
-        num_flop_images: pictures drawn in that part.
+        num_flop_images: images drawn in that part.
     """
     flop_per_image = flops / max(1, num_flop_images)
     return {

@@ -19,9 +19,9 @@ class FlexTokEncoderConfig(PreTrainedConfig):
         hidden_size (`int`): width; a multiple of `head_dim` and of 4.
         num_hidden_layers (`int`): number of blocks.
         head_dim (`int`): width of an attention head.
-        token_layout (`str`): "registers", an ordered sequence whose every prefix describes the whole picture; or
+        token_layout (`str`): "registers", an ordered sequence whose every prefix describes the whole image; or
             "grid", a token per patch in raster order, the two-dimensional control of the paper.
-        num_registers (`int`): longest token sequence of a picture; `grid_size ** 2` for a grid.
+        num_registers (`int`): longest token sequence of an image; `grid_size ** 2` for a grid.
         fsq_levels (`list[int]`): levels per code dimension; their product is the codebook size.
     """
 

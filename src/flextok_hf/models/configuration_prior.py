@@ -18,7 +18,7 @@ class FlexTokPriorConfig(PreTrainedConfig):
         num_hidden_layers (`int`): number of blocks.
         num_attention_heads (`int`): heads of self-attention and cross-attention.
         intermediate_size (`int`): width inside the gated feed-forward layers.
-        max_position_embeddings (`int`): longest token sequence of a picture, `num_registers` of the tokenizer.
+        max_position_embeddings (`int`): longest token sequence of an image, `num_registers` of the tokenizer.
         norm_type (`str`): "rms_norm" (gain) or "layer_norm" (gain and shift), in front of every layer.
         norm_eps (`float`): added to the mean square or variance in every normalization; also called `rms_norm_eps`.
         use_final_norm (`bool`): normalize after the last block.

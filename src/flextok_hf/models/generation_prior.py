@@ -4,53 +4,22 @@ Letters: B batch, M text length, k new tokens, V codebook size.
 """
 
 import copy
-from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache, EncoderDecoderCache, StaticCache
 from transformers.generation import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .packed_linear import packed_weights
-from .prior_cache import PreallocatedLayer, static_shape, with_text_cache
+from .prior_cache import CACHE_NAME, PreallocatedLayer, static_shape, with_text_cache
 from .prior_inputs import UNCONDITIONAL_LABEL, check_generate_inputs
-
-
-# Transformers calls the cache `past_key_values` up to 5.23 and `cache` from 5.24 on, in arguments and outputs alike.
-CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
+from .prior_sampling import GuidedSampling, KeptSteps, PriorGenerateOutput, choose, double_batch, pad_texts
 
 
 STATIC_TEXT_MULTIPLE = 32  # texts are padded to it for a static cache, so that few lengths occur
-
-
-@dataclass
-class PriorGenerateOutput(GenerateDecoderOnlyOutput):
-    """Transformers' output of `generate`, and how likely the choices were.
-
-    Attributes:
-        log_probs (`torch.FloatTensor` of shape `(B, k)`): log-probability of each new token under the distribution it
-            was drawn from, after guidance, temperature and filters; their sum over a row scores the row.
-    """
-
-    log_probs: Tensor | None = None
-
-
-@dataclass
-class GuidedSampling:
-    """What the sampling loop needs beyond Transformers' own options (see `PriorGenerationMixin.generate`)."""
-
-    guidance_scale: float
-    negative_hidden_states: Tensor | None
-    negative_attention_mask: Tensor | None
-    generator: torch.Generator | list[torch.Generator] | None
-    return_log_probs: bool
-    class_zero_guidance: bool
-    owns_cache: bool  # no caller gave one
 
 
 class PriorGenerationMixin(GenerationMixin):
@@ -68,7 +37,6 @@ class PriorGenerationMixin(GenerationMixin):
         negative_encoder_attention_mask: Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_log_probs: bool = False,
-        class_zero_guidance: bool = False,
         **kwargs,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """Write token sequences for texts or classes.
@@ -83,51 +51,43 @@ class PriorGenerationMixin(GenerationMixin):
             guidance_scale: s in `unconditional + s * (conditional - unconditional)` on the logits (Ho and Salimans,
                 2022, https://arxiv.org/abs/2207.12598); 1 is no guidance and costs half. Unconditional is class -1,
                 or the negative text.
-            negative_encoder_hidden_states: text states of the unconditional rows, (B or 1, M, text_hidden_size),
-                usually of the empty string; needed by models with text under guidance.
-            negative_encoder_attention_mask: their mask, (B or 1, M).
-            generator: source of randomness. A list with one per row makes every row independent of its batch; a single
-                one draws for the whole batch. `None` uses PyTorch's global one; otherwise that one is left alone.
+            negative_encoder_hidden_states, negative_encoder_attention_mask: unconditional text, usually of the empty
+                string, (B or 1, M, text_hidden_size) and (B or 1, M); needed by models with text under guidance.
+            generator: source of randomness, by default PyTorch's global one. A list with one per row makes every row
+                independent of its batch; a single one draws for the whole batch.
             return_log_probs: return a `PriorGenerateOutput` with `log_probs`.
-            class_zero_guidance: take class 0 for unconditional from the second new token on, as the official code does
-                by mistake, to reproduce what it samples; for models with classes and without text.
             kwargs: conditions as in `forward` (`encoder_hidden_states`, `encoder_attention_mask`, `class_labels`) and
                 options such as `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`, `num_return_sequences`,
-                `cache_implementation="static"`, `use_cache`.
+                `cache_implementation="static"`, `use_cache`. One is ours, for models with classes and without text:
+                `class_zero_guidance` takes class 0 for unconditional from the second new token on, as the official
+                code does by mistake. Options may also be set in `self.generation_config`.
 
         Returns:
             Sequences with their start, (B, 1 + tokens); the token ids are `[:, 1:]`.
         """
-        given = {name: kwargs.pop(name, None) for name in ("streamer", "assistant_model", "custom_generate")}
+        given = {name: kwargs.pop(name, None) for name in LOOP_ARGUMENTS}
         given = {name: value for name, value in given.items() if value is not None}
         inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
         through = {name: kwargs.pop(name) for name in GENERATE_OBJECTS if name in kwargs}
-        generation_config, conditions = self.resolve_generation_options(generation_config, kwargs)
-        if guidance_scale is None:
-            stored = (generation_config.guidance_scale, self.generation_config.guidance_scale, 1.0)
-            guidance_scale = next(value for value in stored if value is not None)
-        generation_config.guidance_scale = 1.0  # guided here: Transformers' own would drop the conditions
+        options, conditions = self.resolve_generation_options(generation_config, kwargs)
+        guidance_scale = options.guidance_scale if guidance_scale is None else guidance_scale
+        options.guidance_scale = 1.0  # guided here: Transformers' own would drop the conditions
         negative = (negative_encoder_hidden_states, negative_encoder_attention_mask)
-        check_generate_inputs(self.config, inputs, conditions, guidance_scale, negative, class_zero_guidance)
+        check_generate_inputs(self.config, inputs, conditions, guidance_scale, negative, options.class_zero_guidance)
         if guidance_scale != 1.0 or generator is not None or return_log_probs:
-            if given or (generation_config.num_beams or 1) > 1:
+            if given or (options.num_beams or 1) > 1:
                 raise ValueError(
                     f"`guidance_scale`, `generator` and `return_log_probs` do not go together with {sorted(given)} or"
                     " `num_beams` above 1. Leave one side out."
                 )
-            given_cache = conditions.get(CACHE_NAME)
-            is_static = generation_config.cache_implementation == "static"
-            is_static |= given_cache is not None and given_cache.is_compileable
-            multiple = STATIC_TEXT_MULTIPLE if is_static else 1
-            negative = pad_texts(conditions, *negative, multiple) if guidance_scale != 1.0 else (None, None)
-            sampling = GuidedSampling(
-                guidance_scale, *negative, generator, return_log_probs, class_zero_guidance, given_cache is None
-            )
+            flags = (return_log_probs, options.class_zero_guidance, conditions.get(CACHE_NAME) is None)
+            sampling = GuidedSampling(guidance_scale, generator, *flags)
+            if guidance_scale != 1.0:
+                sampling.negative = pad_texts(conditions, *negative, text_multiple(options, conditions))
             given["custom_generate"] = partial(type(self).sample_guided, sampling=sampling)
-        limits = [getattr(generation_config, name) for name in ("max_new_tokens", "max_length")]
-        num_steps = next((limit for limit in limits if limit is not None), self.config.max_position_embeddings)
-        with packed_weights(self, num_calls=num_steps):
-            return super().generate(inputs, generation_config, **through, **given, **conditions)
+        limits = (options.max_new_tokens, options.max_length, self.config.max_position_embeddings)
+        with packed_weights(self, num_calls=next(limit for limit in limits if limit is not None)):
+            return super().generate(inputs, options, **through, **given, **conditions)
 
     def resolve_generation_options(
         self, generation_config: GenerationConfig | None, kwargs: dict
@@ -139,6 +99,11 @@ class PriorGenerationMixin(GenerationMixin):
         def is_unset(name: str) -> bool:
             return getattr(options, name) is None and getattr(self.generation_config, name) is None
 
+        stored = getattr(options, "class_zero_guidance", getattr(self.generation_config, "class_zero_guidance", False))
+        options.class_zero_guidance = conditions.pop("class_zero_guidance", stored)
+        if options.guidance_scale is None:
+            own = self.generation_config.guidance_scale
+            options.guidance_scale = 1.0 if own is None else own
         if is_unset("max_length") and is_unset("max_new_tokens"):
             options.max_length = self.config.max_position_embeddings + 1
         if is_unset("top_k") and (options.do_sample or self.generation_config.do_sample):
@@ -163,56 +128,48 @@ class PriorGenerationMixin(GenerationMixin):
                 f"`generator` is a list of {len(sampling.generator)}, but the batch has {batch_size} rows. Pass one"
                 " per row, or a single one."
             )
-        is_guided = sampling.guidance_scale != 1.0
         first_unconditional = None
-        if is_guided:
-            given = model_kwargs.get(CACHE_NAME)
-            if sampling.class_zero_guidance and (given is None or given.get_seq_length() == 0):  # the first new token
-                no_class = torch.full_like(model_kwargs["class_labels"], UNCONDITIONAL_LABEL)
-                first = self(input_ids, class_labels=no_class, use_cache=False, logits_to_keep=1)
-                first_unconditional = first.logits[:, -1].float()  # (B, V)
+        if sampling.is_guided:
+            if sampling.class_zero_guidance:
+                first_unconditional = self.unconditional_logits(input_ids, model_kwargs)
             double_batch(model_kwargs, sampling, batch_size)
         compiled = self._valid_auto_compile_criteria(model_kwargs, generation_config)
         if compiled and sampling.owns_cache:
-            model_kwargs[CACHE_NAME] = self.recall_cache(model_kwargs, batch_size * (2 if is_guided else 1))
+            model_kwargs[CACHE_NAME] = self.recall_cache(model_kwargs, batch_size * (2 if sampling.is_guided else 1))
         next_forward = self.get_compiled_call(generation_config.compile_config) if compiled else self
         other_criteria = [rule for rule in stopping_criteria if not isinstance(rule, MaxLengthCriteria)]
 
         cache = model_kwargs.get(CACHE_NAME)
         forward, new_ids = self, input_ids if cache is None else input_ids[:, int(cache.get_seq_length()) :]
-        scores, raw_logits, log_probs = [], [], []
+        kept = KeptSteps(generation_config, sampling.return_log_probs)
         while input_ids.shape[1] < generation_config.max_length:
-            output = forward(new_ids.repeat(2, 1) if is_guided else new_ids, **model_kwargs)
+            output = forward(new_ids.repeat(2, 1) if sampling.is_guided else new_ids, **model_kwargs)
             logits = output.logits[:, -1].to(torch.float32, copy=True)  # (2 B or B, V); a graph would write over it
-            if is_guided:
+            if sampling.is_guided:
                 conditional, unconditional = logits.chunk(2)
                 if first_unconditional is not None:
                     unconditional, first_unconditional = first_unconditional, None
                 logits = unconditional + sampling.guidance_scale * (conditional - unconditional)
-            step_scores = logits_processor(input_ids, logits)  # (B, V)
-            next_ids = choose(step_scores, generation_config.do_sample, sampling.generator)  # (B, 1)
-            if sampling.return_log_probs:
-                log_probs.append(step_scores.log_softmax(dim=-1).gather(1, next_ids))
-            if generation_config.output_scores:
-                scores.append(step_scores)
-            if generation_config.output_logits:
-                raw_logits.append(logits)
+            scores = logits_processor(input_ids, logits)  # (B, V)
+            next_ids = choose(scores, generation_config.do_sample, sampling.generator)  # (B, 1)
+            kept.add(logits, scores, next_ids)
             input_ids = torch.cat([input_ids, next_ids], dim=1)
             forward, new_ids = next_forward, input_ids if cache is None else next_ids
-            if any(rule(input_ids, step_scores).all() for rule in other_criteria):
+            if any(rule(input_ids, scores).all() for rule in other_criteria):
                 break
+        if generation_config.return_dict_in_generate or sampling.return_log_probs:
+            return PriorGenerateOutput(sequences=input_ids, **{CACHE_NAME: cache}, **kept.outputs())
+        if sampling.owns_cache:
+            self.keep_cache(cache)
+        return input_ids
 
-        if not (generation_config.return_dict_in_generate or sampling.return_log_probs):
-            if sampling.owns_cache:
-                self.keep_cache(cache)
-            return input_ids
-        return PriorGenerateOutput(
-            sequences=input_ids,
-            scores=tuple(scores) or None,
-            logits=tuple(raw_logits) or None,
-            **{CACHE_NAME: cache},
-            log_probs=torch.cat(log_probs, dim=1) if log_probs else None,
-        )
+    def unconditional_logits(self, input_ids: Tensor, model_kwargs: dict) -> Tensor | None:
+        """Return logits (B, V) of the first new token without a class, or `None` if this is a later token."""
+        cache = model_kwargs.get(CACHE_NAME)
+        if cache is not None and cache.get_seq_length() > 0:
+            return None
+        no_class = torch.full_like(model_kwargs["class_labels"], UNCONDITIONAL_LABEL)
+        return self(input_ids, class_labels=no_class, use_cache=False, logits_to_keep=1).logits[:, -1].float()
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, next_sequence_length: int | None = None, is_first_iteration: bool = False, **kwargs
@@ -275,58 +232,13 @@ FORWARD_INPUTS = (
     "use_cache",
     "logits_to_keep",
 )
+LOOP_ARGUMENTS = ("streamer", "assistant_model", "custom_generate")  # which choose another loop of Transformers
 # arguments of Transformers' `generate` that are neither options nor inputs of the model
 GENERATE_OBJECTS = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus")
 
 
-def choose(scores: Tensor, do_sample: bool, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
-    """Pick a token per row of scores (B, V): the best, or one drawn by softmax; returns ids (B, 1)."""
-    if not do_sample:
-        return scores.argmax(dim=-1, keepdim=True)
-    probs = scores.softmax(dim=-1)
-    if isinstance(generator, list):
-        return torch.cat([draw(row[None], own) for row, own in zip(probs, generator, strict=True)])
-    return draw(probs, generator)
-
-
-def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draw one id per row of probabilities (B, V), on the generator's device: a CPU seed draws alike everywhere."""
-    if generator is None:
-        return torch.multinomial(probs, 1)
-    return torch.multinomial(probs.to(generator.device), 1, generator=generator).to(probs.device)
-
-
-def pad_texts(
-    conditions: dict, hidden_states: Tensor | None, attention_mask: Tensor | None, multiple: int = 1
-) -> tuple:
-    """Bring the texts in `conditions` and the negative ones to one length, a multiple; returns the negative ones."""
-    if hidden_states is None:
-        return None, None
-    text, text_mask = conditions["encoder_hidden_states"], conditions.get("encoder_attention_mask")
-    length = -(-max(text.shape[1], hidden_states.shape[1]) // multiple) * multiple
-    conditions["encoder_hidden_states"], conditions["encoder_attention_mask"] = pad_text(text, text_mask, length)
-    return pad_text(hidden_states, attention_mask, length)
-
-
-def pad_text(hidden_states: Tensor, attention_mask: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
-    """Pad text states (B, M, C) and their mask, (B, M) or `None` for no padding, to `length` masked positions."""
-    if attention_mask is None:
-        attention_mask = torch.ones(hidden_states.shape[:2], dtype=torch.long, device=hidden_states.device)
-    missing = length - hidden_states.shape[1]
-    return F.pad(hidden_states, (0, 0, 0, missing)), F.pad(attention_mask, (0, missing))
-
-
-def double_batch(model_kwargs: dict, sampling: GuidedSampling, batch_size: int) -> None:
-    """Put the unconditional rows after the conditional ones, in place: conditions (B, ...) become (2 B, ...)."""
-    pairs = {
-        "encoder_hidden_states": sampling.negative_hidden_states,
-        "encoder_attention_mask": sampling.negative_attention_mask,
-    }
-    for name, negative in pairs.items():
-        if negative is not None:
-            rows = negative.repeat_interleave(batch_size // negative.shape[0], dim=0)
-            model_kwargs[name] = torch.cat([model_kwargs[name], rows.to(model_kwargs[name])])
-    labels = model_kwargs.get("class_labels")
-    if labels is not None:
-        unconditional = 0 if sampling.class_zero_guidance else UNCONDITIONAL_LABEL
-        model_kwargs["class_labels"] = torch.cat([labels, torch.full_like(labels, unconditional)])
+def text_multiple(generation_config: GenerationConfig, conditions: dict) -> int:
+    """Return the multiple of tokens that texts are padded to: that of a static cache if there is one."""
+    cache = conditions.get(CACHE_NAME)
+    is_static = generation_config.cache_implementation == "static" or (cache is not None and cache.is_compileable)
+    return STATIC_TEXT_MULTIPLE if is_static else 1

@@ -187,21 +187,43 @@ class Attention(nn.Module, AttentionModuleMixin):
 
 
 class GatedMLP(nn.Module):
-    """SwiGLU feed-forward layer (Shazeer, 2020, https://arxiv.org/abs/2002.05202), 8/3 times the width, no biases."""
+    """SwiGLU feed-forward layer (Shazeer, 2020, https://arxiv.org/abs/2002.05202).
 
-    def __init__(self, hidden_size: int):
+    Args:
+        hidden_size: width D.
+        intermediate_size: width inside; `None` is 8/3 D, the published tokenizers' choice.
+        bias: whether the layers have one.
+        is_fused: keep gate and up as one weight, as published priors do, and not as two.
+        down_class: of the last layer.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int | None = None,
+        bias: bool = False,
+        is_fused: bool = False,
+        down_class: type[PackableLinear] = PackableLinear,
+    ):
         super().__init__()
-        intermediate_size = 2 * (4 * hidden_size) // 3
-        self.gate_proj = PackableLinear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = PackableLinear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = PackableLinear(intermediate_size, hidden_size, bias=False)
+        intermediate_size = intermediate_size or 2 * (4 * hidden_size) // 3
+        self.is_fused = is_fused
+        if is_fused:
+            self.gate_up_proj = PackableLinear(hidden_size, 2 * intermediate_size, bias=bias)  # rows: gate, up
+        else:
+            self.gate_proj = PackableLinear(hidden_size, intermediate_size, bias=bias)
+            self.up_proj = PackableLinear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = down_class(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Transform every position of (B, L, D) by itself."""
-        gate, update = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        if self.is_fused:
+            gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
+            return self.down_proj(F.silu(gate) * up)
+        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
         if torch.is_grad_enabled() or self.gate_proj._forward_hooks:  # a hook may keep what it sees
-            return self.down_proj(F.silu(gate) * update)
-        return self.down_proj(F.silu(gate, inplace=True).mul_(update))  # the widest states: no memory for new ones
+            return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(F.silu(gate, inplace=True).mul_(up))  # the widest states: no memory for new ones
 
 
 class TimestepEmbedder(nn.Module):
@@ -264,7 +286,7 @@ class PatchEmbedding(nn.Module):
             raise ValueError(
                 f"`latents` of {latents.shape[-2]} x {latents.shape[-1]} do not fit: each side must be a multiple of"
                 f" the patch size {self.patch_size} and at most {limit * self.patch_size} (`grid_size` {limit})."
-                " Resize or crop the picture first."
+                " Resize or crop the image first."
             )
         positions = self.positions[:rows, :columns].flatten(0, 1)  # (N, D)
         # Transformers may load the table in another precision than the weights.

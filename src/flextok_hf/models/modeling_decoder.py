@@ -181,7 +181,7 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
 
         Args:
             config: for instance a `FirstBlockCacheConfig` or a `MagCacheConfig`. What to skip is decided for a whole
-                batch, so pictures then depend on the others in it.
+                batch, so images then depend on the others in it.
         """
         TransformerBlockRegistry.register(DecoderBlock, TransformerBlockMetadata())
         super().enable_cache(config)
@@ -218,7 +218,7 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
         num_codes, num_registers = codes.shape[1], self.register_positions.shape[0]
         if num_codes > num_registers:
             raise ValueError(
-                f"`codes` has {num_codes} tokens per picture, but this decoder reads at most {num_registers}"
+                f"`codes` has {num_codes} tokens per image, but this decoder reads at most {num_registers}"
                 " (`num_registers`). Cut them with `codes[:, :n]`."
             )
         num_slots = min(num_codes + 1, num_registers)
@@ -261,7 +261,7 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
         num_codes = codes.shape[1]
         if num_codes > num_patches:
             raise ValueError(
-                f"`codes` has {num_codes} tokens per picture, but these latents have {num_patches} patches, a token"
+                f"`codes` has {num_codes} tokens per image, but these latents have {num_patches} patches, a token"
                 " each. Cut them with `codes[:, :n]`, or give larger latents."
             )
         kept = count_kept(codes, num_tokens)  # (B,)

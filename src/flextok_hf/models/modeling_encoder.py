@@ -4,7 +4,6 @@ Letters: B batch, C latent channels, h w latent grid, N patches, K registers, D 
 """
 
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
+from ..utils.numbers import is_whole_number
 from .configuration_encoder import FlexTokEncoderConfig
 from .layers import Attention, GatedMLP, PatchEmbedding, layer_norm, sincos_position_table
 from .quantizer import FiniteScalarQuantizer
@@ -21,7 +21,7 @@ from .whole_weights import WholeWeightsMixin
 
 @dataclass
 class FlexTokEncoderOutput(ModelOutput):
-    """What the encoder says about pictures.
+    """What the encoder says about images.
 
     Attributes:
         features (`torch.FloatTensor` of shape `(B, K, Q)`): register features before quantization, coarsest first.
@@ -72,7 +72,7 @@ class EncoderBlock(GradientCheckpointingLayer):
 
 
 class FlexTokEncoder(WholeWeightsMixin, PreTrainedModel):
-    """Resamples a picture into an ordered sequence of discrete tokens (Bachmann et al., 2025, arXiv 2502.13967)."""
+    """Resamples an image into an ordered sequence of discrete tokens (Bachmann et al., 2025, arXiv 2502.13967)."""
 
     config_class = FlexTokEncoderConfig
     base_model_prefix = "encoder"
@@ -103,11 +103,11 @@ class FlexTokEncoder(WholeWeightsMixin, PreTrainedModel):
             table = sincos_position_table(self.config.hidden_size, self.config.grid_size)
             init.copy_(module.positions, table)
         elif module is self and self.config.token_layout == "registers":
-            # std 1, not the usual 0.02: registers that start almost alike give every picture the same few codes
+            # std 1, not the usual 0.02: registers that start almost alike give every image the same few codes
             init.normal_(self.register_tokens, std=1.0)
 
     def compute_features(self, latents: Tensor, num_tokens: int | None = None) -> Tensor:
-        """Summarize pictures in their registers, or in a grid of tokens.
+        """Summarize images in their registers, or in a grid of tokens.
 
         Args:
             latents: (B, C, h, w), about unit variance.
@@ -142,7 +142,7 @@ class FlexTokEncoder(WholeWeightsMixin, PreTrainedModel):
 
         Args:
             latents: (B, C, h, w), about unit variance.
-            num_tokens: most tokens per picture; `None`, or more than there are, means all.
+            num_tokens: most tokens per image; `None`, or more than there are, means all.
             return_dict: return a `FlexTokEncoderOutput` rather than a tuple.
 
         Returns:
@@ -161,7 +161,7 @@ class FlexTokEncoder(WholeWeightsMixin, PreTrainedModel):
         """Resolve `num_tokens`, an upper bound: more than there are registers means all of them."""
         if num_tokens is None:
             return self.config.num_registers
-        if isinstance(num_tokens, bool) or not isinstance(num_tokens, Integral) or num_tokens < 1:
+        if not is_whole_number(num_tokens) or num_tokens < 1:
             raise ValueError(
                 f"`num_tokens` must be a whole number of 1 or more, got {num_tokens!r}. Leave it out to get all"
                 f" {self.config.num_registers}."

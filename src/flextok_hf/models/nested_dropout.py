@@ -1,6 +1,6 @@
-"""Nested dropout: draw how many tokens each picture keeps, and mask the tail.
+"""Nested dropout: draw how many tokens each image keeps, and mask the tail.
 
-Every prefix of a token sequence becomes a description of the whole picture, because training keeps a random one
+Every prefix of a token sequence becomes a description of the whole image, because training keeps a random one
 (Rippel et al., 2014, https://arxiv.org/abs/1402.0915).
 """
 

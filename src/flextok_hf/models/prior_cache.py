@@ -3,11 +3,18 @@
 Letters: B batch, S keys so far.
 """
 
+from dataclasses import fields
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_prior import FlexTokPriorConfig
+
+
+# Transformers calls the cache `past_key_values` up to 5.23 and `cache` from 5.24 on, in arguments and outputs alike.
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -59,6 +66,13 @@ def static_shape(cache: Cache) -> tuple | None:
         return None
     text_length = 0 if text_cache is None else text_cache.layers[0].keys.shape[2]
     return keys.shape[0], text_length, keys.dtype, keys.device
+
+
+def prepare_cache(config: FlexTokPriorConfig, cache: Cache | None, use_cache: bool | None) -> Cache | None:
+    """Return the cache of one forward pass: the given one, a new one if it is asked for, or `None`."""
+    if cache is None and use_cache:
+        cache = DynamicCache(config=config)
+    return None if cache is None else with_text_cache(config, cache)
 
 
 def with_text_cache(config: FlexTokPriorConfig, cache: Cache) -> Cache:

@@ -1,4 +1,4 @@
-"""Many pictures to tokens: reading, copying and computing at the same time.
+"""Many images to tokens: reading, copying and computing at the same time.
 
 Letters: B batch, R resolution, K registers, k tokens kept.
 """
@@ -65,13 +65,13 @@ def read_ahead(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
 def tokenize_batches(
     pipe: FlexTokPipeline, batches: Iterable[Tensor], max_tokens: int | None = None
 ) -> Iterator[Tensor]:
-    """Turn batches of pictures into token ids; the next batch is read and copied while one is computed.
+    """Turn batches of images into token ids; the next batch is read and copied while one is computed.
 
     Args:
         pipe: on any device; it computes in its own precision.
         batches: pixels, (B, 3, R, R) uint8, or float32 in [-1, 1]; R is the pipeline's resolution. A `DataLoader` with
             workers reads several at a time.
-        max_tokens: most tokens per picture.
+        max_tokens: most tokens per image.
 
     Yields:
         Token ids of each batch, (B, k) int64 on the CPU.

@@ -9,6 +9,12 @@ from torch import Tensor
 GUIDANCE_METHODS = ("apg", "cfg")
 
 
+def check_guidance(method: str) -> None:
+    """Raise a ValueError if there is no such rule of guidance."""
+    if method not in GUIDANCE_METHODS:
+        raise ValueError(f"`guidance` must be one of {', '.join(GUIDANCE_METHODS)}, got {method!r}.")
+
+
 class Guidance:
     """One guidance rule for a whole sampling run.
 
@@ -22,8 +28,7 @@ class Guidance:
     norm_threshold = 2.5
 
     def __init__(self, method: str = "apg"):
-        if method not in GUIDANCE_METHODS:
-            raise ValueError(f"`guidance` must be one of {', '.join(GUIDANCE_METHODS)}, got {method!r}.")
+        check_guidance(method)
         self.method = method
         self.running_update: Tensor | float = 0.0
 
@@ -40,7 +45,7 @@ class Guidance:
 def guidance_interval(guidance_scale: float, low: float, high: float) -> Callable[[float], float]:
     """Guide at noise levels from `low` to `high` only, which halves the work of the other steps.
 
-    Guidance does little for the picture at the lowest and highest levels (Kynkaanniemi et al., 2024,
+    Guidance does little for the image at the lowest and highest levels (Kynkaanniemi et al., 2024,
     https://arxiv.org/abs/2404.07724). Pass the result as `guidance_scale` to the pipeline.
     """
     return lambda sigma: guidance_scale if low <= sigma <= high else 1.0

@@ -1,6 +1,6 @@
-"""Pictures of any kind -> `pixel_values` (B, 3, R, R) in [-1, 1], and back to PIL, numpy or torch.
+"""Images of any kind -> `pixel_values` (B, 3, R, R) in [-1, 1], and back to PIL, numpy or torch.
 
-Letters: B batch, R resolution (side of the square picture), H W the side lengths that arrive.
+Letters: B batch, R resolution (side of the square image), H W the side lengths that arrive.
 """
 
 import errno
@@ -20,25 +20,25 @@ from torch import Tensor
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 WHITE = (255, 255, 255)
-# What Pillow raises for files that are no pictures, are cut off or are damaged; each format has its own habits.
+# What Pillow raises for files that are no images, are cut off or are damaged; each format has its own habits.
 PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, OverflowError, struct.error, zlib.error)
 SYSTEM_ERRORS = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # which say nothing about the file
 PILLOW_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 def load_image(source: str | Path | bytes) -> Image.Image:
-    """Read a picture file, upright and in RGB; of an animation, the first frame.
+    """Read an image file, upright and in RGB; of an animation, the first frame.
 
     Large JPEG files are decoded at full size on purpose: the decoder's own reduction gives slightly different pixels,
-    so that the tokens of a picture would depend on how it was handed over.
+    so that the tokens of an image would depend on how it was handed over.
 
     Args:
-        source: path of a picture file, or the bytes of one.
+        source: path of an image file, or the bytes of one.
 
     Raises:
         FileNotFoundError: if there is no such file.
         OSError: if the system cannot read now, whatever the file holds.
-        ValueError: if the file is not a picture, is cut off, or is too large to decode safely.
+        ValueError: if the file is not an image, is cut off, or is too large to decode safely.
     """
     file: str | Path | BytesIO
     if isinstance(source, (str, Path)):
@@ -46,15 +46,15 @@ def load_image(source: str | Path | bytes) -> Image.Image:
         if not Path(source).is_file():
             kind = "a folder" if Path(source).is_dir() else "not an existing file"
             raise FileNotFoundError(
-                f"{name} is {kind}. Give the path of a picture file; download pictures on the Web before."
+                f"{name} is {kind}. Give the path of an image file; download images on the Web before."
             )
     else:
-        name, file = f"a picture of {len(source)} bytes", BytesIO(source)
+        name, file = f"an image of {len(source)} bytes", BytesIO(source)
     try:
         with Image.open(file) as image:
             return to_rgb(image)
     except Image.UnidentifiedImageError as error:
-        raise ValueError(f"{name} is not a picture that Pillow can read. Convert it to PNG or JPEG.") from error
+        raise ValueError(f"{name} is not an image that Pillow can read. Convert it to PNG or JPEG.") from error
     except PILLOW_BOMBS as error:
         raise ValueError(_bomb_message(name, error)) from error
     except PILLOW_ERRORS as error:
@@ -64,7 +64,7 @@ def load_image(source: str | Path | bytes) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Turn a PIL picture of any mode upright (EXIF) and into RGB: transparency on white, 16 bits scaled to 8."""
+    """Turn a PIL image of any mode upright (EXIF) and into RGB: transparency on white, 16 bits scaled to 8."""
     image.load()
     if image.mode.startswith("I") or image.mode == "F":
         image = _deep_to_gray(image)
@@ -92,33 +92,33 @@ def resize_and_crop(image: Image.Image, resolution: int) -> Image.Image:
 
 
 def prepare_images(images: Any, resolution: int, device: torch.device | str | None = None) -> Tensor:
-    """Bring one picture or many to `pixel_values` (B, 3, R, R), float32 in [-1, 1].
+    """Bring one image or many to `pixel_values` (B, 3, R, R), float32 in [-1, 1].
 
     Args:
-        images: a picture or a list of pictures, sizes and kinds may be mixed. A picture is a path, a PIL image, an
+        images: an image or a list of images, sizes and kinds may be mixed. An image is a path, a PIL image, an
             array (H, W) or (H, W, 1 | 3), or a tensor (H, W) or (1 | 3, H, W); uint8 in 0..255 or float in [0, 1].
             Batches (B, H, W, 1 | 3) of numpy and (B, 1 | 3, H, W) of torch are taken too.
         resolution: R. Tensors and arrays of exactly this size are not resampled.
         device: where the result lies, default the CPU.
 
     Raises:
-        TypeError: if a picture is of a kind or data type that is not listed above.
-        ValueError: if a picture is damaged, empty, out of range, not finite, or has another number of channels.
+        TypeError: if an image is of a kind or data type that is not listed above.
+        ValueError: if an image is damaged, empty, out of range, not finite, or has another number of channels.
     """
     if isinstance(resolution, bool) or not isinstance(resolution, int) or resolution < 1:
         raise ValueError(f"`resolution` must be a whole number of 1 or more, got {resolution!r}.")
     if isinstance(images, (list, tuple)):
-        pictures: Sequence[Any] = images
+        items: Sequence[Any] = images
     elif isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4:
-        pictures = list(images)
+        items = list(images)
     else:
-        pictures = [images]
-    if len(pictures) == 0:
-        raise ValueError("`images` is empty. Give at least one picture.")
+        items = [images]
+    if len(items) == 0:
+        raise ValueError("`images` is empty. Give at least one image.")
     target = torch.device("cpu" if device is None else device)
-    is_single = pictures is not images and len(pictures) == 1
-    names = ["`images`"] if is_single else [f"`images[{index}]`" for index in range(len(pictures))]
-    return torch.stack([_prepare_one(*pair, resolution).to(target) for pair in zip(pictures, names, strict=True)])
+    is_single = items is not images and len(items) == 1
+    names = ["`images`"] if is_single else [f"`images[{index}]`" for index in range(len(items))]
+    return torch.stack([_prepare_one(*pair, resolution).to(target) for pair in zip(items, names, strict=True)])
 
 
 def pixels_to_values(pixels: Tensor) -> Tensor:
@@ -127,12 +127,12 @@ def pixels_to_values(pixels: Tensor) -> Tensor:
 
 
 def image_to_pixels(image: Image.Image) -> Tensor:
-    """Copy an RGB picture into a uint8 tensor (3, H, W)."""
+    """Copy an RGB image into a uint8 tensor (3, H, W)."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def to_output(images: Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | Tensor:
-    """Turn a model's pictures (B, 3, H, W) in [-1, 1] into what the caller asked for.
+    """Turn a model's images (B, 3, H, W) in [-1, 1] into what the caller asked for.
 
     Args:
         images: values a little beyond [-1, 1], as a sampler leaves them, are cut at the ends.
@@ -145,40 +145,40 @@ def to_output(images: Tensor, output_type: str = "pil") -> list[Image.Image] | n
         raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
     if not torch.isfinite(images).all():
         raise ValueError(
-            "The model's pictures hold NaN or infinity. Use a wider `dtype` (bfloat16 or float32 instead of float16),"
+            "The model's images hold NaN or infinity. Use a wider `dtype` (bfloat16 or float32 instead of float16),"
             " or check that the weights were loaded in full."
         )
     return VaeImageProcessor().postprocess(images.detach().float(), output_type=output_type)
 
 
-def _prepare_one(picture: Any, name: str, resolution: int) -> Tensor:
-    """Bring one picture of any accepted kind to (3, R, R), float32 in [-1, 1]."""
-    if isinstance(picture, (str, Path)):
-        picture = load_image(picture)
-    if isinstance(picture, Image.Image):
-        if 0 in picture.size:
-            raise ValueError(f"{name} is empty: it measures {picture.size[0]} x {picture.size[1]} pixels.")
+def _prepare_one(image: Any, name: str, resolution: int) -> Tensor:
+    """Bring one image of any accepted kind to (3, R, R), float32 in [-1, 1]."""
+    if isinstance(image, (str, Path)):
+        image = load_image(image)
+    if isinstance(image, Image.Image):
+        if 0 in image.size:
+            raise ValueError(f"{name} is empty: it measures {image.size[0]} x {image.size[1]} pixels.")
         try:
-            rgb = to_rgb(picture)
+            rgb = to_rgb(image)
         except PILLOW_BOMBS as error:
             raise ValueError(_bomb_message(name, error)) from error
         except PILLOW_ERRORS as error:
             raise ValueError(
-                f"{name}, a PIL picture of mode {picture.mode}, cannot be decoded ({error})."
-                " Load or save the file again, or convert the picture to RGB."
+                f"{name}, a PIL image of mode {image.mode}, cannot be decoded ({error})."
+                " Load or save the file again, or convert the image to RGB."
             ) from error
         return pixels_to_values(image_to_pixels(resize_and_crop(rgb, resolution)))
-    if isinstance(picture, np.ndarray):
-        _check_shape(picture.shape, ("H, W", "H, W, 1", "H, W, 3"), -1, name, "array")
-        pixels = _array_to_tensor(picture, name)
+    if isinstance(image, np.ndarray):
+        _check_shape(image.shape, ("H, W", "H, W, 1", "H, W, 3"), -1, name, "array")
+        pixels = _array_to_tensor(image, name)
         pixels = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
-    elif isinstance(picture, Tensor):
-        _check_shape(picture.shape, ("H, W", "1, H, W", "3, H, W"), 0, name, "tensor")
-        pixels = picture.detach()
+    elif isinstance(image, Tensor):
+        _check_shape(image.shape, ("H, W", "1, H, W", "3, H, W"), 0, name, "tensor")
+        pixels = image.detach()
         pixels = pixels[None] if pixels.ndim == 2 else pixels
     else:
         raise TypeError(
-            f"{name} is of type {type(picture).__name__}. Allowed are a path, a PIL image, a numpy array, a tensor, or"
+            f"{name} is of type {type(image).__name__}. Allowed are a path, a PIL image, a numpy array, a tensor, or"
             " a flat list of them."
         )
     pixels = _check_values(pixels, name).expand(3, -1, -1)
@@ -188,7 +188,7 @@ def _prepare_one(picture: Any, name: str, resolution: int) -> Tensor:
 
 
 def _array_to_tensor(array: np.ndarray, name: str) -> Tensor:
-    """Copy a numpy array into a tensor; data types that pictures do not have are an error."""
+    """Copy a numpy array into a tensor; data types that images do not have are an error."""
     if array.dtype not in (np.uint8, np.float16, np.float32, np.float64):
         raise TypeError(_dtype_message(name, array.dtype))
     # A copy where torch could not view: reversed or read-only memory, or the other byte order.
@@ -196,17 +196,17 @@ def _array_to_tensor(array: np.ndarray, name: str) -> Tensor:
 
 
 def _check_shape(shape: Sequence[int], allowed: Sequence[str], channel_axis: int, name: str, kind: str) -> None:
-    """Raise a ValueError if an array or tensor of this shape is no picture."""
+    """Raise a ValueError if an array or tensor of this shape is no image."""
     if 0 in shape:
         raise ValueError(f"{name} is empty: its shape is {tuple(shape)}.")
     if len(shape) == 2 or (len(shape) == 3 and shape[channel_axis] in (1, 3)):
         return
-    remedy = "Choose one picture, with one (gray) or three (RGB) channels."
+    remedy = "Choose one image, with one (gray) or three (RGB) channels."
     if len(shape) == 3 and shape[-1 - channel_axis] in (1, 3):
         move = "permute(2, 0, 1)" if kind == "tensor" else "transpose(1, 2, 0)"
         remedy = f"Its channels seem to lie on the other side: call `.{move}`."
     elif len(shape) == 3 and shape[channel_axis] in (2, 4):
-        remedy = "For a transparent picture, pass a PIL image: it is laid on white. Latents cannot be passed here."
+        remedy = "For a transparent image, pass a PIL image: it is laid on white. Latents cannot be passed here."
     raise ValueError(f"{name} is a {kind} of shape {tuple(shape)}; allowed are ({'), ('.join(allowed)}). {remedy}")
 
 
@@ -217,7 +217,7 @@ def _check_values(pixels: Tensor, name: str) -> Tensor:
     if not pixels.is_floating_point():
         raise TypeError(_dtype_message(name, pixels.dtype))
     if not torch.isfinite(pixels).all():
-        raise ValueError(f"{name} holds NaN or infinity. Repair the picture, for example with `torch.nan_to_num`.")
+        raise ValueError(f"{name} holds NaN or infinity. Repair the image, for example with `torch.nan_to_num`.")
     low, high = pixels.min().item(), pixels.max().item()
     if 0 <= low and high <= 1:
         return pixels
@@ -230,7 +230,7 @@ def _check_values(pixels: Tensor, name: str) -> Tensor:
 
 
 def _resize_tensor(pixels: Tensor, resolution: int) -> Tensor:
-    """Resize and crop (3, H, W): uint8 as a PIL picture, floats channel by channel without going through 8 bits."""
+    """Resize and crop (3, H, W): uint8 as a PIL image, floats channel by channel without going through 8 bits."""
     if pixels.dtype == torch.uint8:
         image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
         return image_to_pixels(resize_and_crop(image, resolution))
@@ -240,7 +240,7 @@ def _resize_tensor(pixels: Tensor, resolution: int) -> Tensor:
 
 
 def _deep_to_gray(image: Image.Image) -> Image.Image:
-    """Scale a gray picture of 16 bits (also as 32-bit integers) or of floats in [0, 1] to 8 bits; keep its EXIF."""
+    """Scale a gray image of 16 bits (also as 32-bit integers) or of floats in [0, 1] to 8 bits; keep its EXIF."""
     values = np.array(image)
     low, high = values.min(), values.max()
     full = 1 if image.mode == "F" else 65535
@@ -261,7 +261,7 @@ def _deep_to_gray(image: Image.Image) -> Image.Image:
 
 def _dtype_message(name: str, dtype: object) -> str:
     return (
-        f"{name} is of data type {dtype}; allowed are uint8 (0..255) and floats (0 to 1). Convert 16-bit pictures with"
+        f"{name} is of data type {dtype}; allowed are uint8 (0..255) and floats (0 to 1). Convert 16-bit images with"
         " `array / 65535`, 8-bit ones with `array.astype('uint8')`."
     )
 

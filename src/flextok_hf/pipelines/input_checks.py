@@ -3,7 +3,7 @@
 import difflib
 import math
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,8 @@ from torch import Tensor
 
 from ..models.configuration_prior import FlexTokPriorConfig
 from ..models.nested_dropout import token_ladder
-from .guidance import GUIDANCE_METHODS
-
-
-def is_whole_number(value: Any) -> bool:
-    """Tell integers, of Python or NumPy, from booleans and floats."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
+from ..utils.numbers import is_whole_number
+from .guidance import check_guidance
 
 
 def resolve_max_tokens(max_tokens: int | Sequence[int] | None, batch_size: int, num_registers: int) -> list[int]:
@@ -38,13 +34,13 @@ def resolve_max_tokens(max_tokens: int | Sequence[int] | None, batch_size: int, 
         bounds = [bounds] * batch_size
     if len(bounds) != batch_size:
         raise ValueError(
-            f"`max_tokens` has {len(bounds)} values for {batch_size} pictures or prompts. Pass one number for all of"
+            f"`max_tokens` has {len(bounds)} values for {batch_size} images or prompts. Pass one number for all of"
             " them, or a list with one each."
         )
     for bound in bounds:
         if not is_whole_number(bound) or bound < 1:
             raise ValueError(
-                f"`max_tokens` must be whole numbers of 1 or more, got {bound!r}. A picture needs at least one token;"
+                f"`max_tokens` must be whole numbers of 1 or more, got {bound!r}. An image needs at least one token;"
                 f" leave `max_tokens` out to use all {num_registers}."
             )
     return [min(int(bound), num_registers) for bound in bounds]
@@ -71,15 +67,37 @@ def check_keep_tokens(keep_tokens: Any, limit: int, reason: str) -> None:
     if not is_whole_number(keep_tokens) or not 1 <= keep_tokens <= limit:
         raise ValueError(
             f"`keep_tokens` must be a whole number from 1 to {limit} ({reason}), got {keep_tokens!r}. It says how many"
-            " tokens of the picture stay; the prior writes the others."
+            " tokens of the image stay; the prior writes the others."
         )
 
 
-def check_prefix_fits(prefix_length: int, counts: Sequence[int]) -> None:
-    """Raise a ValueError if a picture is to have fewer tokens than it begins with."""
-    if prefix_length > min(counts):
+def check_prefix_ids(token_ids: Any, keep_tokens: Any, codebook_size: int, num_registers: int) -> Tensor:
+    """Return the first `keep_tokens` of ids to go on from, (B, p); all of them if it is `None`.
+
+    Raises:
+        ValueError: if there are fewer, or rows of different lengths and no `keep_tokens`.
+    """
+    padded_ids, lengths = pad_token_ids(token_ids, codebook_size, num_registers)
+    if keep_tokens is not None:
+        check_keep_tokens(keep_tokens, min(lengths), "the shortest row of `token_ids` has that many")
+    elif min(lengths) < max(lengths):
         raise ValueError(
-            f"{prefix_length} tokens are kept, but a picture may have only {min(counts)}. Keep fewer (`keep_tokens`),"
+            f"`token_ids` has rows of {min(lengths)} to {max(lengths)} ids, but images go on from equally many. Set"
+            f" `keep_tokens` to {min(lengths)} or fewer."
+        )
+    return padded_ids[:, :keep_tokens]
+
+
+def check_prefix_fits(prefix: Tensor, num_conditions: int, counts: Sequence[int]) -> None:
+    """Raise a ValueError if a prefix (1 or prompts, p) is not for so many prompts, or longer than an image may be."""
+    if prefix.shape[0] not in (1, num_conditions):
+        raise ValueError(
+            f"{prefix.shape[0]} images or rows of `token_ids` do not fit {num_conditions} prompts or classes. Pass one"
+            " for all of them, or one each."
+        )
+    if prefix.shape[1] > min(counts):
+        raise ValueError(
+            f"{prefix.shape[1]} tokens are kept, but an image may have only {min(counts)}. Keep fewer (`keep_tokens`),"
             " or allow more (`max_tokens`, `token_counts`)."
         )
 
@@ -105,7 +123,7 @@ def pad_token_ids(
         sequences = list(token_ids) if token_ids.ndim == 2 else [token_ids]
         if token_ids.ndim != 2 or token_ids.shape[0] == 0:
             raise ValueError(
-                f"`token_ids` must have the shape (batch, num_tokens), got {tuple(token_ids.shape)}. For one picture,"
+                f"`token_ids` must have the shape (batch, num_tokens), got {tuple(token_ids.shape)}. For one image,"
                 " add the batch with `token_ids[None]`."
             )
     elif isinstance(token_ids, list | tuple):
@@ -201,8 +219,7 @@ def check_sampling(
     is_number = isinstance(guidance_scale, Real) and not isinstance(guidance_scale, bool)
     if not callable(guidance_scale) and not (is_number and math.isfinite(guidance_scale)):
         raise TypeError(f"`guidance_scale` must be a finite number, or a function of sigma, got {guidance_scale!r}.")
-    if guidance not in GUIDANCE_METHODS:
-        raise ValueError(f"`guidance` must be one of {', '.join(GUIDANCE_METHODS)}, got {guidance!r}.")
+    check_guidance(guidance)
     if output_type not in output_types:
         raise ValueError(f"`output_type` must be one of {', '.join(output_types)}, got {output_type!r}.")
 
@@ -225,7 +242,7 @@ def spread_generators(
         )
     if len(generator) != batch_size:
         raise ValueError(
-            f"`generator` has {len(generator)} entries for {batch_size} pictures. Pass a single generator, or one per"
-            " picture (prompts times `num_images_per_prompt`)."
+            f"`generator` has {len(generator)} entries for {batch_size} images. Pass a single generator, or one per"
+            " image (prompts times `num_images_per_prompt`)."
         )
     return list(generator)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 @torch.no_grad()
 def encode_latents(vae: AutoencoderKL | None, pixel_values: Tensor) -> Tensor:
-    """Encode pictures (B, 3, H, W) in [-1, 1] as latents (B, C, h, w) of about unit variance.
+    """Encode images (B, 3, H, W) in [-1, 1] as latents (B, C, h, w) of about unit variance.
 
-    The mean of the VAE's posterior is taken, not a sample, so that tokenizing a picture always gives the same ids.
+    The mean of the VAE's posterior is taken, not a sample, so that tokenizing an image always gives the same ids.
     """
     if vae is None:
         return pixel_values
@@ -21,7 +21,7 @@ def encode_latents(vae: AutoencoderKL | None, pixel_values: Tensor) -> Tensor:
 
 
 def decode_latents(vae: AutoencoderKL | None, latents: Tensor) -> Tensor:
-    """Decode latents (B, C, h, w) as pictures (B, 3, H, W), about [-1, 1] and not clamped."""
+    """Decode latents (B, C, h, w) as images (B, 3, H, W), about [-1, 1] and not clamped."""
     if vae is None:
         return latents
     return vae.decode(_prepare(latents / vae.config.scaling_factor, vae)).sample

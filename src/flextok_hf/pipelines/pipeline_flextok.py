@@ -1,11 +1,10 @@
-"""FlexTokPipeline: prompt or picture -> token ids -> picture.
+"""FlexTokPipeline: prompt or image -> token ids -> image.
 
 Letters: B batch, C latent channels, h w latent grid, K registers, Q code dimensions.
 """
 
-import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,15 +24,15 @@ from ..models.modeling_encoder import FlexTokEncoder
 from ..models.modeling_prior import FlexTokPriorForCausalLM
 from ..models.nested_dropout import token_ladder
 from ..models.packed_linear import packed_weights
+from ..utils.numbers import is_whole_number
 from . import input_checks as inputs
+from .conditions import encode_condition, encode_prompts
 from .flow import set_noise_levels
 from .guided_velocity import GuidanceScale, GuidedVelocity
 from .images import OUTPUT_TYPES, pixels_to_values, prepare_images, to_output
 from .latents import decode_latents, encode_latents
-from .token_writer import StreamingMixin
+from .token_writer import TokenWriter
 
-
-logger = logging.getLogger(__name__)
 
 # Diffusers looks up how to save and load a component by the package it comes from. Without these entries a model index
 # names our modules by their full path, which loads from a folder but not from the Hub.
@@ -45,7 +44,7 @@ pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(OWN_CLASSES)
 
 @dataclass
 class FlexTokPipelineOutput(BaseOutput):
-    """Pictures and the tokens they were made from.
+    """Images and the tokens they were made from.
 
     Attributes:
         images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): as `output_type` asks.
@@ -56,8 +55,8 @@ class FlexTokPipelineOutput(BaseOutput):
     token_ids: Tensor | list[Tensor]
 
 
-class FlexTokPipeline(StreamingMixin, CardMixin, DiffusionPipeline):
-    """Pictures as 1 to K ordered tokens (Bachmann et al., 2025, https://arxiv.org/abs/2502.13967).
+class FlexTokPipeline(CardMixin, DiffusionPipeline):
+    """Images as 1 to K ordered tokens (Bachmann et al., 2025, https://arxiv.org/abs/2502.13967).
 
     `tokenize` and `detokenize` need the encoder and the decoder only. Calling the pipeline needs a prior, and a prior
     with text needs its text encoder. Without a VAE the latents are the pixels themselves.
@@ -147,7 +146,7 @@ class FlexTokPipeline(StreamingMixin, CardMixin, DiffusionPipeline):
             ValueError: if a checkpoint is damaged, incomplete, unknown or not supported; the message says where.
             OSError: if files are missing, or the Hub cannot be reached.
         """
-        from ..conversion.convert import load_original  # which builds on this module
+        from ..conversion.original import load_original  # the one deferred import of a room above
 
         return cls(
             **load_original(
@@ -166,7 +165,7 @@ class FlexTokPipeline(StreamingMixin, CardMixin, DiffusionPipeline):
 
     @property
     def num_registers(self) -> int:
-        """Longest token sequence K of a picture."""
+        """Longest token sequence K of an image."""
         return self.encoder.config.num_registers
 
     @property
@@ -181,7 +180,7 @@ class FlexTokPipeline(StreamingMixin, CardMixin, DiffusionPipeline):
 
     @property
     def resolution(self) -> int:
-        """Side of the square pictures, in pixels."""
+        """Side of the square images, in pixels."""
         factor = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
         return self.latent_size * factor
 
@@ -213,7 +212,6 @@ class FlexTokPipeline(StreamingMixin, CardMixin, DiffusionPipeline):
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
-        class_zero_guidance: bool = False,
         guidance: str = "apg",
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -224,14 +222,14 @@ class FlexTokPipeline(StreamingMixin, CardMixin, DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, Tensor, dict], dict] | None = None,
         return_dict: bool = True,
     ) -> FlexTokPipelineOutput | tuple:
-        """Draw pictures for prompts or classes, from scratch or as variations of a picture.
+        """Draw images for prompts or classes, from scratch or as variations of an image.
 
         Args:
             prompt: text or texts; an empty string is no condition.
             max_tokens: most tokens to write, for all or per prompt; more than `num_registers` means all, below 1 is an
-                error. Few tokens give a plausible picture of the general idea, more fix the details.
+                error. Few tokens give a plausible image of the general idea, more fix the details.
             class_labels: classes instead of a prompt, for priors trained on classes: numbers, or names if it has some.
-            num_images_per_prompt: pictures of each prompt, next to each other in the result.
+            num_images_per_prompt: images of each prompt, next to each other in the result.
             num_inference_steps: steps of the flow decoder.
             guidance_scale: how strongly the decoder follows the tokens, 1 is no guidance; or a function of sigma.
                 `None` is the model's own default, 7.5 for the published ones.
@@ -240,13 +238,11 @@ class FlexTokPipeline(StreamingMixin, CardMixin, DiffusionPipeline):
             temperature: of the prior; below 1 is more typical, above 1 more varied.
             top_k: let the prior choose among this many best tokens; 0 is all.
             top_p: let the prior choose among the best tokens of this total probability; 1 is all.
-            class_zero_guidance: guide classes as the official code does by mistake, away from class 0 after the first
-                token; to reproduce its pictures.
             guidance: rule of the decoder's guidance, "apg" or "cfg".
-            generator: source of randomness, PyTorch's global one by default; a list with one per picture makes each
+            generator: source of randomness, PyTorch's global one by default; a list with one per image makes each
                 independent of its batch.
             latents: noise to start from, (B, C, h, w), instead of drawing it.
-            image: picture to vary, one for all prompts or a list with one each, as in `tokenize`; its first
+            image: image to vary, one for all prompts or a list with one each, as in `tokenize`; its first
                 `keep_tokens` tokens stay and the prior writes the others. For no wish, the prompt is "".
             token_ids: ids to go on from instead, (1 or number of prompts, n).
             keep_tokens: how many tokens stay, the fewer the freer; needed with `image`, all of `token_ids` otherwise.
@@ -256,57 +252,142 @@ class FlexTokPipeline(StreamingMixin, CardMixin, DiffusionPipeline):
             return_dict: return a `FlexTokPipelineOutput` rather than a tuple.
 
         Returns:
-            Pictures and their token ids.
+            Images and their token ids.
 
         Raises:
             ValueError: if the model has no prior, or an argument does not fit it.
             TypeError: if an argument is of the wrong kind.
         """
-        # 1. Check inputs
-        if guidance_scale is None:
-            guidance_scale = self.config.default_guidance_scale
-        inputs.check_sampling(num_inference_steps, guidance_scale, guidance, output_type, (*OUTPUT_TYPES, "latent"))
-        num_conditions, conditions = self.encode_condition(prompt, class_labels, num_images_per_prompt)
-        batch_size = num_conditions * num_images_per_prompt
-        counts = inputs.resolve_max_tokens(max_tokens, num_conditions, self.num_registers)
-        counts = [count for count in counts for _ in range(num_images_per_prompt)]
-        generator = inputs.spread_generators(generator, batch_size)
-        prefix = self.encode_prefix(image, token_ids, keep_tokens, num_conditions, num_images_per_prompt)  # (B, p)
-        inputs.check_prefix_fits(prefix.shape[1], counts)
-        # The noise is drawn first: a sample's generator gives the same noise however many tokens its batch needs.
-        latents = self.prepare_latents(batch_size, generator, latents)  # (B, C, h, w)
-        # 2. Condition -> token ids
-        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
-        sampling["class_zero_guidance"] = class_zero_guidance
-        writer = self.token_writer(conditions, prefix, max(counts), prior_guidance_scale, **sampling)
-        token_ids = writer.write(max(counts))  # (B, longest)
-        # 3. Token ids -> pictures
-        sequences = [ids[:count] for ids, count in zip(token_ids, counts, strict=True)]
-        output = self.detokenize(
-            token_ids if len(set(counts)) == 1 else sequences,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            guidance=guidance,
-            latents=latents,
-            output_type=output_type,
-            callback_on_step_end=callback_on_step_end,
+        # 1. Check inputs, encode the condition
+        decoding = self.check_decoding(num_inference_steps, guidance_scale, guidance, output_type)
+        prefix = self.encode_prefix(image, token_ids, keep_tokens)  # (1 or prompts, p)
+        sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+        writer = self.token_writer(
+            prompt,
+            class_labels,
+            num_images_per_prompt,
+            max_tokens,
+            prefix,
+            prior_guidance_scale,
+            generator,
+            **sampling,
         )
+        # The noise is drawn first: a sample's generator gives the same noise however many tokens its batch needs.
+        latents = self.prepare_latents(len(writer.counts), generator, latents)  # (B, C, h, w)
+        # 2. Condition -> token ids
+        token_ids = writer.write_all()  # (B, k), or B of different lengths
+        # 3. Token ids -> images
+        output = self.detokenize(token_ids, latents=latents, callback_on_step_end=callback_on_step_end, **decoding)
         return output if return_dict else output.to_tuple()
 
     @torch.no_grad()
-    def tokenize(self, images: Any, max_tokens: int | None = None) -> Tensor:
-        """Turn pictures into token ids; the same picture always gives the same ids.
+    def generate_tokens(
+        self,
+        prompt: str | list[str] | None = None,
+        max_tokens: int | Sequence[int] | None = None,
+        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
+        num_images_per_prompt: int = 1,
+        prior_guidance_scale: float | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        image: Any = None,
+        token_ids: Tensor | None = None,
+        keep_tokens: int | None = None,
+    ) -> Tensor | list[Tensor]:
+        """Write the token ids of prompts or classes without drawing images; arguments as in calling the pipeline.
+
+        Returns:
+            Token ids, (B, k) int64, those that calling the pipeline with the same generator draws; a list of (k,)
+            tensors where the lengths differ.
+        """
+        prefix = self.encode_prefix(image, token_ids, keep_tokens)  # (1 or prompts, p)
+        sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+        writer = self.token_writer(
+            prompt,
+            class_labels,
+            num_images_per_prompt,
+            max_tokens,
+            prefix,
+            prior_guidance_scale,
+            generator,
+            **sampling,
+        )
+        self.prepare_latents(len(writer.counts), generator)  # the call's draw, so that generators go on alike
+        token_ids = writer.write_all()
+        self.maybe_free_model_hooks()
+        return token_ids
+
+    @torch.no_grad()
+    def stream(
+        self,
+        prompt: str | None = None,
+        token_counts: Sequence[int] | None = None,
+        class_labels: int | str | None = None,
+        num_inference_steps: int = 25,
+        guidance_scale: GuidanceScale | None = None,
+        prior_guidance_scale: float | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        guidance: str = "apg",
+        generator: torch.Generator | None = None,
+        latents: Tensor | None = None,
+        image: Any = None,
+        token_ids: Tensor | None = None,
+        keep_tokens: int | None = None,
+        output_type: str = "pil",
+    ) -> Iterator[tuple[int, Any]]:
+        """Draw one image, and show it while its tokens are being written.
+
+        All images come from the same tokens and the same noise, so that they refine and do not jump. The last one is
+        what calling the pipeline with `max_tokens=token_counts[-1]` and the same generator gives. The prior writes
+        every token once; every count costs one run of the flow decoder.
 
         Args:
-            images: a picture or a list of pictures: path, PIL, numpy or torch, any size (see `prepare_images`).
-            max_tokens: most tokens per picture; fewer take less work and are the same as the start of all.
+            prompt: one text.
+            token_counts: when to show the image, growing; more than `num_registers` means all. `None` is 1, 2, 4,
+                ... up to all tokens.
+            class_labels: one class instead of a prompt, its number or name.
+            num_inference_steps, guidance_scale, prior_guidance_scale, temperature, top_k, top_p, guidance, generator,
+                latents, image, token_ids, keep_tokens, output_type: as in calling the pipeline.
+
+        Returns:
+            An iterator over (number of tokens, image).
+
+        Raises:
+            ValueError: at the call, not at the first image, if an argument does not fit; also for several prompts.
+            TypeError: if an argument is of the wrong kind.
+        """
+        decoding = self.check_decoding(num_inference_steps, guidance_scale, guidance, output_type)
+        counts = inputs.check_token_counts(token_counts, self.num_registers)
+        prefix = self.encode_prefix(image, token_ids, keep_tokens)  # (1, p)
+        sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+        writer = self.token_writer(
+            prompt, class_labels, 1, counts[-1], prefix, prior_guidance_scale, generator, **sampling
+        )
+        if len(writer.counts) != 1:
+            raise ValueError(
+                f"`stream` draws one image, got {len(writer.counts)} prompts or classes. Call it for each of them."
+            )
+        decoding["latents"] = self.prepare_latents(1, generator, latents)  # (1, C, h, w)
+        return ((count, self.detokenize(writer.write(count), **decoding).images[0]) for count in counts)
+
+    @torch.no_grad()
+    def tokenize(self, images: Any, max_tokens: int | None = None) -> Tensor:
+        """Turn images into token ids; the same image always gives the same ids.
+
+        Args:
+            images: an image or a list of images: path, PIL, numpy or torch, any size (see `prepare_images`).
+            max_tokens: most tokens per image; fewer take less work and are the same as the start of all.
 
         Returns:
             Token ids, (B, k) int64 in [0, codebook_size), coarsest first.
 
         Raises:
-            ValueError: if a picture is damaged or its values do not fit, or `max_tokens` is below 1.
-            TypeError: if a picture is of the wrong kind; see `prepare_images`.
+            ValueError: if an image is damaged or its values do not fit, or `max_tokens` is below 1.
+            TypeError: if an image is of the wrong kind; see `prepare_images`.
             FileNotFoundError: if a path names no file.
         """
         token_ids = self.tokenize_pixels(prepare_images(images, self.resolution, self._execution_device), max_tokens)
@@ -317,7 +398,7 @@ class FlexTokPipeline(StreamingMixin, CardMixin, DiffusionPipeline):
     def tokenize_pixels(self, pixels: Tensor, max_tokens: int | None = None) -> Tensor:
         """Turn pixels (B, 3, R, R), uint8 or float32 in [-1, 1], on the pipeline's device into ids (B, k).
 
-        What `tokenize` does once it has read the pictures; `serving.tokenize_batches` is faster for many batches.
+        What `tokenize` does once it has read the images; `serving.tokenize_batches` is faster for many batches.
         """
         num_tokens = inputs.resolve_max_tokens(max_tokens, 1, self.num_registers)[0]
         pixel_values = pixels_to_values(pixels) if pixels.dtype == torch.uint8 else pixels
@@ -337,7 +418,7 @@ class FlexTokPipeline(StreamingMixin, CardMixin, DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, Tensor, dict], dict] | None = None,
         return_dict: bool = True,
     ) -> FlexTokPipelineOutput | tuple:
-        """Turn token ids into pictures; any prefix of a sequence gives a picture of the whole.
+        """Turn token ids into images; any prefix of a sequence gives an image of the whole.
 
         Args:
             token_ids: (B, k) integers, or a list of one-dimensional tensors of different lengths.
@@ -345,16 +426,14 @@ class FlexTokPipeline(StreamingMixin, CardMixin, DiffusionPipeline):
                 return_dict: as in calling the pipeline.
 
         Returns:
-            Pictures and the token ids.
+            Images and the token ids.
 
         Raises:
             ValueError: if an id lies outside the codebook, or another argument does not fit.
             TypeError: if the ids are no integer tensors.
         """
         # 1. Check inputs
-        if guidance_scale is None:
-            guidance_scale = self.config.default_guidance_scale
-        inputs.check_sampling(num_inference_steps, guidance_scale, guidance, output_type, (*OUTPUT_TYPES, "latent"))
+        decoding = self.check_decoding(num_inference_steps, guidance_scale, guidance, output_type)
         padded_ids, counts = inputs.pad_token_ids(token_ids, self.codebook_size, self.num_registers)
         generator = inputs.spread_generators(generator, len(counts))
         # 2. Token ids -> codes
@@ -364,7 +443,7 @@ class FlexTokPipeline(StreamingMixin, CardMixin, DiffusionPipeline):
         # 3. Noise -> latents, along the straight paths of rectified flow
         latents = self.prepare_latents(len(counts), generator, latents)  # (B, C, h, w)
         latents = self.integrate_flow(
-            latents, codes, num_tokens, num_inference_steps, guidance_scale, guidance, callback_on_step_end
+            latents, codes, num_tokens, num_inference_steps, decoding["guidance_scale"], guidance, callback_on_step_end
         )
         # 4. Latents -> images
         images = latents if output_type == "latent" else to_output(decode_latents(self.vae, latents), output_type)
@@ -383,7 +462,7 @@ class FlexTokPipeline(StreamingMixin, CardMixin, DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
     ) -> list:
-        """Tokenize pictures and draw them again from prefixes of different lengths, all from the same noise.
+        """Tokenize images and draw them again from prefixes of different lengths, all from the same noise.
 
         Args:
             images: as in `tokenize`.
@@ -391,7 +470,7 @@ class FlexTokPipeline(StreamingMixin, CardMixin, DiffusionPipeline):
             num_inference_steps, guidance_scale, guidance, generator, output_type: as in `detokenize`.
 
         Returns:
-            For each length a batch of pictures.
+            For each length a batch of images.
         """
         if max_tokens is None:
             max_tokens = token_ladder(self.num_registers)
@@ -414,56 +493,83 @@ class FlexTokPipeline(StreamingMixin, CardMixin, DiffusionPipeline):
             for length in lengths
         ]
 
+    def token_writer(
+        self,
+        prompt: str | list[str] | None,
+        class_labels: Any,
+        num_images_per_prompt: int,
+        max_tokens: int | Sequence[int] | None,
+        prefix: Tensor,
+        prior_guidance_scale: float | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        **sampling: Any,
+    ) -> TokenWriter:
+        """Check and encode all that the prior needs to go on from `prefix` (1 or prompts, p); nothing is drawn yet."""
+        num_conditions, conditions = self.encode_condition(prompt, class_labels, num_images_per_prompt)
+        counts = inputs.resolve_max_tokens(max_tokens, num_conditions, self.num_registers)
+        counts = [count for count in counts for _ in range(num_images_per_prompt)]
+        inputs.check_prefix_fits(prefix, num_conditions, counts)
+        if prior_guidance_scale is None:
+            prior_guidance_scale = self.config.default_prior_guidance_scale
+        return TokenWriter(
+            self.prior,
+            prefix.expand(num_conditions, -1).repeat_interleave(num_images_per_prompt, dim=0),  # (B, p)
+            counts,
+            conditions,
+            guidance_scale=prior_guidance_scale,
+            generator=inputs.spread_generators(generator, len(counts)),
+            **sampling,
+            **self.prior_options,
+        )
+
     def encode_condition(
         self, prompt: str | list[str] | None, class_labels: Any, num_images_per_prompt: int
     ) -> tuple[int, dict[str, Tensor]]:
-        """Prepare what the prior is conditioned on.
-
-        Returns:
-            The number of prompts or classes, and arguments for the prior's `generate`, one row per picture.
-        """
+        """Return the number of prompts or classes, and arguments for the prior's `generate`, one row per image."""
         if self.prior is None:
             raise ValueError(
                 "This pipeline has no prior, so it cannot draw from a prompt or class. Use `tokenize`, `detokenize`"
                 " and `reconstruct`, or load it with `prior=FlexTokPriorForCausalLM.from_pretrained(...)`."
             )
-        if not inputs.is_whole_number(num_images_per_prompt) or num_images_per_prompt < 1:
+        if not is_whole_number(num_images_per_prompt) or num_images_per_prompt < 1:
             raise ValueError(
                 f"`num_images_per_prompt` must be a whole number of 1 or more, got {num_images_per_prompt!r}."
             )
-        if (prompt is None) == (class_labels is None):
-            raise ValueError("Pass either `prompt` or `class_labels`, and not both.")
-        if class_labels is not None:
-            labels = inputs.check_class_labels(class_labels, self.prior.config)
-            labels = labels.to(self._execution_device).repeat_interleave(num_images_per_prompt)
-            return len(labels) // num_images_per_prompt, {"class_labels": labels}
-        if self.prior.config.text_hidden_size is None or self.text_encoder is None or self.tokenizer is None:
-            raise ValueError(
-                "A `prompt` was given, but this pipeline has no text encoder, or a prior without text. Pass"
-                " `class_labels`, or load the pipeline with `text_encoder=` and `tokenizer=`."
-            )
-        prompts = inputs.check_prompts(prompt)
-        states, mask = self.encode_prompt(prompts)
-        negative_states, negative_mask = self.encode_prompt([""])
-        return len(prompts), {
-            "encoder_hidden_states": states.repeat_interleave(num_images_per_prompt, dim=0),
-            "encoder_attention_mask": mask.repeat_interleave(num_images_per_prompt, dim=0),
-            "negative_encoder_hidden_states": negative_states,
-            "negative_encoder_attention_mask": negative_mask,
-        }
+        parts = (self.prior, self.text_encoder, self.tokenizer, self._execution_device)
+        return encode_condition(prompt, class_labels, num_images_per_prompt, *parts)
 
     def encode_prompt(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Encode texts as states (B, M, text_hidden_size) and their mask (B, M), 1 for text and 0 for padding.
+        """Encode texts for the prior: states (B, M, text_hidden_size), and their mask (B, M), 0 for padding."""
+        states, mask = encode_prompts(prompts, self.text_encoder, self.tokenizer, self._execution_device)
+        return states.to(self.prior.dtype), mask
 
-        What exceeds the tokenizer's `model_max_length` is cut off, with a warning in the log.
-        """
-        limit = self.tokenizer.model_max_length
-        for prompt, ids in zip(prompts, self.tokenizer(prompts, verbose=False).input_ids, strict=True):
-            if len(ids) > limit:
-                logger.warning("The prompt %r has %d tokens; only the first %d are read.", prompt, len(ids), limit)
-        batch = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(self._execution_device)
-        states = self.text_encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-        return states.to(self.prior.dtype), batch.attention_mask
+    def encode_prefix(self, image: Any, token_ids: Tensor | None, keep_tokens: int | None) -> Tensor:
+        """Return the tokens that new images begin with, (1 or prompts, p) int64; p is 0 without any."""
+        if image is not None and token_ids is not None:
+            raise ValueError("Pass either `image` or `token_ids` to go on from, and not both.")
+        if image is not None:
+            inputs.check_keep_tokens(keep_tokens, self.num_registers, "the model has that many")
+            return self.tokenize(image, keep_tokens)
+        if token_ids is not None:
+            prefix = inputs.check_prefix_ids(token_ids, keep_tokens, self.codebook_size, self.num_registers)
+            return prefix.to(self._execution_device).long()
+        if keep_tokens is not None:
+            raise ValueError("`keep_tokens` was given, but nothing to keep them of. Pass `image` or `token_ids`.")
+        return torch.zeros(1, 0, dtype=torch.long, device=self._execution_device)
+
+    def check_decoding(
+        self, num_inference_steps: int, guidance_scale: GuidanceScale | None, guidance: str, output_type: str
+    ) -> dict[str, Any]:
+        """Check the options of the flow decoder's sampler; returns them with the model's default guidance scale."""
+        if guidance_scale is None:
+            guidance_scale = self.config.default_guidance_scale
+        inputs.check_sampling(num_inference_steps, guidance_scale, guidance, output_type, (*OUTPUT_TYPES, "latent"))
+        return {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "guidance": guidance,
+            "output_type": output_type,
+        }
 
     def prepare_latents(
         self,
@@ -475,7 +581,7 @@ class FlexTokPipeline(StreamingMixin, CardMixin, DiffusionPipeline):
         channels, side = self.decoder.config.in_channels, self.latent_size
         device = self._execution_device
         if latents is None:
-            # one draw after the other also from a single generator, so that a batch starts with what one picture gets
+            # one draw after the other also from a single generator, so that a batch starts with what one image gets
             generators = [generator] * batch_size if isinstance(generator, torch.Generator) else generator
             return randn_tensor((batch_size, channels, side, side), generators, device, torch.float32)
         if latents.ndim != 4 or latents.shape[:2] != (batch_size, channels) or not latents.is_floating_point():

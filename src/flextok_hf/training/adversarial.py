@@ -14,7 +14,7 @@ MAX_ADAPTIVE_WEIGHT = 1e4
 
 
 class PatchDiscriminator(nn.Module):
-    """Tells real from reconstructed patches of pictures (PatchGAN; Isola et al., 2017, https://arxiv.org/abs/1611.07004).
+    """Tells real from reconstructed patches of images (PatchGAN; Isola et al., 2017, https://arxiv.org/abs/1611.07004).
 
     Group normalization instead of batch normalization keeps the samples of a batch independent.
     """
@@ -35,7 +35,7 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, padding=1))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Score the patches of pictures (B, 3, H, W) in [-1, 1]: above 0 is real, (B, 1, rows, columns)."""
+        """Score the patches of images (B, 3, H, W) in [-1, 1]: above 0 is real, (B, 1, rows, columns)."""
         return self.layers(pixel_values)
 
 

@@ -30,12 +30,12 @@ class TrainingArguments:
         ["synthetic"], "Hub name, folder, parquet or tar files, or `synthetic` for shapes drawn by this package."
     )
     validation_data: list[str] | None = option(
-        None, "Held-out pictures; default: the validation split of the synthetic set, else none."
+        None, "Held-out images; default: the validation split of the synthetic set, else none."
     )
     dataset_config_name: str | None = option(None, "Configuration of a Hub data set that has several.")
-    image_column: str = option("image", "Column of the pictures.")
-    resolution: int = option(256, "Side of the square training pictures, in pixels.")
-    random_flip: bool = option(False, "Mirror half of the pictures.")
+    image_column: str = option("image", "Column of the images.")
+    resolution: int = option(256, "Side of the square training images, in pixels.")
+    random_flip: bool = option(False, "Mirror half of the images.")
     random_crop: bool = option(False, "Cut the square at a random place instead of the middle; proportions stay.")
     min_crop_scale: float = option(
         1.0, "With `random_crop`: smallest side of the square, relative to the shorter side."
@@ -43,14 +43,14 @@ class TrainingArguments:
     streaming: bool = option(False, "Read the data while training, without a local copy.")
     shuffle_buffer: int = option(1000, "Rows of a stream that are shuffled together; 0 keeps their order.")
     cache_in_memory: bool = option(False, "Decode a small data set once and keep it.")
-    cache_latents: bool = option(False, "Encode all pictures with the VAE only once.")
+    cache_latents: bool = option(False, "Encode all images with the VAE only once.")
     max_train_samples: int | None = option(None, "Use only the first samples.")
-    dataloader_num_workers: int = option(0, "Processes that decode pictures.")
-    fail_on_unreadable: bool = option(False, "Stop at a picture that cannot be read, instead of leaving it out.")
+    dataloader_num_workers: int = option(0, "Processes that decode images.")
+    fail_on_unreadable: bool = option(False, "Stop at an image that cannot be read, instead of leaving it out.")
 
     seed: int = option(0, "Decides initial weights, order of the data and all noise.")
     max_train_steps: int = option(1000, "Optimizer steps of the whole training.")
-    train_batch_size: int = option(32, "Pictures per process and micro-batch.")
+    train_batch_size: int = option(32, "Images per process and micro-batch.")
     gradient_accumulation_steps: int = option(1, "Micro-batches per optimizer step.")
     learning_rate: float = option(1e-3, "Peak learning rate.")
     lr_scheduler: str = option("cosine", "Course of the learning rate after the warm-up.")
@@ -69,8 +69,8 @@ class TrainingArguments:
     checkpointing_steps: int = option(500, "Save the state of training every so many steps.")
     checkpoints_total_limit: int = option(2, "Keep only the newest checkpoints.")
     resume_from_checkpoint: str | None = option(None, "`latest` or a checkpoint folder.")
-    validation_steps: int = option(500, "Draw validation pictures every so many steps; 0: never.")
-    num_validation_images: int = option(8, "Rows of the validation picture.")
+    validation_steps: int = option(500, "Draw validation images every so many steps; 0: never.")
+    num_validation_images: int = option(8, "Rows of the validation image.")
     export_dtype: str = option("float32", "Precision of the saved model.")
     report_to: str | None = option(None, "Tracker of accelerate, for instance `tensorboard` or `wandb`.")
     push_to_hub: bool = option(False, "Upload the trained model, with a card, when it is saved.")
@@ -164,7 +164,7 @@ class TokenizerArguments(TrainingArguments):
         None,
         "Start from this pipeline's tokenizer, folder or Hub id; its sizes hold, and its VAE unless `vae` is set.",
     )
-    freeze_encoder: bool = option(False, "Train the decoder only: the tokens of a picture stay what they are.")
+    freeze_encoder: bool = option(False, "Train the decoder only: the tokens of an image stay what they are.")
     token_layout: str = option("registers", "An ordered sequence, or a grid with a token per patch as the control.")
     num_registers: int = option(256, "Longest token sequence; for a grid, its number of patches.")
     fsq_levels: list[int] = option([8, 8, 8, 5, 5, 5], "FSQ levels.")
@@ -253,7 +253,7 @@ class TokenizerArguments(TrainingArguments):
                 if getattr(self, name) > 0:
                     raise ValueError(f"`{name}` trains the encoder, which `freeze_encoder` does not: set it to 0.")
         if self.repa_network is not None and self.cache_latents:
-            raise ValueError("`repa_network` looks at pictures, which `cache_latents` does not keep: leave one out.")
+            raise ValueError("`repa_network` looks at images, which `cache_latents` does not keep: leave one out.")
 
 
 @dataclass(kw_only=True)
@@ -262,7 +262,7 @@ class PriorArguments(TrainingArguments):
 
     tokenizer: str = field(metadata={"help": "Pipeline with the trained tokenizer, folder or Hub id."})
     token_column: str | None = option(
-        None, "Column of token ids, as scripts/tokenize_dataset.py writes them; none: pictures are tokenized now."
+        None, "Column of token ids, as scripts/tokenize_dataset.py writes them; none: images are tokenized now."
     )
     caption_column: str | None = option(None, "Column of the captions (text, or a list of texts).")
     class_column: str | None = option(None, "Column of the class labels.")
@@ -279,7 +279,7 @@ class PriorArguments(TrainingArguments):
     text_vocab_size: int = option(2000, "Pieces of the small text tokenizer, at most.")
     max_text_length: int = option(120, "Longest prompt, in pieces.")
     validation_prompts: list[str] = option(
-        [], "Prompts, or names of classes, that the validation picture shows; none: no picture."
+        [], "Prompts, or names of classes, that the validation image shows; none: no image."
     )
 
     LIMITS: ClassVar[dict[str, tuple[float, float]]] = TrainingArguments.LIMITS | {
@@ -309,4 +309,4 @@ class PriorArguments(TrainingArguments):
         if self.token_column is not None:
             for name in ("cache_latents", "cache_in_memory", "random_flip", "random_crop"):
                 if getattr(self, name):
-                    raise ValueError(f"`{name}` is about pictures, but `token_column` reads token ids: leave it out.")
+                    raise ValueError(f"`{name}` is about images, but `token_column` reads token ids: leave it out.")

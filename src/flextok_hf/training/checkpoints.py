@@ -4,7 +4,6 @@ A folder is filled under another name and renamed when everything in it has reac
 is ever written into or deleted file by file, so a kill at any moment leaves only complete ones.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from ..utils.files import read_json
 from .arguments import TrainingArguments
 
 
@@ -113,7 +113,7 @@ def find_checkpoint(arguments: TrainingArguments) -> Path | None:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """Read step, options and number of processes of a checkpoint."""
-    return json.loads((folder / STATE_FILE).read_text())
+    return read_json(folder / STATE_FILE)
 
 
 def compare_options(saved: dict[str, Any], arguments: dict[str, Any], num_processes: int) -> list[str]:

@@ -24,7 +24,7 @@ def spread_penalty(features: Tensor) -> Tensor:
 def correlation_penalty(features: Tensor) -> Tensor:
     """Keep features from saying the same: the covariance term of VICReg (https://arxiv.org/abs/2105.04906), scaled.
 
-    What pictures differ in most, such as their background, is what all features would begin with. The batch is the
+    What images differ in most, such as their background, is what all features would begin with. The batch is the
     micro-batch of all processes.
 
     Args:

@@ -18,24 +18,25 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.batches import TrainingBatches
-from ..utils.files import save_picture
+from ..data.seeds import draw_seed
+from ..utils.files import read_json, save_image
 from . import checkpoints
 from .arguments import TrainingArguments
 from .optimization import build_lr_scheduler
 from .run_folder import RunFolder
-from .setup import log_picture
-from .step_randomness import Chance, draw_seed
+from .setup import log_image
+from .step_rng import StepRng
 from .throughput import Meter, count_training_flops, measure_matmul_rate
 from .weights import AveragedWeights, whole
 
 
 logger = logging.getLogger(__name__)
 
-COUNTED_PICTURES = 4  # of the first batch, from which the operations of a step are counted
+COUNTED_IMAGES = 4  # of the first batch, from which the operations of a step are counted
 HELD_OUT_BATCHES = 8  # of the validation data, from which the loss is measured
 COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
-# Draws what has been learned so far: figures, and a sheet of pictures
+# Draws what has been learned so far: figures, and a sheet of images
 Draw = Callable[[], tuple[dict[str, float], Image.Image | None]]
 
 
@@ -45,7 +46,7 @@ class Trainer:
     Args:
         arguments: options of the stage.
         accelerator: devices, precision and processes.
-        model: computes the loss in its `forward(batch, step, chance)`; returns (loss, metrics).
+        model: computes the loss in its `forward(batch, step, rng)`; returns (loss, metrics).
         parameter_groups: for the optimizer, as `torch.optim.AdamW` takes them.
         vocabulary: what the rows of the model's tables stand for, where the data decide it: classes, pieces of text.
     """
@@ -80,7 +81,7 @@ class Trainer:
 
     @property
     def images_per_step(self) -> int:
-        """Pictures of an optimizer step, in all its micro-batches and processes."""
+        """Images of an optimizer step, in all its micro-batches and processes."""
         arguments = self.arguments
         return arguments.train_batch_size * arguments.gradient_accumulation_steps * self.accelerator.num_processes
 
@@ -89,8 +90,8 @@ class Trainer:
 
         Args:
             batches: the training data.
-            draw: makes the validation pictures, with the averaged weights.
-            held_out: batches whose loss is measured when pictures are drawn.
+            draw: makes the validation images, with the averaged weights.
+            held_out: batches whose loss is measured when images are drawn.
         """
         arguments, accelerator = self.arguments, self.accelerator
         if self.step == arguments.max_train_steps:
@@ -125,7 +126,7 @@ class Trainer:
         progress.close()
 
     def train_step(self, micro_batches: Iterator[dict[str, Any]]) -> None:
-        """Run one optimizer step over its micro-batches; chance depends on (seed, step) and the place in the step."""
+        """Run one optimizer step over its micro-batches; draws depend on (seed, step) and the place in the step."""
         arguments, accelerator = self.arguments, self.accelerator
         self.model.train()
         num_parts = arguments.gradient_accumulation_steps
@@ -134,7 +135,7 @@ class Trainer:
             # for dropout inside the model, which depends on the process as well
             torch.manual_seed(draw_seed(arguments.seed, self.step, part, accelerator.process_index))
             with accelerator.accumulate(self.model):
-                loss, metrics = self.model(batch, self.step, self.chance(part))
+                loss, metrics = self.model(batch, self.step, self.rng(part))
                 accelerator.backward(loss)
                 self.add_metrics({"loss": loss.detach(), **metrics}, 1 / num_parts)
                 if accelerator.sync_gradients:
@@ -147,12 +148,12 @@ class Trainer:
         self.lr_scheduler.step()
         self.average.step()
 
-    def chance(self, part: int) -> Chance:
+    def rng(self, part: int) -> StepRng:
         """Make the draws of micro-batch `part` of the current step."""
         arguments, accelerator = self.arguments, self.accelerator
         share = arguments.train_batch_size
         stride = share * accelerator.num_processes
-        return Chance(
+        return StepRng(
             draw_seed(arguments.seed, self.step),
             accelerator.device,
             first=part * stride + accelerator.process_index * share,
@@ -164,12 +165,12 @@ class Trainer:
         arguments, accelerator = self.arguments, self.accelerator
         count = arguments.train_batch_size
         if accelerator.device.type != "cpu":  # few tell enough, and uncompiled code needs more memory for each
-            count = min(count, COUNTED_PICTURES)
+            count = min(count, COUNTED_IMAGES)
         part = {name: values[:count] for name, values in batch.items()}
-        flops = count_training_flops(lambda: self.raw_model(part, self.step, self.chance(0))) / count
+        flops = count_training_flops(lambda: self.raw_model(part, self.step, self.rng(0))) / count
         rate = measure_matmul_rate(accelerator.device, COMPUTE_DTYPES[accelerator.mixed_precision])
         logger.info(
-            "%.3g GFLOP per picture, forward and backward; this machine multiplies matrices at %.3g TFLOP/s.",
+            "%.3g GFLOP per image, forward and backward; this machine multiplies matrices at %.3g TFLOP/s.",
             flops / 1e9,
             rate / 1e12,
         )
@@ -204,7 +205,7 @@ class Trainer:
     def validate(self, draw: Draw | None, held_out: DataLoader | None) -> None:
         """Measure and draw with the averaged weights, without touching those in training.
 
-        All processes do the same: with sharded weights, none can compute alone, and no pictures are drawn.
+        All processes do the same: with sharded weights, none can compute alone, and no images are drawn.
         """
         figures, sheet = {}, None
         # eager: compiling for the shapes of validation takes longer than validating
@@ -218,8 +219,8 @@ class Trainer:
             self.log(figures)
             logger.info("Step %d: %s", self.step, figures)
         if sheet is not None and self.accelerator.is_main_process:
-            save_picture(sheet, self.folder.path / f"validation-{self.step}.png")
-            log_picture(self.accelerator, sheet, self.step)
+            save_image(sheet, self.folder.path / f"validation-{self.step}.png")
+            log_image(self.accelerator, sheet, self.step)
         self.accelerator.wait_for_everyone()
 
     def measure_loss(self, held_out: DataLoader) -> float:
@@ -227,8 +228,8 @@ class Trainer:
         losses = []
         for number, batch in enumerate(itertools.islice(held_out, HELD_OUT_BATCHES)):
             batch.pop("unreadable", None)
-            chance = Chance(draw_seed(number, self.accelerator.process_index), self.accelerator.device)
-            losses.append(self.raw_model(batch, self.arguments.max_train_steps, chance)[0].float())
+            rng = StepRng(draw_seed(number, self.accelerator.process_index), self.accelerator.device)
+            losses.append(self.raw_model(batch, self.arguments.max_train_steps, rng)[0].float())
         return self.accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
 
     # Checkpoints
@@ -290,7 +291,7 @@ class Trainer:
         self.average.load(folder, self.step)
         stream_file = folder / f"stream_{self.accelerator.process_index}.json"
         if stream_file.is_file():
-            self.stream_state = json.loads(stream_file.read_text())
+            self.stream_state = read_json(stream_file)
         self.begin_record()
         logger.info("Going on from %s at step %d.", folder, self.step)
 

@@ -1,4 +1,4 @@
-"""How different two pictures look to a frozen vision network."""
+"""How different two images look to a frozen vision network."""
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,9 @@ class PerceptualDistance(FrozenVision):
     https://arxiv.org/abs/1801.03924), to a vision model with hidden states (ResNet, ConvNeXt, ViT ...).
     """
 
-    def forward(self, pictures: Tensor, originals: Tensor) -> Tensor:
-        """Mean distance of pictures (B, 3, H, W) in [-1, 1] to their originals, a scalar."""
-        inputs = self.normalize(torch.cat([pictures, originals]))
+    def forward(self, images: Tensor, originals: Tensor) -> Tensor:
+        """Mean distance of images (B, 3, H, W) in [-1, 1] to their originals, a scalar."""
+        inputs = self.normalize(torch.cat([images, originals]))
         outputs = self.network(pixel_values=inputs, output_hidden_states=True)
         distances = []
         for states in outputs.hidden_states:

@@ -1,6 +1,6 @@
 """Stage 2: train the prior, and its small text encoder if it has one, on the token ids of a frozen tokenizer.
 
-Letters: B batch, C latent channels, h w latent grid, K tokens of a picture.
+Letters: B batch, C latent channels, h w latent grid, K tokens of an image.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from ..models.modeling_prior import FlexTokPriorForCausalLM
 from ..models.prior_inputs import UNCONDITIONAL_LABEL
 from ..pipelines.pipeline_flextok import FlexTokPipeline
 from .arguments import PriorArguments
-from .step_randomness import Chance
+from .step_rng import StepRng
 
 
 class PriorForTraining(nn.Module):
@@ -25,7 +25,7 @@ class PriorForTraining(nn.Module):
         prior: to be trained.
         text_encoder: trained along, or frozen; `None` for a prior of classes.
         text_tokenizer: of the text encoder.
-        image_tokenizer: turns pictures into token ids; `None` where batches bring those.
+        image_tokenizer: turns images into token ids; `None` where batches bring those.
         arguments: options of the stage.
     """
 
@@ -51,20 +51,20 @@ class PriorForTraining(nn.Module):
             "text_encoder": text_encoder if is_frozen else None,
         }
 
-    def forward(self, batch: dict[str, Any], step: int, chance: Chance) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: dict[str, Any], step: int, rng: StepRng) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of a batch.
 
         Args:
             batch: `token_ids` (B, K), cached `latents` (B, C, h, w) or `pixel_values` (B, 3, H, W) in [-1, 1], with
                 `captions`, a list of B texts, or `class_labels` (B,).
             step: optimizer steps done so far.
-            chance: source of the condition dropout, on the device of the model.
+            rng: source of the condition dropout, on the device of the model.
 
         Returns:
             The cross-entropy in nats per token, and figures to log.
         """
         token_ids = self.tokenize(batch)  # (B, K)
-        is_dropped = chance.happens(self.arguments.condition_dropout_probability, token_ids.shape[0])  # (B,)
+        is_dropped = rng.bernoulli(self.arguments.condition_dropout_probability, token_ids.shape[0])  # (B,)
         condition = self.encode_condition(batch, is_dropped if self.training else torch.zeros_like(is_dropped))
         input_ids = self.prior.prepend_bos(token_ids)  # (B, K + 1)
         loss = self.prior(input_ids=input_ids, labels=input_ids, **condition).loss

@@ -1,6 +1,6 @@
 """REPA: states inside the decoder are drawn towards the features of a frozen vision network.
 
-Letters: B batch, H W sides of a picture, N patches, D hidden size, F width of the network.
+Letters: B batch, H W sides of an image, N patches, D hidden size, F width of the network.
 """
 
 import torch
@@ -32,7 +32,7 @@ class LayerTap:
 
 
 class FeatureAlignment(nn.Module):
-    """Representation alignment (Yu et al., 2024, https://arxiv.org/abs/2410.06940): the features of the clean picture
+    """Representation alignment (Yu et al., 2024, https://arxiv.org/abs/2410.06940): the features of the clean image
     are predicted from the decoder's states by a small network, which is left behind when the model is saved.
 
     Args:
@@ -57,7 +57,7 @@ class FeatureAlignment(nn.Module):
 
         Args:
             patches: states of the decoder, (B, N, D).
-            pixel_values: the clean pictures, (B, 3, H, W) in [-1, 1].
+            pixel_values: the clean images, (B, 3, H, W) in [-1, 1].
         """
         vision = self.frozen["vision"].to(pixel_values.device)
         with torch.autocast(pixel_values.device.type, enabled=False):

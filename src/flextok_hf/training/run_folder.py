@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..utils.files import write_atomically
+from ..utils.files import read_json, write_text
 
 
 OPTIONS_FILE, LOG_FILE, REPORT_FILE = "arguments.json", "log.jsonl", "unreadable_rows{}.json"
@@ -26,7 +26,7 @@ class RunFolder:
     def write_options(self, options: Mapping[str, Any]) -> None:
         """Write the options, in the place of those of an earlier start."""
         if self.process_index == 0:
-            self._write(OPTIONS_FILE, json.dumps(options, indent=2) + "\n")
+            write_text(self.path / OPTIONS_FILE, json.dumps(options, indent=2) + "\n")
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Append figures to the log."""
@@ -44,7 +44,7 @@ class RunFolder:
         """Drop what the log says of steps after `step`: they are about to be done again."""
         if self.process_index == 0 and (self.path / LOG_FILE).is_file():
             kept = [entry for entry in self.read_log() if entry["step"] <= step]
-            self._write(LOG_FILE, "".join(json.dumps(entry) + "\n" for entry in kept))
+            write_text(self.path / LOG_FILE, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def report_skipped(self, skipped: Mapping[int | str, str]) -> None:
         """Name the rows that could not be used, with those of earlier starts, in a file for each process."""
@@ -52,8 +52,5 @@ class RunFolder:
             return
         name = REPORT_FILE.format(f"_{self.process_index}" if self.process_index else "")
         path = self.path / name
-        known = json.loads(path.read_text()) if path.is_file() else {}
-        self._write(name, json.dumps(known | {str(row): reason for row, reason in skipped.items()}, indent=2) + "\n")
-
-    def _write(self, name: str, text: str) -> None:
-        write_atomically(self.path / name, lambda temporary: Path(temporary).write_text(text))
+        known = read_json(path, {})
+        write_text(path, json.dumps(known | {str(row): reason for row, reason in skipped.items()}, indent=2) + "\n")

@@ -59,9 +59,9 @@ def loading(option: str, source: str) -> Iterator[None]:
         raise ValueError(f"`{option}` {source!r} cannot be loaded: {error}") from error
 
 
-def log_picture(accelerator: Accelerator, picture: Image.Image, step: int) -> None:
-    """Send a picture to the trackers that show pictures."""
+def log_image(accelerator: Accelerator, image: Image.Image, step: int) -> None:
+    """Send an image to the trackers that show images."""
     for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"validation": np.asarray(picture)[None]}, step=step, **layout)
+            tracker.log_images({"validation": np.asarray(image)[None]}, step=step, **layout)

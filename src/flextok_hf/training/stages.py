@@ -12,10 +12,13 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
 
 from ..data.batches import TrainingBatches, build_dataloader
+from ..data.columns import Columns
+from ..data.image_dataset import ImageDataset
+from ..data.image_stream import StreamedImageDataset
 from ..data.latent_cache import LatentDataset, cache_latents
-from ..data.samples import Columns
+from ..data.samples import ImageTransform
 from ..data.token_dataset import check_token_data
-from ..data.training_dataset import ImageDataset, ImageTransform, StreamedImageDataset, load_training_dataset
+from ..data.training_dataset import load_training_dataset
 from ..models.configuration_encoder import FlexTokEncoderConfig
 from ..pipelines.pipeline_flextok import FlexTokPipeline
 from .arguments import PriorArguments, TokenizerArguments, TrainingArguments, VaeArguments
@@ -29,7 +32,7 @@ from .text import build_text_encoder, train_text_tokenizer
 from .tokenizer import TokenizerForTraining, build_tokenizer, load_tokenizer, size_options
 from .vae import VaeForTraining, build_vae, measure_scaling_factor
 from .validation import (
-    choose_pictures,
+    choose_images,
     held_out_batches,
     load_validation_data,
     prior_validation,
@@ -74,7 +77,7 @@ def train_vae(arguments: VaeArguments) -> Path:
     trainer = Trainer(arguments, accelerator, model, split_by_decay([model], arguments.learning_rate))
     trainer.resume()
     batches = serve(arguments, accelerator, dataset)
-    draw = vae_validation(choose_pictures(arguments, held_out), vae)
+    draw = vae_validation(choose_images(arguments, held_out), vae)
     trainer.train(batches, draw, held_out_batches(arguments, held_out, accelerator))
 
     def save(folder: Path) -> None:
@@ -121,7 +124,7 @@ def train_tokenizer(arguments: TokenizerArguments) -> Path:
     trainer = Trainer(arguments, accelerator, model, tokenizer_groups(arguments, model))
     trainer.resume()
     pipe = FlexTokPipeline(encoder, decoder, FlowMatchEulerDiscreteScheduler(), vae=vae)
-    draw = tokenizer_validation(arguments, choose_pictures(arguments, held_out), pipe)
+    draw = tokenizer_validation(arguments, choose_images(arguments, held_out), pipe)
     batches = serve(arguments, accelerator, dataset)
     trainer.train(batches, draw, held_out_batches(arguments, held_out, accelerator))
     return export(trainer, pipe, "tokenizer")
@@ -146,7 +149,7 @@ def tokenizer_groups(arguments: TokenizerArguments, model: TokenizerForTraining)
 def train_prior(arguments: PriorArguments) -> Path:
     """Train a prior for a tokenizer, and save both as a pipeline that draws from prompts or classes.
 
-    With `token_column` the tokenizer is loaded only for validation pictures and at the end.
+    With `token_column` the tokenizer is loaded only for validation images and at the end.
 
     Returns:
         The folder of the pipeline, `output_dir/pipeline`.
@@ -157,15 +160,7 @@ def train_prior(arguments: PriorArguments) -> Path:
     accelerator = start(arguments)
     with loading("tokenizer", arguments.tokenizer):
         config = FlexTokEncoderConfig.from_pretrained(arguments.tokenizer, subfolder="encoder")
-    columns = Columns(
-        arguments.image_column,
-        arguments.caption_column,
-        arguments.class_column,
-        arguments.token_column,
-        arguments.num_classes,
-        config.num_registers,
-        math.prod(config.fsq_levels),
-    )
+    columns = prior_columns(arguments, config)
     if arguments.token_column is not None:
         check_token_data(arguments.train_data, arguments.tokenizer)
     pipe = None
@@ -206,8 +201,21 @@ def train_prior(arguments: PriorArguments) -> Path:
     if pipe is None:
         pipe = FlexTokPipeline.from_pretrained(arguments.tokenizer)
         pipe.register_modules(prior=prior, text_encoder=text_encoder, tokenizer=text_tokenizer)
-        trainer.arguments = replace(arguments, resolution=pipe.resolution)  # for the record; no picture was read
+        trainer.arguments = replace(arguments, resolution=pipe.resolution)  # for the record; no image was read
     return export(trainer, pipe, "prior")
+
+
+def prior_columns(arguments: PriorArguments, config: FlexTokEncoderConfig) -> Columns:
+    """Return what is read of a row to train a prior for a tokenizer."""
+    return Columns(
+        arguments.image_column,
+        arguments.caption_column,
+        arguments.class_column,
+        arguments.token_column,
+        arguments.num_classes,
+        config.num_registers,
+        math.prod(config.fsq_levels),
+    )
 
 
 def check_same_classes(held_out: list[str] | None, trained: list[str] | None) -> None:
@@ -276,11 +284,11 @@ def load_train_data(arguments: TrainingArguments, columns: Columns) -> TrainingD
 
 
 def cached(dataset: TrainingData, vae: AutoencoderKL | None, arguments: TrainingArguments) -> LatentDataset:
-    """Replace the pictures of a data set by their latents."""
+    """Replace the images of a data set by their latents."""
     if vae is None or not isinstance(dataset, ImageDataset) or arguments.cache_in_memory:
         raise ValueError(
             "`cache_latents` needs a `vae`, and goes neither with `streaming` nor with `cache_in_memory`, which keeps"
-            " pictures. Leave it out, or the others."
+            " images. Leave it out, or the others."
         )
     return cache_latents(dataset, vae, arguments.dataloader_num_workers)
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+
+from ..utils.flops import FlopCounter
 
 
 TIMED_PRODUCTS = 5
@@ -15,35 +15,6 @@ MATMUL_SIDE_OF_ACCELERATORS = 8192
 # A multiplication with two operands costs twice in the backward pass what it costs forward.
 FORWARD_AND_BACKWARD = 3
 clock = time.perf_counter  # a benchmark on a busy machine may count the processor's time instead
-
-
-class FlopCounter(TorchDispatchMode):
-    """Context that counts the floating-point operations of products, with and without a gradient.
-
-    Attributes:
-        trained: operations that the backward pass will go through.
-        frozen: operations under `torch.no_grad`.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.trained = 0
-        self.frozen = 0
-        aten = torch.ops.aten
-        # PyTorch's own table lacks the attention kernel of the CPU; its arguments are those of the others
-        attention = flop_registry[aten._scaled_dot_product_flash_attention]
-        self.formulas = flop_registry | {aten._scaled_dot_product_flash_attention_for_cpu: attention}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        outputs = func(*args, **(kwargs or {}))
-        formula = self.formulas.get(func.overloadpacket)
-        if formula is not None:
-            flops = formula(*args, **(kwargs or {}), out_val=outputs)
-            if torch.is_grad_enabled():
-                self.trained += flops
-            else:
-                self.frozen += flops
-        return outputs
 
 
 def count_training_flops(forward: Callable[[], Any]) -> int:

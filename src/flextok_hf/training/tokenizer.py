@@ -22,7 +22,7 @@ from .arguments import TokenizerArguments
 from .collapse import correlation_penalty, count_distinct, spread_penalty
 from .repa import FeatureAlignment, LayerTap
 from .setup import loading
-from .step_randomness import Chance
+from .step_rng import StepRng
 
 
 FADE_SHARE = 0.4  # part of the training over which the aids against collapsed codes fade out
@@ -56,29 +56,29 @@ class TokenizerForTraining(nn.Module):
             self.alignment = FeatureAlignment(arguments.repa_network, config.hidden_size, config.grid_size)
             self.tap = LayerTap(decoder.transformer_blocks[arguments.repa_layer])
 
-    def forward(self, batch: dict[str, Tensor], step: int, chance: Chance) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: dict[str, Tensor], step: int, rng: StepRng) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of a batch; in evaluation only that of the flow.
 
         Args:
             batch: `pixel_values` (B, 3, H, W) in [-1, 1], or cached `latents` (B, C, h, w).
             step: optimizer steps done so far.
-            chance: source of all randomness, on the device of the model.
+            rng: source of all randomness, on the device of the model.
 
         Returns:
             The loss, and figures to log.
         """
-        # 1. Pictures -> features -> codes
+        # 1. Images -> features -> codes
         arguments = self.arguments
         latents = latents_of(batch, self.frozen["vae"], self.encoder.device)  # (B, C, h, w)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not arguments.freeze_encoder):
             features = self.encoder.compute_features(latents)  # (B, K, Q)
-        is_rounded = ~chance.happens(arguments.unrounded_probability * (1 - self.fade(step)), latents.shape[0])
+        is_rounded = ~rng.bernoulli(arguments.unrounded_probability * (1 - self.fade(step)), latents.shape[0])
         codes = self.encoder.quantizer(features, is_rounded)  # (B, K, Q)
 
-        # 2. Noisy pictures and codes -> velocity; with joint lengths every picture twice, each time with its own noise
+        # 2. Noisy images and codes -> velocity; with joint lengths every image twice, each time with its own noise
         copies = ["full", "drawn"] if arguments.joint_lengths else ["drawn"]
-        noise = torch.cat([chance.normal_like(latents) for _ in copies])
-        draws = [self.draw(latents.shape[0], chance, is_full=copy == "full") for copy in copies]
+        noise = torch.cat([rng.normal_like(latents) for _ in copies])
+        draws = [self.draw(latents.shape[0], rng, is_full=copy == "full") for copy in copies]
         sigma, num_tokens, is_unconditional = map(torch.cat, zip(*draws, strict=True))
         latents, codes = latents.repeat(len(copies), 1, 1, 1), codes.repeat(len(copies), 1, 1)
         noisy_latents = add_noise(latents, noise, sigma)  # (B, C, h, w)
@@ -105,9 +105,9 @@ class TokenizerForTraining(nn.Module):
             loss = loss + arguments.repa_weight * alignment_loss
         return loss, metrics
 
-    def draw(self, batch_size: int, chance: Chance, is_full: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def draw(self, batch_size: int, rng: StepRng, is_full: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Draw noise levels, tokens to keep and which samples ignore theirs, each (B,)."""
-        arguments, generator = self.arguments, chance.generator
+        arguments, generator = self.arguments, rng.generator
         num_registers = self.encoder.config.num_registers
 
         def draw_sigma(count: int) -> Tensor:
@@ -117,11 +117,11 @@ class TokenizerForTraining(nn.Module):
         def draw_num_tokens(count: int) -> Tensor:
             return sample_num_tokens(count, num_registers, arguments.keep_mode, generator)
 
-        sigma = chance.own(draw_sigma, batch_size)
-        num_tokens = chance.own(draw_num_tokens, batch_size)
-        keeps_all = chance.happens(1.0 if is_full else arguments.full_length_probability, batch_size)
+        sigma = rng.own(draw_sigma, batch_size)
+        num_tokens = rng.own(draw_num_tokens, batch_size)
+        keeps_all = rng.bernoulli(1.0 if is_full else arguments.full_length_probability, batch_size)
         num_tokens = torch.where(keeps_all, num_registers, num_tokens)
-        return sigma, num_tokens, chance.happens(arguments.null_condition_probability, batch_size)
+        return sigma, num_tokens, rng.bernoulli(arguments.null_condition_probability, batch_size)
 
     def predict(
         self, noisy_latents: Tensor, sigma: Tensor, codes: Tensor, num_tokens: Tensor, is_unconditional: Tensor

@@ -1,4 +1,4 @@
-"""Stage 0: train the VAE that turns pictures into latents, and latents into pictures.
+"""Stage 0: train the VAE that turns images into latents, and latents into images.
 
 Letters: B batch, C latent channels, h w latent grid.
 """
@@ -15,7 +15,7 @@ from .adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss
 from .arguments import VaeArguments
 from .perceptual import PerceptualDistance
 from .setup import loading
-from .step_randomness import Chance
+from .step_rng import StepRng
 
 
 class VaeForTraining(nn.Module):
@@ -32,23 +32,23 @@ class VaeForTraining(nn.Module):
                 perceptual = PerceptualDistance(arguments.perceptual_network)
         self.frozen = {"perceptual": perceptual}  # in a dictionary, so that it is neither trained nor saved
 
-    def forward(self, batch: dict[str, Tensor], step: int, chance: Chance) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: dict[str, Tensor], step: int, rng: StepRng) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of a batch.
 
         Args:
             batch: `pixel_values` (B, 3, H, W) in [-1, 1].
             step: optimizer steps done so far.
-            chance: source of the noise of the posterior, on the device of the model.
+            rng: source of the noise of the posterior, on the device of the model.
 
         Returns:
             The loss, and figures to log.
         """
         arguments = self.arguments
-        # 1. Pictures -> posterior -> latents -> reconstructions
+        # 1. Images -> posterior -> latents -> reconstructions
         pixel_values = batch["pixel_values"].to(self.vae.device, non_blocking=True)
         moments = self.vae.encode(pixel_values).latent_dist.parameters  # (B, 2 C, h, w)
         posterior = DiagonalGaussianDistribution(moments.float())
-        latents = posterior.mean + posterior.std * chance.normal_like(posterior.mean)  # (B, C, h, w)
+        latents = posterior.mean + posterior.std * rng.normal_like(posterior.mean)  # (B, C, h, w)
         reconstruction = self.vae.decode(latents).sample.float()  # (B, 3, H, W)
 
         # 2. Losses, each a mean per pixel value or per latent value, so that weights hold for any size
@@ -106,7 +106,7 @@ def build_vae(arguments: VaeArguments) -> AutoencoderKL:
 
 @torch.no_grad()
 def measure_scaling_factor(vae: AutoencoderKL, batches: Iterable[Tensor]) -> float:
-    """Return the factor that brings the latents of these pictures (B, 3, H, W) to unit variance around their mean."""
+    """Return the factor that brings the latents of these images (B, 3, H, W) to unit variance around their mean."""
     count, total, squares = 0, 0.0, 0.0
     for pixel_values in batches:
         latents = vae.encode(pixel_values.to(vae.device, vae.dtype)).latent_dist.mode().double()  # (B, C, h, w)

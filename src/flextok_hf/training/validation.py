@@ -1,6 +1,6 @@
-"""Pictures and figures while training: what each stage has learned so far, on one sheet.
+"""Images and figures while training: what each stage has learned so far, on one sheet.
 
-Letters: B batch, R side of the square pictures.
+Letters: B batch, R side of the square images.
 """
 
 import torch
@@ -11,18 +11,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..data.batches import build_dataloader
-from ..data.samples import Columns, ImageTransform
-from ..data.training_dataset import ImageDataset, load_training_dataset
-from ..evaluation import peak_signal_to_noise
+from ..data.columns import Columns
+from ..data.image_dataset import ImageDataset
+from ..data.samples import ImageTransform
+from ..data.training_dataset import load_training_dataset
 from ..models.nested_dropout import token_ladder
 from ..pipelines.images import to_output
 from ..pipelines.pipeline_flextok import FlexTokPipeline
+from ..utils.measures import peak_signal_to_noise
 from ..utils.sheets import contact_sheet, token_count_title
 from .arguments import PriorArguments, TrainingArguments
 from .loop import Draw
 
 
-VALIDATION_STEPS = 12  # Euler steps of validation pictures: enough to judge, a quarter of the time of good ones
+VALIDATION_STEPS = 12  # Euler steps of validation images: enough to judge, a quarter of the time of good ones
 VALIDATION_GUIDANCE = 2.0
 
 
@@ -60,8 +62,8 @@ def held_out_batches(
     )
 
 
-def choose_pictures(arguments: TrainingArguments, dataset: ImageDataset | None) -> Tensor | None:
-    """Take pictures for the validation sheet, (B, 3, R, R) in [0, 1], spread over the data; `None` without data."""
+def choose_images(arguments: TrainingArguments, dataset: ImageDataset | None) -> Tensor | None:
+    """Take images for the validation sheet, (B, 3, R, R) in [0, 1], spread over the data; `None` without data."""
     if dataset is None:
         return None
     stride = max(1, len(dataset) // arguments.num_validation_images)
@@ -70,35 +72,35 @@ def choose_pictures(arguments: TrainingArguments, dataset: ImageDataset | None) 
 
 
 def build_sheet(columns: list[Tensor], titles: list[str]) -> Image.Image:
-    """Lay columns of pictures, each (B, 3, R, R) in [0, 1], side by side."""
-    pictures = [to_output(column.cpu() * 2 - 1) for column in columns]
-    return contact_sheet([list(row) for row in zip(*pictures, strict=True)], titles)
+    """Lay columns of images, each (B, 3, R, R) in [0, 1], side by side."""
+    images = [to_output(column.cpu() * 2 - 1) for column in columns]
+    return contact_sheet([list(row) for row in zip(*images, strict=True)], titles)
 
 
 def vae_validation(originals: Tensor | None, vae: AutoencoderKL) -> Draw | None:
-    """Make the function that encodes and decodes held-out pictures; None without pictures."""
+    """Make the function that encodes and decodes held-out images; None without images."""
     if originals is None:
         return None
 
     def draw() -> tuple[dict[str, float], Image.Image]:
         pixel_values = originals.to(vae.device) * 2 - 1
         decoded = vae.decode(vae.encode(pixel_values).latent_dist.mode()).sample.float().cpu()
-        pictures = (decoded / 2 + 0.5).clamp(0, 1)
-        psnr = peak_signal_to_noise(pictures, originals).mean().item()
-        return {"psnr": psnr}, build_sheet([originals, pictures], ["original", "decoded"])
+        images = (decoded / 2 + 0.5).clamp(0, 1)
+        psnr = peak_signal_to_noise(images, originals).mean().item()
+        return {"psnr": psnr}, build_sheet([originals, images], ["original", "decoded"])
 
     return draw
 
 
 def tokenizer_validation(arguments: TrainingArguments, originals: Tensor | None, pipe: FlexTokPipeline) -> Draw | None:
-    """Make the function that draws held-out pictures with growing numbers of tokens; None without pictures."""
+    """Make the function that draws held-out images with growing numbers of tokens; None without images."""
     if originals is None:
         return None
     counts = token_ladder(pipe.num_registers)
 
     def draw() -> tuple[dict[str, float], Image.Image]:
         pipe.set_progress_bar_config(disable=True)
-        pictures = pipe.reconstruct(
+        columns = pipe.reconstruct(
             originals,
             max_tokens=counts,
             num_inference_steps=VALIDATION_STEPS,
@@ -108,9 +110,9 @@ def tokenizer_validation(arguments: TrainingArguments, originals: Tensor | None,
         )
         figures = {
             f"psnr_{count}": peak_signal_to_noise(images.cpu(), originals).mean().item()
-            for count, images in zip(counts, pictures, strict=True)
+            for count, images in zip(counts, columns, strict=True)
         }
-        return figures, build_sheet([originals, *pictures], ["original", *map(token_count_title, counts)])
+        return figures, build_sheet([originals, *columns], ["original", *map(token_count_title, counts)])
 
     return draw
 
@@ -128,7 +130,7 @@ def prior_validation(
     def draw() -> tuple[dict[str, float], Image.Image]:
         pipe.set_progress_bar_config(disable=True)
         generators = [torch.Generator().manual_seed(arguments.seed) for _ in range(num_rows)]
-        token_ids = pipe(**condition, generator=generators, num_inference_steps=1, output_type="latent").token_ids
+        token_ids = pipe.generate_tokens(**condition, generator=generators)
         noise = pipe.prepare_latents(num_rows, torch.Generator().manual_seed(arguments.seed))
         columns = [
             pipe.detokenize(

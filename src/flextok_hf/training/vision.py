@@ -1,6 +1,6 @@
-"""Frozen vision networks of Transformers, fed with our pictures.
+"""Frozen vision networks of Transformers, fed with our images.
 
-Letters: B batch, H W sides of a picture, N patches, F width of the network.
+Letters: B batch, H W sides of an image, N patches, F width of the network.
 """
 
 import inspect
@@ -9,10 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel
-from transformers.image_processing_base import ImageProcessingMixin
 
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from ..utils.vision_networks import read_preprocessing
 
 
 class FrozenVision(nn.Module):
@@ -26,23 +24,18 @@ class FrozenVision(nn.Module):
         super().__init__()
         self.name = name
         self.network = AutoModel.from_pretrained(name, dtype=torch.float32).requires_grad_(False).eval()
-        try:
-            statistics, _ = ImageProcessingMixin.get_image_processor_dict(name)
-        except OSError:
-            statistics = {}
-        mean = torch.tensor(statistics.get("image_mean", IMAGENET_MEAN))
-        std = torch.tensor(statistics.get("image_std", IMAGENET_STD))
+        expected = read_preprocessing(name)
         # [-1, 1] -> [0, 1] -> what the network was trained on, in one step
-        self.register_buffer("shift", (0.5 - mean).view(-1, 1, 1) / std.view(-1, 1, 1), persistent=False)
-        self.register_buffer("scale", 0.5 / std.view(-1, 1, 1), persistent=False)
+        self.register_buffer("shift", (0.5 - expected.mean) / expected.std, persistent=False)
+        self.register_buffer("scale", 0.5 / expected.std, persistent=False)
 
     def normalize(self, pixel_values: Tensor) -> Tensor:
-        """Turn pictures (B, 3, H, W) in [-1, 1] into the network's inputs of the same shape."""
+        """Turn images (B, 3, H, W) in [-1, 1] into the network's inputs of the same shape."""
         return pixel_values * self.scale + self.shift
 
     @torch.no_grad()
     def patch_features(self, pixel_values: Tensor, grid_size: int) -> Tensor:
-        """Describe pictures by the last states of a vision transformer, one for each field of a grid.
+        """Describe images by the last states of a vision transformer, one for each field of a grid.
 
         Args:
             pixel_values: (B, 3, H, W) in [-1, 1]; resized, so that the network's patches are the fields of the grid.

@@ -1,15 +1,17 @@
-"""Files that a command leaves behind: whole or not at all."""
+"""Files: results appear whole or not at all, JSON is read with errors that name the file."""
 
+import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 
-PICTURE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-ANIMATED = ".webp"  # the kind of file that can hold several pictures in turn
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+ANIMATED = ".webp"  # the kind of file that can hold several images in turn
 
 
 def check_output_path(path: str | os.PathLike, extensions: tuple[str, ...]) -> Path:
@@ -62,6 +64,26 @@ def check_folder_around(path: Path) -> None:
         raise ValueError(f"the folder of `output` {str(path)!r} cannot be written to; choose another one")
 
 
+def read_json(path: str | os.PathLike, default: Any = None) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: of the file.
+        default: returned if there is no such file; `None` makes that an error.
+
+    Raises:
+        FileNotFoundError: there is no such file, and no `default`.
+        ValueError: it is not JSON.
+    """
+    path = Path(path)
+    if default is not None and not path.is_file():
+        return default
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not a JSON file: {error}") from error
+
+
 def write_atomically(path: str | os.PathLike, write: Callable[[str], object]) -> None:
     """Let `write` fill a temporary file next to `path`, then move it there in one step.
 
@@ -72,35 +94,41 @@ def write_atomically(path: str | os.PathLike, write: Callable[[str], object]) ->
         write: is called with the temporary name.
     """
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
+    temporary = temporary_beside(path)
+    temporary.touch(exist_ok=False)  # with the permissions of any new file, which `tempfile` would not give
     try:
-        write(temporary)
-        # mkstemp makes files for the owner only; give back what an ordinary new file would have.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        write(str(temporary))
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 
-def save_picture(picture: Image.Image, path: str | os.PathLike) -> None:
-    """Write one picture as a whole; its kind follows from the ending of `path`.
+def temporary_beside(path: Path) -> Path:
+    """Return a hidden, unused name beside `path` with the same ending."""
+    return path.with_name(f".{path.stem}-{secrets.token_hex(8)}{path.suffix}")
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file in UTF-8 as a whole."""
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def save_image(image: Image.Image, path: str | os.PathLike) -> None:
+    """Write one image as a whole; its kind follows from the ending of `path`.
 
     Args:
-        picture: any mode that the kind of file can hold.
-        path: its ending is one of `PICTURE_EXTENSIONS`.
+        image: any mode that the kind of file can hold.
+        path: its ending is one of `IMAGE_EXTENSIONS`.
     """
-    write_atomically(path, picture.save)
+    write_atomically(path, image.save)
 
 
 def save_animation(frames: Sequence[Image.Image], path: str | os.PathLike, frame_ms: int) -> None:
-    """Write pictures as one lossless animated WebP that plays without end and rests on the last picture.
+    """Write images as one lossless animated WebP that plays without end and rests on the last image.
 
     Args:
-        frames: pictures of one size, at least one.
+        frames: images of one size, at least one.
         path: ends in `ANIMATED`.
         frame_ms: how long each is shown, in milliseconds; the last one three times as long.
     """

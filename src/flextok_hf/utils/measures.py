@@ -1,4 +1,4 @@
-"""Measures that need no package of the extra `eval`. Letters: B batch, H W picture sides."""
+"""Measures that need no package of the extra `eval`. Letters: B batch, H W image sides."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,25 +9,25 @@ from PIL import Image
 from torch import Tensor, nn
 
 
-MAX_PSNR_DB = 100.0  # of equal pictures, whose error is zero
+MAX_PSNR_DB = 100.0  # of equal images, whose error is zero
 
 
-def stack_pictures(pictures: Sequence[Image.Image]) -> Tensor:
-    """Return PIL pictures of one size as (B, 3, H, W) in [0, 1].
+def stack_images(images: Sequence[Image.Image]) -> Tensor:
+    """Return PIL images of one size as (B, 3, H, W) in [0, 1].
 
     Raises:
         ValueError: if there is none, or their sizes differ.
     """
-    sizes = {picture.size for picture in pictures}
+    sizes = {image.size for image in images}
     if len(sizes) != 1:
-        raise ValueError(f"`pictures` must be of one size, got {sorted(sizes) or 'no picture'}; resize them first.")
-    arrays = [np.asarray(picture.convert("RGB"), dtype=np.float32) / 255 for picture in pictures]
+        raise ValueError(f"`images` must be of one size, got {sorted(sizes) or 'no image'}; resize them first.")
+    arrays = [np.asarray(image.convert("RGB"), dtype=np.float32) / 255 for image in images]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
 
-def peak_signal_to_noise(pictures: Tensor, originals: Tensor) -> Tensor:
-    """Return the peak signal-to-noise ratio of each picture in dB for a peak of 1, (B,); 100 for equal pictures."""
-    errors = (pictures - originals).square().flatten(1).mean(dim=1)
+def peak_signal_to_noise(images: Tensor, originals: Tensor) -> Tensor:
+    """Return the peak signal-to-noise ratio of each image in dB for a peak of 1, (B,); 100 for equal images."""
+    errors = (images - originals).square().flatten(1).mean(dim=1)
     return (-10 * errors.log10()).clamp(max=MAX_PSNR_DB)
 
 

@@ -8,11 +8,9 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
-from ..training.arguments import TrainingArguments
 
-
-def parse_arguments(kind: type[TrainingArguments], argv: list[str]) -> Any:
-    """Read options of one stage: `--config file.yaml` gives defaults, further flags win.
+def parse_arguments(kind: type, argv: list[str]) -> Any:
+    """Read the options of a dataclass: `--config file.yaml` gives defaults, further flags win.
 
     Raises:
         SystemExit: an option is missing, unknown or of the wrong type.

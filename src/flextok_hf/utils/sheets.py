@@ -1,4 +1,4 @@
-"""Contact sheets: pictures in labelled rows and columns, for instance one column per number of tokens."""
+"""Contact sheets: images in labelled rows and columns, for instance one column per number of tokens."""
 
 from collections.abc import Sequence
 
@@ -15,28 +15,28 @@ def contact_sheet(
     cell_size: int | None = None,
     gap: int = 8,
 ) -> Image.Image:
-    """Lay pictures out on one white sheet with a title over each column.
+    """Lay images out on one white sheet with a title over each column.
 
     Args:
-        rows: one sequence of pictures per row; each row has one picture per title.
+        rows: one sequence of images per row; each row has one image per title.
         titles: one short line per column.
-        cell_size: side of the square that each picture is fitted into, in pixels; by default that of the largest
-            picture, at least 128, so that the pictures of small models can be seen.
-        gap: white pixels between pictures and around them.
+        cell_size: side of the square that each image is fitted into, in pixels; by default that of the largest
+            image, at least 128, so that the images of small models can be seen.
+        gap: white pixels between images and around them.
 
     Returns:
-        An RGB picture.
+        An RGB image.
 
     Raises:
-        ValueError: there is no picture, or a row and the titles differ in length.
+        ValueError: there is no image, or a row and the titles differ in length.
     """
     if not rows or not titles:
         raise ValueError(f"`rows` and `titles` need at least one entry each, got {len(rows)} and {len(titles)}")
     for number, row in enumerate(rows):
         if len(row) != len(titles):
-            raise ValueError(f"`rows[{number}]` has {len(row)} pictures, but there are {len(titles)} `titles`")
+            raise ValueError(f"`rows[{number}]` has {len(row)} images, but there are {len(titles)} `titles`")
     if cell_size is None:
-        cell_size = max(128, *(max(picture.size) for row in rows for picture in row))
+        cell_size = max(128, *(max(image.size) for row in rows for image in row))
 
     font = ImageFont.load_default(size=max(12, cell_size // 10))
     title_height = max(_text_size(title, font)[1] for title in titles)
@@ -48,8 +48,8 @@ def contact_sheet(
         width, _ = _text_size(title, font)
         draw.text((gap + column * step + (cell_size - width) // 2, gap), title, fill=INK, font=font)
     for row_number, row in enumerate(rows):
-        for column, picture in enumerate(row):
-            fitted = _fit(picture, cell_size)
+        for column, image in enumerate(row):
+            fitted = _fit(image, cell_size)
             left = gap + column * step + (cell_size - fitted.width) // 2
             top = gap + title_height + gap + row_number * step + (cell_size - fitted.height) // 2
             sheet.paste(fitted, (left, top))
@@ -61,12 +61,12 @@ def token_count_title(num_tokens: int) -> str:
     return "1 token" if num_tokens == 1 else f"{num_tokens} tokens"
 
 
-def _fit(picture: Image.Image, cell_size: int) -> Image.Image:
-    # Enlarged pictures keep their pixels visible: smoothing would flatter a small model.
-    scale = cell_size / max(picture.size)
-    size = tuple(max(1, round(side * scale)) for side in picture.size)
+def _fit(image: Image.Image, cell_size: int) -> Image.Image:
+    # Enlarged images keep their pixels visible: smoothing would flatter a small model.
+    scale = cell_size / max(image.size)
+    size = tuple(max(1, round(side * scale)) for side in image.size)
     resample = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-    return picture.convert("RGB").resize(size, resample)
+    return image.convert("RGB").resize(size, resample)
 
 
 def _text_size(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> tuple[int, int]:

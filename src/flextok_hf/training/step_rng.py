@@ -1,29 +1,22 @@
-"""Chance of a training step: the same however its pictures are divided among micro-batches and processes.
+"""Random draws of a training step: the same however its images are divided among micro-batches and processes.
 
-Letters: B pictures of a micro-batch.
+Letters: B images of a micro-batch.
 """
 
-import hashlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 
-def draw_seed(*numbers: int) -> int:
-    """Mix whole numbers (seed, epoch, row ...) into one seed of 63 bits, the same on every machine."""
-    digest = hashlib.blake2b(" ".join(map(str, numbers)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-class Chance:
-    """Draws for one micro-batch: made for all pictures of the step, then cut to its own.
+class StepRng:
+    """Draws for one micro-batch: made for all images of the step, then cut to its own.
 
     Args:
         seed: decides everything; one per step, the same for all its micro-batches.
         device: where the draws lie.
-        first: place of the micro-batch's first picture in the step.
-        total: pictures of the step; `None` if the micro-batch is all of it.
+        first: place of the micro-batch's first image in the step.
+        total: images of the step; `None` if the micro-batch is all of it.
     """
 
     def __init__(self, seed: int, device: torch.device | str = "cpu", first: int = 0, total: int | None = None):
@@ -32,7 +25,7 @@ class Chance:
         self.total = total
 
     def own(self, draw: Callable[[int], Tensor], batch_size: int) -> Tensor:
-        """Call `draw` with the number of all pictures of the step, and keep the B rows of this micro-batch."""
+        """Call `draw` with the number of all images of the step, and keep the B rows of this micro-batch."""
         total = batch_size if self.total is None else self.total
         return draw(total)[self.first : self.first + batch_size]
 
@@ -43,8 +36,8 @@ class Chance:
             lambda count: torch.randn(count, *shape, generator=generator, device=generator.device), tensor.shape[0]
         )
 
-    def happens(self, probability: float, batch_size: int) -> Tensor:
-        """Decide for each picture whether something happens, (B,) boolean."""
+    def bernoulli(self, probability: float, batch_size: int) -> Tensor:
+        """Decide for each image whether something happens, (B,) boolean."""
         generator = self.generator
         return self.own(lambda count: torch.rand(count, generator=generator, device=generator.device), batch_size).lt(
             probability

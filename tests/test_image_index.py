@@ -1,11 +1,11 @@
-"""The search for the most similar real pictures, by color and shape."""
+"""The search for the most similar real images, by color and shape."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from flextok_hf.evaluation.image_index import PictureIndex, gaussian_blur, oriented_gradients, rgb_to_lab
+from flextok_hf.evaluation.image_index import ImageIndex, gaussian_blur, oriented_gradients, rgb_to_lab
 
 
 SHAPES = ("ellipse", "rectangle", "triangle", "cross")
@@ -13,8 +13,8 @@ COLORS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (40, 70, 220), "
 
 
 def draw_shape(shape, color, size=48):
-    picture = Image.new("RGB", (size, size), "white")
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (size, size), "white")
+    draw = ImageDraw.Draw(image)
     low, high, middle = size // 6, size - size // 6, size // 2
     if shape == "ellipse":
         draw.ellipse((low, low, high, high), fill=color)
@@ -25,22 +25,22 @@ def draw_shape(shape, color, size=48):
     else:
         draw.line((low, low, high, high), fill=color, width=size // 6)
         draw.line((low, high, high, low), fill=color, width=size // 6)
-    return picture
+    return image
 
 
-def stack_pictures(pictures):
-    arrays = [np.asarray(picture, dtype=np.float32) / 255 for picture in pictures]
+def stack_images(images):
+    arrays = [np.asarray(image, dtype=np.float32) / 255 for image in images]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
 
 @pytest.fixture(scope="module")
-def pictures():
-    return stack_pictures([draw_shape(shape, color) for shape in SHAPES for color in COLORS.values()])
+def images():
+    return stack_images([draw_shape(shape, color) for shape in SHAPES for color in COLORS.values()])
 
 
 @pytest.fixture(scope="module")
-def index(pictures):
-    return PictureIndex(pictures)
+def index(images):
+    return ImageIndex(images)
 
 
 @pytest.mark.parametrize(
@@ -53,42 +53,42 @@ def index(pictures):
         pytest.param(lambda x: 0.5 + 0.8 * (x - 0.5), id="contrast"),
     ],
 )
-def test_a_damaged_picture_finds_its_own_name(index, pictures, distort):
-    _, neighbors = index.search(distort(pictures).clamp(0, 1), count=1)
-    assert neighbors[:, 0].tolist() == list(range(len(pictures)))
+def test_a_damaged_image_finds_its_own_name(index, images, distort):
+    _, neighbors = index.search(distort(images).clamp(0, 1), count=1)
+    assert neighbors[:, 0].tolist() == list(range(len(images)))
 
 
-def test_distances_are_in_units_of_two_unrelated_pictures(index):
+def test_distances_are_in_units_of_two_unrelated_images(index):
     assert torch.pdist(index.features).square().mean().item() == pytest.approx(1, abs=1e-3)
 
 
-def test_a_picture_has_distance_zero_to_itself(index, pictures):
-    distances, _ = index.search(pictures, count=1)
+def test_an_image_has_distance_zero_to_itself(index, images):
+    distances, _ = index.search(images, count=1)
     assert distances.max().item() == 0
-    assert index.distance_between(pictures, pictures).max().item() == 0
+    assert index.distance_between(images, images).max().item() == 0
 
 
-def test_a_picture_left_out_is_not_found(index, pictures):
-    leave_out = torch.arange(len(pictures))
-    _, neighbors = index.search(pictures, count=5, leave_out=leave_out)
+def test_an_image_left_out_is_not_found(index, images):
+    leave_out = torch.arange(len(images))
+    _, neighbors = index.search(images, count=5, leave_out=leave_out)
     assert not (neighbors == leave_out[:, None]).any()
 
 
-def test_pictures_of_another_size_can_be_searched(index):
-    larger = stack_pictures([draw_shape(shape, COLORS["blue"], size=96) for shape in SHAPES])
+def test_images_of_another_size_can_be_searched(index):
+    larger = stack_images([draw_shape(shape, COLORS["blue"], size=96) for shape in SHAPES])
     _, neighbors = index.search(larger, count=1)
     blue = list(COLORS).index("blue")
     assert neighbors[:, 0].tolist() == [len(COLORS) * number + blue for number in range(len(SHAPES))]
 
 
-def test_an_index_of_equal_pictures_is_refused():
-    with pytest.raises(ValueError, match="All `pictures` are the same"):
-        PictureIndex(torch.ones(3, 3, 48, 48))
+def test_an_index_of_equal_images_is_refused():
+    with pytest.raises(ValueError, match="All `images` are the same"):
+        ImageIndex(torch.ones(3, 3, 48, 48))
 
 
-def test_an_index_of_one_picture_is_refused():
-    with pytest.raises(ValueError, match="at least 2 reference pictures, got 1"):
-        PictureIndex(torch.rand(1, 3, 48, 48))
+def test_an_index_of_one_image_is_refused():
+    with pytest.raises(ValueError, match="at least 2 reference images, got 1"):
+        ImageIndex(torch.rand(1, 3, 48, 48))
 
 
 def test_lab_of_white_black_and_red_are_the_published_values():
@@ -98,20 +98,20 @@ def test_lab_of_white_black_and_red_are_the_published_values():
 
 
 def test_an_edge_counts_for_its_own_orientation():
-    picture = torch.zeros(1, 3, 16, 16)
-    picture[..., 8:] = 1  # a vertical edge: the gradient points along the first orientation
-    histogram = oriented_gradients(picture, cell=8, orientations=4).view(4, 4)  # orientations, cells
+    image = torch.zeros(1, 3, 16, 16)
+    image[..., 8:] = 1  # a vertical edge: the gradient points along the first orientation
+    histogram = oriented_gradients(image, cell=8, orientations=4).view(4, 4)  # orientations, cells
     assert (histogram[0] > 0).all() and (histogram[1:] == 0).all()
 
 
-def test_more_damage_is_further_away(index, pictures):
-    light, heavy = gaussian_blur(pictures, 1.0), gaussian_blur(pictures, 3.0)
-    assert (index.distance_between(heavy, pictures) > index.distance_between(light, pictures)).all()
+def test_more_damage_is_further_away(index, images):
+    light, heavy = gaussian_blur(images, 1.0), gaussian_blur(images, 3.0)
+    assert (index.distance_between(heavy, images) > index.distance_between(light, images)).all()
 
 
-def test_the_search_finds_what_comparing_with_all_finds(index, pictures):
-    noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
-    damaged = (pictures + 0.4 * noise).clamp(0, 1)
+def test_the_search_finds_what_comparing_with_all_finds(index, images):
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    damaged = (images + 0.4 * noise).clamp(0, 1)
     everything = torch.cdist(
         index.describe(damaged), index.features, compute_mode="donot_use_mm_for_euclid_dist"
     ).sort(dim=1)
@@ -120,6 +120,6 @@ def test_the_search_finds_what_comparing_with_all_finds(index, pictures):
     assert neighbors.equal(everything.indices[:, :3])
 
 
-def test_pictures_of_8_bits_are_described_like_floats(index, pictures):
-    pixels = (pictures * 255).round().byte()
+def test_images_of_8_bits_are_described_like_floats(index, images):
+    pixels = (images * 255).round().byte()
     torch.testing.assert_close(index.describe(pixels), index.describe(pixels.float() / 255))

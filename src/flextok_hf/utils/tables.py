@@ -1,0 +1,34 @@
+"""Tables for reading: Markdown, and the titles of measures in them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+MEASURE_TITLES = {
+    "psnr_db": "PSNR (dB)",
+    "ssim": "SSIM",
+    "mae": "MAE",
+    "perceptual_distance": "perceptual distance",
+    "lpips": "LPIPS",
+    "dreamsim": "DreamSim",
+    "name": "name found",
+    "all": "all attributes",
+    "clip_score": "CLIP score",
+    "fid": "FID",
+    "inception_score": "Inception score",
+}
+
+
+def measure_title(name: str, network: str | None = None) -> str:
+    """Return the title of a measure, by default its name in words; `network` names the source of its features."""
+    if name == "frechet_distance" and network is not None:
+        return f"Frechet distance ({network})"
+    if name == "classifier_score" and network is not None:
+        return f"score ({network})"
+    return MEASURE_TITLES.get(name, name.replace("_", " "))
+
+
+def markdown_table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+    """Return a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
