@@ -57,10 +57,10 @@ docs: $(VENV)/.installed-docs  ## build the documentation site into site/, with 
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 browser-test: $(VENV)/.installed-browser  ## use the demo in a headless Chromium, which is installed if there is none
-	$(BIN)/python -m pytest -s tests/test_demo.py tests/browser
+	$(BIN)/python -m pytest -s tests/demo
 
 screenshots: $(VENV)/.installed-browser  ## the same, keeping images of the pages in docs/assets
-	SCREENSHOTS=docs/assets $(BIN)/python -m pytest -s tests/browser
+	SCREENSHOTS=docs/assets $(BIN)/python -m pytest -s tests/demo/browser
 
 figures: setup  ## draw the figures of README and documentation again, with the embedded model
 	$(BIN)/python scripts/draw_figures.py

@@ -5,15 +5,14 @@ Tensors are made from the tables of the published format alone, so that they sha
 
 import copy
 import json
-from pathlib import Path
 
 import torch
 import yaml
 from diffusers import AutoencoderKL
+from paths import FIXTURES
 from safetensors.torch import save_file
 
 
-FIXTURES = Path(__file__).parent / "fixtures"
 TOKENIZER_CONFIG = json.loads((FIXTURES / "tokenizer" / "pub_a_base" / "config.json").read_text())
 TINY_VAE = {
     "down_block_types": ["DownEncoderBlock2D"] * 2,

@@ -6,11 +6,11 @@ The fixtures are known to all tests through `conftest.py`.
 import json
 import shutil
 import struct
-from pathlib import Path
 
 import pytest
 import yaml
 from official_checkpoints import write_prior, write_tokenizer
+from paths import FIXTURES
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -20,7 +20,7 @@ from flextok_hf.conversion.convert import convert_checkpoint
 WEIGHTS = "model.safetensors"
 REGISTERS = "encoder.module_dict.enc_register_module.registers"
 NORM = "models.ar_image_model.trunk.blocks.1.norm_2.weight"
-T5_FOLDER = Path(__file__).parent / "fixtures" / "prior" / "t2i" / "text_encoder"
+T5_FOLDER = FIXTURES / "prior" / "t2i" / "text_encoder"
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from flextok_hf import cli, embedded
 
 
-ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 SCRIPTS = sorted([*(ROOT / "scripts").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -76,9 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         check_files(options)
-        from . import commands
+        from .commands import COMMANDS
 
-        commands.COMMANDS[options.command](options)
+        COMMANDS[options.command](options)
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader of our output has seen enough, as in `flextok info | head -1`; leave nothing to flush at exit.

@@ -1,1 +1,4 @@
-"""The demo in the browser: `flextok demo`, or a Space on the Hub. Needs the extra `demo` (Gradio)."""
+"""The demo in the browser: `flextok demo`, or a Space on the Hub; needs the extra `demo` (Gradio).
+
+Imports `pipelines`, `models` and `utils`.
+"""

@@ -9,7 +9,7 @@ Letters: B batch, L tokens of this call, M text length, S keys (cached and new),
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -46,6 +46,8 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
 
     def __init__(self, config: FlexTokPriorConfig):
         super().__init__(config)
+        # not derived from `config`, as the library's default is: it would lose options that only our `generate` knows
+        self.generation_config = GenerationConfig(bos_token_id=config.bos_token_id)
         self.token_embedding = nn.Embedding(config.codebook_size + 1, config.hidden_size)  # last row: start vector
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         if config.num_classes is not None:

@@ -263,14 +263,7 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         prefix = self.encode_prefix(image, token_ids, keep_tokens)  # (1 or prompts, p)
         sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
         writer = self.token_writer(
-            prompt,
-            class_labels,
-            num_images_per_prompt,
-            max_tokens,
-            prefix,
-            prior_guidance_scale,
-            generator,
-            **sampling,
+            prompt, class_labels, num_images_per_prompt, max_tokens, prefix, prior_guidance_scale, **sampling
         )
         # The noise is drawn first: a sample's generator gives the same noise however many tokens its batch needs.
         latents = self.prepare_latents(len(writer.counts), generator, latents)  # (B, C, h, w)
@@ -305,14 +298,7 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         prefix = self.encode_prefix(image, token_ids, keep_tokens)  # (1 or prompts, p)
         sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
         writer = self.token_writer(
-            prompt,
-            class_labels,
-            num_images_per_prompt,
-            max_tokens,
-            prefix,
-            prior_guidance_scale,
-            generator,
-            **sampling,
+            prompt, class_labels, num_images_per_prompt, max_tokens, prefix, prior_guidance_scale, **sampling
         )
         self.prepare_latents(len(writer.counts), generator)  # the call's draw, so that generators go on alike
         token_ids = writer.write_all()
@@ -364,9 +350,7 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         counts = inputs.check_token_counts(token_counts, self.num_registers)
         prefix = self.encode_prefix(image, token_ids, keep_tokens)  # (1, p)
         sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
-        writer = self.token_writer(
-            prompt, class_labels, 1, counts[-1], prefix, prior_guidance_scale, generator, **sampling
-        )
+        writer = self.token_writer(prompt, class_labels, 1, counts[-1], prefix, prior_guidance_scale, **sampling)
         if len(writer.counts) != 1:
             raise ValueError(
                 f"`stream` draws one image, got {len(writer.counts)} prompts or classes. Call it for each of them."

@@ -1,1 +1,4 @@
-"""Training of the tokenizer and the prior: data, state and one step of each."""
+"""Training of VAE, tokenizer and prior: options, losses, the loop around them, checkpoints and publishing.
+
+Imports `data`, `pipelines`, `models`, `cards` and `utils`, never `evaluation`.
+"""

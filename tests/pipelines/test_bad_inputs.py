@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import NUM_REGISTERS
+from tiny_models import NUM_REGISTERS
 
 
 IDS = torch.zeros(1, 4, dtype=torch.int64)

@@ -1,8 +1,6 @@
 """The embedded model's data: caption grammar and what goes into which split."""
 
-import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict, Features, Value
@@ -10,7 +8,6 @@ from datasets import Image as ImageFeature
 from PIL import Image, ImageDraw
 
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 data = import_module("prepare_embedded_data")
 
 

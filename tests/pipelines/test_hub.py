@@ -9,24 +9,24 @@ import shutil
 import subprocess
 import sys
 import threading
-from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
 import yaml
-from conftest import make_decoder
 from huggingface_hub import ModelCard
 from official_checkpoints import write_prior, write_tokenizer
+from paths import FIXTURES, ROOT
 from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file, save_file
+from tiny_models import make_decoder
 from transformers import T5Config, T5EncoderModel
 
 from flextok_hf.models.modeling_decoder import FlexTokFlowDecoder
 from flextok_hf.pipelines.pipeline_flextok import FlexTokPipeline
 
 
-T5_FOLDER = Path(__file__).parent / "fixtures" / "prior" / "t2i" / "text_encoder"
+T5_FOLDER = FIXTURES / "prior" / "t2i" / "text_encoder"
 
 # What a fresh process does, with a Hub and later without: prints a line of results
 LOADS = """
@@ -220,7 +220,7 @@ def run_program(program, folder, endpoint, **environment):
         "OMP_NUM_THREADS": "1",
         **environment,
     }
-    source = str(Path(__file__).parents[1] / "src")
+    source = str(ROOT / "src")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE_"))}
     search_path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
     result = subprocess.run(

@@ -5,8 +5,8 @@ The way is the public one: an official checkpoint as a folder is loaded, as a si
 
 import json
 import shutil
-from pathlib import Path
 
+import paths
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,7 +18,7 @@ from flextok_hf.pipelines.guidance import Guidance
 from flextok_hf.pipelines.latents import decode_latents, encode_latents
 
 
-FIXTURES = Path(__file__).parent / "fixtures" / "tokenizer"
+FIXTURES = paths.FIXTURES / "tokenizer"
 VARIANTS = ("pub_a_base", "pub_b_wide", "pub_c_fsq")
 ATOL = 3e-5
 SIGMAS, KINDS = ("1.0", "0.75", "0.3", "0.05"), ("full", "keep_mixed", "keep_2", "uncond")

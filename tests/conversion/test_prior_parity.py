@@ -1,8 +1,8 @@
 """The prior computes what the official one does, on tiny random checkpoints in the official layout."""
 
 import json
-from pathlib import Path
 
+import paths
 import pytest
 import torch
 from official_checkpoints import write_tokenizer
@@ -12,7 +12,7 @@ from flextok_hf import FlexTokPipeline, FlexTokPriorForCausalLM
 from flextok_hf.conversion.convert import convert_checkpoint
 
 
-FIXTURES = Path(__file__).parent / "fixtures" / "prior"
+FIXTURES = paths.FIXTURES / "prior"
 GUIDANCE_SCALE = {"t2i": 3.0, "c2i": 1.5}
 # A tokenizer of as many codes and tokens, to make a pipeline with
 TOKENIZERS = {"t2i": {"levels": [8, 6, 5], "registers": 24}, "c2i": {"levels": [20, 15], "registers": 20}}

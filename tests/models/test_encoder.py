@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FSQ_LEVELS, NUM_REGISTERS, SHAPES, make_encoder
+from tiny_models import FSQ_LEVELS, NUM_REGISTERS, SHAPES, make_encoder
 from transformers import AutoModel
 
 from flextok_hf import FlexTokEncoder, FlexTokEncoderConfig

@@ -4,7 +4,6 @@ import importlib
 import json
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -183,17 +182,12 @@ def test_the_time_of_a_run_counts_repeated_steps_once(tmp_path):
 # Scripts
 
 
-@pytest.fixture
-def scripts(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
-
-
 def run_script(module, monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", [f"{module}.py", *map(str, arguments)])
     importlib.import_module(module).main()
 
 
-def test_the_script_puts_everything_beside_a_model(folder, tmp_path, scripts, monkeypatch):
+def test_the_script_puts_everything_beside_a_model(folder, tmp_path, monkeypatch):
     enrich(folder)
     pipe = FlexTokPipeline.from_pretrained(folder)
     weights = weights_hash({name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)})
@@ -212,7 +206,7 @@ def test_the_script_puts_everything_beside_a_model(folder, tmp_path, scripts, mo
         run_script("write_model_card", monkeypatch, *shared)
 
 
-def test_the_measured_influence_is_that_of_an_ordered_tokenizer(tiny_pipeline, tmp_path, scripts):
+def test_the_measured_influence_is_that_of_an_ordered_tokenizer(tiny_pipeline, tmp_path):
     draw_figures = importlib.import_module("draw_figures")
     before = {name: value.clone() for name, value in tiny_pipeline.encoder.state_dict().items()}
     noise = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -5,13 +5,13 @@ import os
 import subprocess
 import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from diffusers import FlowMatchEulerDiscreteScheduler
+from paths import ROOT
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -41,8 +41,6 @@ from flextok_hf.pipelines.pipeline_flextok import FlexTokPipeline
 from flextok_hf.utils.vision_networks import IMAGENET_MEAN, IMAGENET_STD
 
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
 evaluate = import_module("evaluate")
 
 NAMES = ("disk", "box", "bar", "cross", "frame", "corner")

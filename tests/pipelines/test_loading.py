@@ -1,11 +1,10 @@
 """Damaged and incomplete weights are refused, and never filled with noise."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from conftest import make_decoder, make_encoder, make_prior
+from paths import FIXTURES
 from safetensors.torch import load_file, save_file
+from tiny_models import make_decoder, make_encoder, make_prior
 
 from flextok_hf import FlexTokPipeline
 
@@ -71,7 +70,7 @@ def test_a_pipeline_with_a_missing_weight_is_refused(tiny_tokenizer_pipeline, tm
 
 
 def test_a_pipeline_with_a_vae_comes_back_with_every_bit(tmp_path):
-    pipe = FlexTokPipeline.from_original(str(Path(__file__).parent / "fixtures" / "tokenizer" / "pub_a_base"))
+    pipe = FlexTokPipeline.from_original(str(FIXTURES / "tokenizer" / "pub_a_base"))
     pipe.save_pretrained(tmp_path)
     loaded = FlexTokPipeline.from_pretrained(tmp_path)
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import CODEBOOK_SIZE, NUM_REGISTERS, make_pipeline
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -12,6 +11,7 @@ from diffusers import (
     MagCacheConfig,
     UniPCMultistepScheduler,
 )
+from tiny_models import CODEBOOK_SIZE, NUM_REGISTERS, make_pipeline
 
 from flextok_hf.models.modeling_decoder import DecoderBlock
 from flextok_hf.pipelines.guidance import guidance_interval

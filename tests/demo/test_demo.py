@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import RepoCard
+from paths import ROOT
 from PIL import Image
 
 from flextok_hf.demo.actions import MAX_PROMPT_CHARACTERS, Studio
 
 
-ROOT = Path(__file__).parents[1]
 PHOTO = str(ROOT / "docs" / "assets" / "parrots.jpg")
 
 

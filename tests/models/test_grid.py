@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import CODEBOOK_SIZE, FSQ_LEVELS, SHAPES, make_decoder, make_encoder
 from diffusers import FlowMatchEulerDiscreteScheduler
+from tiny_models import CODEBOOK_SIZE, FSQ_LEVELS, SHAPES, make_decoder, make_encoder
 
 from flextok_hf import FlexTokEncoder, FlexTokFlowDecoder, FlexTokPipeline
 from flextok_hf.pipelines.length_groups import LengthGroups

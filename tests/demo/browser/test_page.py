@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from paths import PHOTO
 from PIL import Image
 
 from flextok_hf import FlexTokPipeline, embedded_model
@@ -20,7 +21,6 @@ from flextok_hf.models.nested_dropout import token_ladder
 
 pytestmark = pytest.mark.slow
 
-PHOTO = Path(__file__).parents[2] / "docs" / "assets" / "parrots.jpg"
 MEMORY_GROWTH_MB = 64  # allocators keep some pages; a leak of 20 images' worth of work would show
 NUM_REQUESTS = 20
 

@@ -5,7 +5,7 @@ Graphs are traced as for any backend but run by PyTorch itself, which needs no C
 
 import pytest
 import torch
-from conftest import FSQ_LEVELS, NUM_REGISTERS, make_decoder, make_encoder, make_pipeline, make_prior
+from tiny_models import FSQ_LEVELS, NUM_REGISTERS, make_decoder, make_encoder, make_pipeline, make_prior
 from torch._dynamo.utils import counters
 
 

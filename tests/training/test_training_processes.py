@@ -18,6 +18,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from paths import SCRIPTS
 from safetensors.torch import load_file
 from training_processes import SMALL_DATA, SMALL_TOKENIZER, assert_same_state, errors, free_port, run, start
 
@@ -281,7 +282,7 @@ def test_torchrun_and_accelerate_train_alike(tmp_path):
     options |= {**SMALL_DATA, **SMALL_TOKENIZER, "feature_penalty": 0.1, "train_batch_size": 4}
     config = tmp_path / "tokenizer.yaml"
     config.write_text(yaml.safe_dump(options))
-    script = Path(__file__).parents[1] / "scripts" / "train.py"
+    script = SCRIPTS / "train.py"
     launchers = {
         "one": ["accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--cpu"],
         "two": ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())],

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import NUM_REGISTERS, make_decoder, make_encoder
+from tiny_models import NUM_REGISTERS, make_decoder, make_encoder
 from transformers import Dinov2Config, Dinov2Model, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from flextok_hf.models.modeling_decoder import FlexTokFlowDecoder
@@ -124,7 +124,7 @@ def test_a_perfect_velocity_has_no_loss(monkeypatch):
     model = make_model()
     pixel_values = batch()["pixel_values"]
     noise = StepRng(0)
-    noise.happens(0.0, BATCH_SIZE)  # the draws before that of the noise
+    noise.bernoulli(0.0, BATCH_SIZE)  # drawn before the noise
     noise = noise.normal_like(pixel_values)
     monkeypatch.setattr(LengthGroups, "predict_velocity", lambda *_: noise - pixel_values)
     assert model(batch(), 0, StepRng(0))[0] == 0

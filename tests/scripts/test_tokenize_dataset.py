@@ -1,20 +1,17 @@
 """Tokenizing a data set from end to end, with a tiny pipeline: what is written, resumed, refused and left out."""
 
 import json
-import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import CODEBOOK_SIZE, NUM_REGISTERS, make_pipeline
 from datasets import ClassLabel, Dataset, Features, Sequence, Value, load_dataset
 from datasets import Image as ImageFeature
 from huggingface_hub import DatasetCard
 from PIL import Image
+from tiny_models import CODEBOOK_SIZE, NUM_REGISTERS, make_pipeline
 
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 tokenize_dataset = import_module("tokenize_dataset")
 
 NUM_ROWS, SHARD_SIZE, DAMAGED = 7, 3, 4

@@ -3,17 +3,14 @@
 import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
+from paths import SCRIPTS
 from training_processes import SMALL_DATA, SMALL_TOKENIZER
 
 from flextok_hf.training.arguments import TokenizerArguments
 from flextok_hf.utils.option_parsing import parse_arguments
-
-
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
 def load_script(name):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FSQ_LEVELS, NUM_REGISTERS, SHAPES, make_decoder, make_pipeline
+from tiny_models import FSQ_LEVELS, NUM_REGISTERS, SHAPES, make_decoder, make_pipeline
 
 from flextok_hf import FlexTokFlowDecoder
 

@@ -1,11 +1,11 @@
 """The configurations in scripts/configs: they can be read, and those of the paper have the paper's sizes."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from paths import SCRIPTS
 
 from flextok_hf.training.arguments import PriorArguments, TokenizerArguments, VaeArguments
 from flextok_hf.training.prior import build_prior
@@ -14,7 +14,7 @@ from flextok_hf.training.vae import build_vae
 from flextok_hf.utils.option_parsing import parse_arguments
 
 
-CONFIGS = Path(__file__).parents[1] / "scripts" / "configs"
+CONFIGS = SCRIPTS / "configs"
 STAGES = {"vae": VaeArguments, "tokenizer": TokenizerArguments, "prior": PriorArguments}
 PAPER = sorted(CONFIGS.glob("paper/*.yaml"))
 

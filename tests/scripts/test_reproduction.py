@@ -1,7 +1,6 @@
 """The scripts behind docs/reproduction.md: data, feature network, list of steps, and what the summary concludes."""
 
 import json
-import sys
 from collections import Counter
 from importlib import import_module
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 import torch
 import yaml
 from datasets import load_dataset
+from paths import ROOT
 
 from flextok_hf.data.synthetic import BACKGROUNDS, COLORS, is_held_out
 from flextok_hf.evaluation.feature_networks import load_feature_network
@@ -18,8 +18,6 @@ from flextok_hf.training.arguments import PriorArguments, TokenizerArguments
 from flextok_hf.utils.option_parsing import parse_arguments
 
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
 data_script, network_script, reproduce, summary = map(
     import_module,
     ("prepare_reproduction_data", "train_feature_network", "reproduce", "reproduction_summary"),

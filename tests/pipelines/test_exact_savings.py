@@ -1,14 +1,12 @@
 """Every saving that is on by default gives the numbers of the plain path, which does all the work (float32, 1e-5)."""
 
 import itertools
-import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import CODEBOOK_SIZE, FSQ_LEVELS, NUM_REGISTERS, make_decoder, make_encoder, make_pipeline, make_prior
 from diffusers import AutoencoderKL
+from tiny_models import CODEBOOK_SIZE, FSQ_LEVELS, NUM_REGISTERS, make_decoder, make_encoder, make_pipeline, make_prior
 
 from flextok_hf.models.layers import append_bias_dimensions, attend
 from flextok_hf.models.nested_dropout import merged_tail_bias
@@ -17,7 +15,6 @@ from flextok_hf.pipelines.latents import decode_latents, encode_latents
 from flextok_hf.pipelines.length_groups import LengthGroups, group_by_length
 
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 plain = import_module("plain_path")
 
 

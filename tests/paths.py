@@ -1,0 +1,9 @@
+"""Where the repository keeps what tests read."""
+
+from pathlib import Path
+
+
+ROOT = Path(__file__).parents[1]
+FIXTURES = ROOT / "tests" / "fixtures"
+SCRIPTS = ROOT / "scripts"
+PHOTO = ROOT / "docs" / "assets" / "parrots.jpg"

@@ -1,0 +1,57 @@
+"""Tiny real models for all tests: 16 x 16 pixels without a VAE, 4 x 4 patches, 6 registers, 15 codes."""
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from flextok_hf.models.configuration_encoder import FlexTokEncoderConfig
+from flextok_hf.models.configuration_prior import FlexTokPriorConfig
+from flextok_hf.models.modeling_decoder import FlexTokFlowDecoder
+from flextok_hf.models.modeling_encoder import FlexTokEncoder
+from flextok_hf.models.modeling_prior import FlexTokPriorForCausalLM
+from flextok_hf.pipelines.pipeline_flextok import FlexTokPipeline
+
+
+NUM_REGISTERS, FSQ_LEVELS, CODEBOOK_SIZE = 6, [5, 3], 15
+SHAPES = {"in_channels": 3, "patch_size": 4, "grid_size": 4, "hidden_size": 32, "head_dim": 16}
+CAPTIONS = ["a red circle", "a blue square on white", "a small green star", "two crosses, one above the other"]
+
+
+def make_encoder(**changes) -> FlexTokEncoder:
+    torch.manual_seed(0)
+    config = {**SHAPES, "num_hidden_layers": 2, "num_registers": NUM_REGISTERS, "fsq_levels": FSQ_LEVELS, **changes}
+    return FlexTokEncoder(FlexTokEncoderConfig(**config)).eval()
+
+
+def make_decoder(**changes) -> FlexTokFlowDecoder:
+    """A decoder whose output depends on everything; a fresh one predicts zero whatever it reads."""
+    torch.manual_seed(1)
+    config = {**SHAPES, "num_layers": 2, "num_registers": NUM_REGISTERS, "code_dim": len(FSQ_LEVELS), **changes}
+    decoder = FlexTokFlowDecoder(**config).eval()
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.2)
+            elif parameter.std() < 0.03:  # learned vectors start at a standard deviation of 0.02
+                parameter.mul_(20)
+    return decoder
+
+
+def make_prior(**condition) -> FlexTokPriorForCausalLM:
+    torch.manual_seed(2)
+    config = FlexTokPriorConfig(
+        codebook_size=CODEBOOK_SIZE,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=NUM_REGISTERS,
+        initializer_range=0.3,  # large enough that the condition shows in the tokens
+        **condition,
+    )
+    return FlexTokPriorForCausalLM(config).eval()
+
+
+def make_pipeline(**components) -> FlexTokPipeline:
+    pipe = FlexTokPipeline(make_encoder(), make_decoder(), FlowMatchEulerDiscreteScheduler(), **components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
