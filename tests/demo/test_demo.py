@@ -11,19 +11,19 @@ from huggingface_hub import RepoCard
 from paths import ROOT
 from PIL import Image
 
-from flextok_hf.demo.actions import MAX_PROMPT_CHARACTERS, Studio
+from flextok_hf.demo.actions import MAX_PROMPT_CHARACTERS, DemoActions
 
 
 PHOTO = str(ROOT / "docs" / "assets" / "parrots.jpg")
 
 
 @pytest.fixture(scope="module")
-def studio(tiny_pipeline):
-    return Studio(tiny_pipeline)
+def actions(tiny_pipeline):
+    return DemoActions(tiny_pipeline)
 
 
-def test_a_photo_comes_back_with_its_figures(studio, tiny_pipeline):
-    result = studio.reconstruct(PHOTO, 3, seed=5)
+def test_a_photo_comes_back_with_its_figures(actions, tiny_pipeline):
+    result = actions.reconstruct(PHOTO, 3, seed=5)
     expected = tiny_pipeline.reconstruct(PHOTO, [3], generator=torch.Generator().manual_seed(5))[0][0]
     assert result.image.tobytes() == expected.tobytes()
     assert result.original.size == result.image.size == (16, 16)
@@ -33,16 +33,16 @@ def test_a_photo_comes_back_with_its_figures(studio, tiny_pipeline):
     assert result.psnr_db == pytest.approx(10 * math.log10(255**2 / error), abs=1e-3)
 
 
-def test_images_of_a_prompt_grow_up_to_the_bound(studio, tiny_pipeline):
-    shown = list(studio.generate("a red circle", 3, seed=2))
+def test_images_of_a_prompt_grow_up_to_the_bound(actions, tiny_pipeline):
+    shown = list(actions.generate("a red circle", 3, seed=2))
     assert [(number, count) for number, count, _ in shown] == [(1, 1), (2, 2), (3, 3)]
     generator = torch.Generator().manual_seed(2)
     whole = tiny_pipeline("a red circle", max_tokens=3, generator=generator).images[0]
     assert shown[-1][2].tobytes() == whole.tobytes()
 
 
-def test_variations_show_what_is_kept_first(studio, tiny_pipeline):
-    shown = list(studio.vary(PHOTO, 2, "", seed=1))
+def test_variations_show_what_is_kept_first(actions, tiny_pipeline):
+    shown = list(actions.vary(PHOTO, 2, "", seed=1))
     assert [title for title, _ in shown] == ["kept", *(f"variation {number}" for number in (1, 2, 3, 4))]
     kept = tiny_pipeline.reconstruct(PHOTO, [2], generator=torch.Generator().manual_seed(1))[0][0]
     assert shown[0][1].tobytes() == kept.tobytes()
@@ -50,18 +50,18 @@ def test_variations_show_what_is_kept_first(studio, tiny_pipeline):
     assert shown[2][1].tobytes() == second.tobytes()
 
 
-def test_digits_spell_the_id(studio):
-    for _, token_id, digits in studio.token_rows(list(range(15))):
+def test_digits_spell_the_id(actions):
+    for _, token_id, digits in actions.token_rows(list(range(15))):
         first, second = map(int, digits.split())
         assert first + 5 * second == token_id and first < 5 and second < 3
 
 
-def test_one_token_is_replaced_and_the_rest_stays(studio):
-    ids = studio.tokens_of_photo(PHOTO)
-    changed, before, after = studio.replace_token(ids, 2, (ids[1] + 1) % 15)
+def test_one_token_is_replaced_and_the_rest_stays(actions):
+    ids = actions.tokens_of_photo(PHOTO)
+    changed, before, after = actions.replace_token(ids, 2, (ids[1] + 1) % 15)
     assert [a == b for a, b in zip(ids, changed)] == [True, False, True, True, True, True]
-    assert before.tobytes() == studio.decode(ids).tobytes() != after.tobytes()
-    assert studio.replace_token(changed, 2, ids[1])[2].tobytes() == before.tobytes()
+    assert before.tobytes() == actions.decode(ids).tobytes() != after.tobytes()
+    assert actions.replace_token(changed, 2, ids[1])[2].tobytes() == before.tobytes()
 
 
 def bad_photos(folder: Path) -> dict[str, str]:
@@ -81,53 +81,53 @@ def bad_photos(folder: Path) -> dict[str, str]:
     }
 
 
-def test_bad_photos_are_answered_with_a_sentence(studio, tmp_path):
+def test_bad_photos_are_answered_with_a_sentence(actions, tmp_path):
     for name, words in bad_photos(tmp_path).items():
         with pytest.raises(ValueError, match=words) as caught:
-            studio.open_photo(str(tmp_path / name))
+            actions.open_photo(str(tmp_path / name))
         assert re.fullmatch(r"[A-Z][^/]*\.", str(caught.value)), "a sentence, without paths of the server"
     with pytest.raises(ValueError, match="Choose a photo"):
-        studio.open_photo(None)
+        actions.open_photo(None)
 
 
-def test_the_first_frame_of_an_animation_is_taken(studio, tmp_path):
+def test_the_first_frame_of_an_animation_is_taken(actions, tmp_path):
     frames = [Image.new("RGB", (32, 32), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
-    assert studio.open_photo(str(tmp_path / "two.gif")).getpixel((8, 8)) == (255, 0, 0)
+    assert actions.open_photo(str(tmp_path / "two.gif")).getpixel((8, 8)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize(
     "job, words",
     [
-        (lambda studio: studio.generate("", 3), "Write what to draw"),
-        (lambda studio: studio.generate("  \n", 3), "Write what to draw"),
-        (lambda studio: studio.generate(None, 3), "Write what to draw"),
-        (lambda studio: studio.generate("cat " * 2500, 3), f"9,999 characters.*{MAX_PROMPT_CHARACTERS}"),
-        (lambda studio: studio.generate("a cat", 0), "from 1 to 6"),
-        (lambda studio: studio.generate("a cat", float("nan")), "from 1 to 6"),
-        (lambda studio: studio.generate("a cat", float("inf")), "from 1 to 6"),
-        (lambda studio: studio.generate("a cat", 2.5), "from 1 to 6"),
-        (lambda studio: studio.generate("a cat", 2, seed=None), "The seed"),
-        (lambda studio: studio.generate("a cat", 2, seed=-1), "The seed"),
-        (lambda studio: studio.vary(PHOTO, 7), "kept tokens"),
-        (lambda studio: studio.vary(None, 2), "Choose a photo"),
-        (lambda studio: studio.reconstruct(PHOTO, True), "number of tokens"),
-        (lambda studio: studio.replace_token([], 1, 1), "no tokens to change"),
-        (lambda studio: studio.replace_token([1, 2], 3, 1), "from 1 to 2"),
-        (lambda studio: studio.replace_token([1, 2], 1, 15), "from 0 to 14"),
+        (lambda actions: actions.generate("", 3), "Write what to draw"),
+        (lambda actions: actions.generate("  \n", 3), "Write what to draw"),
+        (lambda actions: actions.generate(None, 3), "Write what to draw"),
+        (lambda actions: actions.generate("cat " * 2500, 3), f"9,999 characters.*{MAX_PROMPT_CHARACTERS}"),
+        (lambda actions: actions.generate("a cat", 0), "from 1 to 6"),
+        (lambda actions: actions.generate("a cat", float("nan")), "from 1 to 6"),
+        (lambda actions: actions.generate("a cat", float("inf")), "from 1 to 6"),
+        (lambda actions: actions.generate("a cat", 2.5), "from 1 to 6"),
+        (lambda actions: actions.generate("a cat", 2, seed=None), "The seed"),
+        (lambda actions: actions.generate("a cat", 2, seed=-1), "The seed"),
+        (lambda actions: actions.vary(PHOTO, 7), "kept tokens"),
+        (lambda actions: actions.vary(None, 2), "Choose a photo"),
+        (lambda actions: actions.reconstruct(PHOTO, True), "number of tokens"),
+        (lambda actions: actions.replace_token([], 1, 1), "no tokens to change"),
+        (lambda actions: actions.replace_token([1, 2], 3, 1), "from 1 to 2"),
+        (lambda actions: actions.replace_token([1, 2], 1, 15), "from 0 to 14"),
     ],
 )
-def test_wrong_requests_are_answered_with_a_sentence_before_any_work(studio, job, words):
+def test_wrong_requests_are_answered_with_a_sentence_before_any_work(actions, job, words):
     with pytest.raises(ValueError, match=words):
-        job(studio)
+        job(actions)
 
 
 def test_a_model_without_a_prior_still_takes_photos_apart(tiny_tokenizer_pipeline):
-    studio = Studio(tiny_tokenizer_pipeline)
-    assert not studio.reads_prompts
-    assert studio.reconstruct(PHOTO, 1).num_tokens == 1
+    actions = DemoActions(tiny_tokenizer_pipeline)
+    assert not actions.reads_prompts
+    assert actions.reconstruct(PHOTO, 1).num_tokens == 1
     with pytest.raises(ValueError, match="no prior"):
-        studio.generate("a cat", 1)
+        actions.generate("a cat", 1)
 
 
 def test_the_space_has_what_the_hub_asks_for():

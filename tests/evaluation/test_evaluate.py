@@ -367,9 +367,10 @@ def test_two_processes_give_the_figures_of_one(whole_run, data_folder, model_fol
     assert together["protocol"] == alone["protocol"]
 
 
-def test_a_token_count_that_the_model_does_not_have_is_refused(run):
-    with pytest.raises(ValueError, match="this model can be measured with 1 to 4"):
-        run("reconstruction", "--token_counts", 8)
+@pytest.mark.parametrize("counts, message", [([0], "1 or more"), ([4, 1], "growing")])
+def test_token_counts_follow_the_rule_of_the_pipeline(run, counts, message):
+    with pytest.raises(ValueError, match=message):
+        run("reconstruction", "--token_counts", *counts)
 
 
 def test_too_few_images_for_the_feature_network_are_refused_before_any_work(run, network_folder):

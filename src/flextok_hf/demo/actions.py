@@ -33,7 +33,7 @@ class Reconstruction:
     psnr_db: float
 
 
-class Studio:
+class DemoActions:
     """One pipeline and the jobs of the demo.
 
     Args:

@@ -1,4 +1,4 @@
-"""The page of the demo: four tabs over one `Studio`, made with Gradio.
+"""The page of the demo: four tabs over one `DemoActions`, made with Gradio.
 
 One image is worked on at a time (`MODEL_QUEUE`): a pipeline has one scheduler, and two jobs at once would only take
 turns on the same cores. Everybody else waits in the queue and sees it.
@@ -16,7 +16,7 @@ import gradio as gr
 from ..models.nested_dropout import token_ladder
 from ..pipelines.pipeline_flextok import FlexTokPipeline
 from ..utils.sheets import token_count_title
-from .actions import NUM_VARIATIONS, Studio
+from .actions import NUM_VARIATIONS, DemoActions
 
 
 logger = logging.getLogger(__name__)
@@ -46,24 +46,24 @@ def build_demo(pipe: FlexTokPipeline, name: str = "the embedded model") -> gr.Bl
     Returns:
         The page with its queue; `launch_options()` are meant for its `launch`.
     """
-    studio = Studio(pipe)
+    actions = DemoActions(pipe)
     with gr.Blocks(title="FlexTok", analytics_enabled=False, delete_cache=(KEEP_FILES_S, KEEP_FILES_S)) as demo:
         gr.Markdown(
             "# FlexTok: images as 1 to"
-            f" {studio.num_registers} tokens\nThe first tokens say what an image is about, later ones add detail."
+            f" {actions.num_registers} tokens\nThe first tokens say what an image is about, later ones add detail."
             f" Every number of them gives an image. You see {name}: {pipe.resolution} x {pipe.resolution} pixels,"
-            f" {pipe.codebook_size:,} codes, {studio.bits_per_token:.1f} bits per token."
+            f" {pipe.codebook_size:,} codes, {actions.bits_per_token:.1f} bits per token."
         )
         with gr.Tabs():
             with gr.Tab("Reconstruct"):
-                add_reconstruct(studio)
-            if studio.reads_prompts:
+                add_reconstruct(actions)
+            if actions.reads_prompts:
                 with gr.Tab("Generate"):
-                    add_generate(studio)
+                    add_generate(actions)
                 with gr.Tab("Vary"):
-                    add_vary(studio)
+                    add_vary(actions)
             with gr.Tab("Tokens"):
-                add_tokens(studio)
+                add_tokens(actions)
     return demo.queue(max_size=MAX_QUEUE_LENGTH)
 
 
@@ -73,22 +73,22 @@ def launch_options() -> dict[str, Any]:
     return {"theme": theme, "css": CSS, "max_file_size": MAX_FILE_SIZE, "footer_links": []}
 
 
-def add_reconstruct(studio: Studio) -> None:
+def add_reconstruct(actions: DemoActions) -> None:
     """Tab: a photo, a slider over the number of tokens, original and reconstruction side by side."""
     with gr.Row():
         with gr.Column(min_width=280):
             photo = photo_input()
-            count = token_slider(studio, "Tokens", studio.num_registers, "reconstruct-tokens")
+            count = token_slider(actions, "Tokens", actions.num_registers, "reconstruct-tokens")
             seed = seed_input()
             button = gr.Button("Draw it again", variant="primary")
         with gr.Column(min_width=280, scale=2):
             with gr.Row():
-                original = image_output(studio, "What the model sees")
-                image = image_output(studio, "What comes back")
+                original = image_output(actions, "What the model sees")
+                image = image_output(actions, "What comes back")
             facts = gr.Markdown(elem_id="reconstruct-facts")
 
     def run(path, num_tokens, seed):
-        result = studio.reconstruct(path, num_tokens, seed)
+        result = actions.reconstruct(path, num_tokens, seed)
         line = (
             f"**{token_count_title(result.num_tokens)}**, {result.bits:.0f} bits"
             f" ({result.bits / 8:.0f} bytes), PSNR {result.psnr_db:.1f} dB"
@@ -101,27 +101,27 @@ def add_reconstruct(studio: Studio) -> None:
     on(count.release, answer(run), inputs, outputs, trigger_mode="always_last")
 
 
-def add_generate(studio: Studio) -> None:
+def add_generate(actions: DemoActions) -> None:
     """Tab: a prompt; images appear as its tokens are written."""
     with gr.Row():
         with gr.Column(min_width=280):
             prompt = gr.Textbox(label="Prompt", value="a cat", placeholder="a cat", max_lines=3)
             button = gr.Button("Draw", variant="primary")
             gr.Examples(["a cat", "a red apple", "a 3d rocket", "a castle"], prompt, label="Try")
-            count = token_slider(studio, "Tokens at most", studio.num_registers, "generate-tokens")
+            count = token_slider(actions, "Tokens at most", actions.num_registers, "generate-tokens")
             seed = seed_input()
             with gr.Accordion("Guidance", open=False):
-                guidance = guidance_slider("Follow the tokens", studio.pipe.config.default_guidance_scale)
-                prior_guidance = guidance_slider("Follow the prompt", studio.pipe.config.default_prior_guidance_scale)
+                guidance = guidance_slider("Follow the tokens", actions.pipe.config.default_guidance_scale)
+                prior_guidance = guidance_slider("Follow the prompt", actions.pipe.config.default_prior_guidance_scale)
         with gr.Column(min_width=280, scale=2):
             progress = gr.HTML(elem_id="generate-progress")
-            image = image_output(studio, "The image so far", height=320)
-            gallery = gallery_output(studio, "How it came about")
+            image = image_output(actions, "The image so far", height=320)
+            gallery = gallery_output(actions, "How it came about")
 
     def run(text, max_tokens, seed, guidance_scale, prior_guidance_scale):
-        total = len([step for step in token_ladder(studio.num_registers) if step < max_tokens]) + 1
+        total = len([step for step in token_ladder(actions.num_registers) if step < max_tokens]) + 1
         shown: list[tuple] = []
-        images = studio.generate(text, max_tokens, seed, guidance_scale, prior_guidance_scale)
+        images = actions.generate(text, max_tokens, seed, guidance_scale, prior_guidance_scale)
         yield progress_bar(0, total, "writing"), None, []
         for number, num_tokens, image in images:
             title = token_count_title(num_tokens)
@@ -133,21 +133,21 @@ def add_generate(studio: Studio) -> None:
     on(prompt.submit, answer(run), inputs, outputs, show_progress="hidden")
 
 
-def add_vary(studio: Studio) -> None:
+def add_vary(actions: DemoActions) -> None:
     """Tab: a photo, the number of tokens to keep, and images that share them."""
     with gr.Row():
         with gr.Column(min_width=280):
             photo = photo_input()
-            keep = token_slider(studio, "Tokens to keep", min(4, studio.num_registers), "vary-tokens")
+            keep = token_slider(actions, "Tokens to keep", min(4, actions.num_registers), "vary-tokens")
             prompt = gr.Textbox(label="Prompt (may be empty)", max_lines=3)
             seed = seed_input()
             button = gr.Button("Vary", variant="primary")
         with gr.Column(min_width=280, scale=2):
             progress = gr.HTML(elem_id="vary-progress")
-            gallery = gallery_output(studio, "What is kept, and four ways to go on")
+            gallery = gallery_output(actions, "What is kept, and four ways to go on")
 
     def run(path, keep_tokens, text, seed):
-        images = studio.vary(path, keep_tokens, text, seed)
+        images = actions.vary(path, keep_tokens, text, seed)
         total = 1 + NUM_VARIATIONS
         shown: list[tuple] = []
         yield progress_bar(0, total, "reading"), []
@@ -159,16 +159,16 @@ def add_vary(studio: Studio) -> None:
     on(button.click, answer(run), inputs, outputs, api_name="vary", show_progress="hidden")
 
 
-def add_tokens(studio: Studio) -> None:
+def add_tokens(actions: DemoActions) -> None:
     """Tab: the ids of an image with their digits; replace one and see what it changes."""
     token_ids = gr.State([])
-    levels = " x ".join(map(str, studio.pipe.encoder.quantizer.levels))
-    gr.Markdown(f"A token is one of {studio.pipe.codebook_size:,} codes: {levels} levels, written as digits.")
+    levels = " x ".join(map(str, actions.pipe.encoder.quantizer.levels))
+    gr.Markdown(f"A token is one of {actions.pipe.codebook_size:,} codes: {levels} levels, written as digits.")
     with gr.Row():
         with gr.Column(min_width=280):
             photo = photo_input()
             read = gr.Button("Read the photo")
-            if studio.reads_prompts:
+            if actions.reads_prompts:
                 prompt = gr.Textbox(label="or a prompt", value="a cat", max_lines=3)
                 write = gr.Button("Write tokens for the prompt")
             seed = seed_input()
@@ -182,27 +182,27 @@ def add_tokens(studio: Studio) -> None:
                 label="Tokens; choose one to replace it",
                 elem_id="token-table",
             )
-            number = gr.Number(1, label="Token to replace", precision=0, minimum=1, maximum=studio.num_registers)
-            new_id = gr.Number(0, label="New id", precision=0, minimum=0, maximum=studio.pipe.codebook_size - 1)
+            number = gr.Number(1, label="Token to replace", precision=0, minimum=1, maximum=actions.num_registers)
+            new_id = gr.Number(0, label="New id", precision=0, minimum=0, maximum=actions.pipe.codebook_size - 1)
             replace = gr.Button("Replace", variant="primary")
         with gr.Column(min_width=280):
-            before = image_output(studio, "Before")
-            after = image_output(studio, "After")
+            before = image_output(actions, "Before")
+            after = image_output(actions, "After")
 
     def show(ids):
-        return ids, studio.token_rows(ids), None
+        return ids, actions.token_rows(ids), None
 
     def run_read(path, seed):
-        ids = studio.tokens_of_photo(path)
-        return *show(ids), studio.decode(ids, seed)
+        ids = actions.tokens_of_photo(path)
+        return *show(ids), actions.decode(ids, seed)
 
     def run_write(text, seed):
-        ids = studio.tokens_of_prompt(text, seed)
-        return *show(ids), studio.decode(ids, seed)
+        ids = actions.tokens_of_prompt(text, seed)
+        return *show(ids), actions.decode(ids, seed)
 
     def run_replace(ids, place, token_id, seed):
-        changed, old, new = studio.replace_token(ids, place, token_id, seed)
-        return changed, studio.token_rows(changed), new, old
+        changed, old, new = actions.replace_token(ids, place, token_id, seed)
+        return changed, actions.token_rows(changed), new, old
 
     def choose(ids, event: gr.SelectData):
         place = event.index[0]
@@ -211,7 +211,7 @@ def add_tokens(studio: Studio) -> None:
     outputs = [token_ids, table, after, before]
     on(read.click, answer(run_read), [photo, seed], outputs)
     on(photo.upload, answer(run_read), [photo, seed], outputs)
-    if studio.reads_prompts:
+    if actions.reads_prompts:
         on(write.click, answer(run_write), [prompt, seed], outputs)
     on(replace.click, answer(run_replace), [token_ids, number, new_id, seed], outputs)
     table.select(choose, [token_ids], [number, new_id], queue=False, api_visibility="private")
@@ -258,7 +258,7 @@ def progress_bar(done: int, total: int, what: str) -> str:
 def photo_input() -> gr.Image:
     """A place for a photo, handed on as the path of the file that was sent.
 
-    Gradio would open the file before us and answer a bad one with a traceback; the studio says what is wrong with it.
+    Gradio would open the file before us and answer a bad one with a traceback; the actions says what is wrong with it.
     """
     photo = gr.Image(label="Photo", sources=["upload", "clipboard"], height=260, buttons=[])
     # Not by a class of our own: Gradio writes a stub file into the package for each of them.
@@ -270,28 +270,28 @@ def seed_input() -> gr.Number:
     return gr.Number(0, label="Seed: same seed, same image", precision=0, minimum=0, maximum=2**32 - 1)
 
 
-def token_slider(studio: Studio, label: str, value: int, elem_id: str) -> gr.Slider:
-    return gr.Slider(1, studio.num_registers, value=value, step=1, label=label, elem_id=elem_id)
+def token_slider(actions: DemoActions, label: str, value: int, elem_id: str) -> gr.Slider:
+    return gr.Slider(1, actions.num_registers, value=value, step=1, label=label, elem_id=elem_id)
 
 
 def guidance_slider(label: str, value: float) -> gr.Slider:
     return gr.Slider(1, max(15, value), value=value, step=0.5, label=label)
 
 
-def image_output(studio: Studio, label: str, height: int = 260) -> gr.Image:
-    classes = ["result", *pixel_classes(studio)]
+def image_output(actions: DemoActions, label: str, height: int = 260) -> gr.Image:
+    classes = ["result", *pixel_classes(actions)]
     buttons: list = ["download", "fullscreen"]
     return gr.Image(label=label, interactive=False, format="png", height=height, buttons=buttons, elem_classes=classes)
 
 
-def gallery_output(studio: Studio, label: str) -> gr.Gallery:
+def gallery_output(actions: DemoActions, label: str) -> gr.Gallery:
     buttons: list = ["download", "fullscreen"]
-    classes = pixel_classes(studio)
+    classes = pixel_classes(actions)
     return gr.Gallery(
         label=label, columns=4, format="png", object_fit="contain", buttons=buttons, elem_classes=classes
     )
 
 
-def pixel_classes(studio: Studio) -> list[str]:
+def pixel_classes(actions: DemoActions) -> list[str]:
     """Small images are enlarged by the browser; smoothing would flatter a small model."""
-    return ["pixels"] if studio.pipe.resolution < 128 else []
+    return ["pixels"] if actions.pipe.resolution < 128 else []
