@@ -1,6 +1,6 @@
 """Compiled models: no graph breaks, the same results, and no compilation for every number of tokens.
 
-Graphs are traced as for any backend but run by PyTorch itself, which needs no C++ compiler and little time.
+Graphs are traced as for any backend but run eagerly, which is fast and needs no C++ compiler.
 """
 
 import pytest
@@ -51,7 +51,7 @@ def test_the_whole_decoder_compiles_for_all_lengths():
     for num_tokens in range(2, NUM_REGISTERS + 1):
         inputs = decoder_inputs(4, num_tokens)
         torch.testing.assert_close(decoder(*inputs).velocity, plain(*inputs).velocity)
-    # with and without dropped registers; and a third where the first count equals the size of the codes by chance
+    # with and without dropped registers; and a third where the first count happens to equal the size of the codes
     assert num_graphs() <= 3
 
 
@@ -78,6 +78,6 @@ def test_a_compiled_pipeline_gives_the_same_images():
         assert all(ids.equal(same) for ids, same in zip(output.token_ids, expected.token_ids, strict=True))
         token_ids = pipe.tokenize(expected.images, max_tokens=max(counts))
         assert token_ids.equal(plain.tokenize(expected.images, max_tokens=max(counts)))
-    # blocks of the decoder with and without dropped registers and of the encoder in the middle and at the end, the
-    # decoder's ones twice where a group of rows is a single one
+    # decoder blocks with and without dropped registers, each twice where a group has a single row; encoder blocks in
+    # the middle and at the end
     assert num_graphs() <= 6

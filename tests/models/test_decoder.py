@@ -1,4 +1,4 @@
-"""The flow decoder: what each prefix of codes may and may not influence."""
+"""The flow decoder: what a prefix of codes does and does not influence."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def latents():
 SIGMA = torch.tensor([0.1, 0.5, 1.0])
 LENGTHS = torch.tensor([0, 3, NUM_REGISTERS])
 CODES, OTHER_CODES = (torch.rand(3, NUM_REGISTERS, len(FSQ_LEVELS), generator=seeded(seed)) * 2 - 1 for seed in (0, 1))
-EVERYONE = torch.ones(3, dtype=torch.bool)
+ALL_ROWS = torch.ones(3, dtype=torch.bool)
 
 
 def velocity(decoder, latents, *args):
@@ -55,13 +55,13 @@ def test_the_number_of_codes_matters(tiny_decoder, latents):
 
 
 def test_the_unconditional_velocity_ignores_codes_and_their_number(tiny_decoder, latents):
-    expected = velocity(tiny_decoder, latents, CODES, None, EVERYONE)
-    other = velocity(tiny_decoder, latents, OTHER_CODES[:, :2], LENGTHS.clamp(max=2), EVERYONE)
+    expected = velocity(tiny_decoder, latents, CODES, None, ALL_ROWS)
+    other = velocity(tiny_decoder, latents, OTHER_CODES[:, :2], LENGTHS.clamp(max=2), ALL_ROWS)
     torch.testing.assert_close(other, expected, atol=1e-5, rtol=0)
     assert not torch.allclose(expected, velocity(tiny_decoder, latents, CODES, torch.zeros(3, dtype=torch.int64)))
 
 
-def test_a_batch_of_mixed_conditions_is_decoded_like_single_images(tiny_decoder, latents):
+def test_a_batch_of_mixed_conditions_matches_single_images(tiny_decoder, latents):
     ignored = torch.tensor([False, False, True])
     together = velocity(tiny_decoder, latents, CODES, LENGTHS, ignored)
     with torch.no_grad():
@@ -130,7 +130,7 @@ def test_an_unknown_attention_backend_is_refused(tiny_decoder):
         tiny_decoder.set_attention_backend("natively")
 
 
-def test_weights_kept_in_eight_bits_draw_almost_the_same():
+def test_fp8_layerwise_casting_gives_nearly_the_same_latents():
     pipe, token_ids = make_pipeline(), torch.zeros(1, 2, dtype=torch.long)
     options = {"num_inference_steps": 2, "output_type": "latent", "latents": torch.zeros(1, 3, 16, 16)}
     expected = pipe.detokenize(token_ids, **options).images
@@ -140,7 +140,7 @@ def test_weights_kept_in_eight_bits_draw_almost_the_same():
     assert 0 < (latents - expected).norm() < 0.2 * expected.norm()
 
 
-def test_an_adapter_learns_while_the_decoder_stays(tiny_decoder, latents):
+def test_an_adapter_is_trainable_while_the_decoder_is_frozen(tiny_decoder, latents):
     peft = pytest.importorskip("peft")
     before = velocity(tiny_decoder, latents, CODES)
     tiny_decoder.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))

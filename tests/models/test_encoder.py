@@ -1,4 +1,4 @@
-"""The encoder: registers that never look ahead."""
+"""The encoder: registers never attend to later ones."""
 
 import pytest
 import torch
@@ -53,8 +53,8 @@ def test_every_register_depends_on_every_patch(tiny_encoder, latents):
 
 @pytest.mark.parametrize("num_tokens", [1, 4, NUM_REGISTERS])
 @torch.no_grad()
-def test_a_batch_as_long_as_its_sequence_is_encoded_like_single_images(tiny_encoder, num_tokens):
-    """The mask of such a batch has the shape (batch, length) and must not pass for a padding mask."""
+def test_a_batch_as_long_as_its_sequence_matches_single_images(tiny_encoder, num_tokens):
+    """The mask of such a batch has the shape (batch, length) and must not be taken for a padding mask."""
     batch_size = NUM_PATCHES + num_tokens
     latents = torch.randn(batch_size, 3, 16, 16, generator=seeded())
 
@@ -66,7 +66,7 @@ def test_a_batch_as_long_as_its_sequence_is_encoded_like_single_images(tiny_enco
 
 
 @torch.no_grad()
-def test_outputs_belong_together(tiny_encoder, latents):
+def test_outputs_are_consistent(tiny_encoder, latents):
     output = tiny_encoder(latents)
     assert output.features.shape == output.codes.shape == (3, NUM_REGISTERS, len(FSQ_LEVELS))
     assert output.token_ids.dtype == torch.int64
@@ -75,7 +75,7 @@ def test_outputs_belong_together(tiny_encoder, latents):
 
 
 @torch.no_grad()
-def test_a_tuple_comes_back_on_request(tiny_encoder, latents):
+def test_return_dict_false_gives_a_tuple(tiny_encoder, latents):
     assert tiny_encoder(latents, return_dict=False)[2].equal(tiny_encoder(latents).token_ids)
 
 
@@ -101,7 +101,7 @@ def test_saving_and_loading_changes_no_bit(tiny_encoder, latents, tmp_path, dtyp
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @torch.no_grad()
 def test_an_encoder_loaded_in_half_precision_computes_in_it(tiny_encoder, latents, tmp_path, dtype):
-    """Transformers loads buffers in the precision in which the class makes them, unlike weights."""
+    """Unlike weights, Transformers loads buffers in the dtype that the class creates them with."""
     tiny_encoder.save_pretrained(tmp_path)
     features = AutoModel.from_pretrained(tmp_path, dtype=dtype)(latents.to(dtype)).features
     assert features.dtype == dtype
@@ -129,6 +129,6 @@ def test_gradient_checkpointing_changes_nothing(latents):
         ({"patch_size": "two"}, "patch_size"),
     ],
 )
-def test_a_configuration_that_does_not_fit_is_refused(values, message):
+def test_an_invalid_configuration_is_refused(values, message):
     with pytest.raises(Exception, match=message):
         FlexTokEncoderConfig(**{"num_hidden_layers": 1, **SHAPES, **values})

@@ -1,4 +1,4 @@
-"""The two-dimensional control: a token per patch, in raster order, added to the patches in the decoder."""
+"""The 2D control: one token per patch, in raster order, added to the patches in the decoder."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def velocity(decoder, latents, *args):
 
 
 @torch.no_grad()
-def test_an_image_has_a_token_per_patch_and_any_start_of_them(encoder):
+def test_an_image_has_a_token_per_patch_and_can_stop_after_any_of_them(encoder):
     output = encoder(LATENTS)
     assert output.token_ids.shape == (3, NUM_TOKENS) and len(output.token_ids.unique()) > 1
     for length in (1, 7, NUM_TOKENS, NUM_TOKENS + 1):
@@ -50,8 +50,8 @@ def test_an_image_has_a_token_per_patch_and_any_start_of_them(encoder):
 
 
 @torch.no_grad()
-def test_tokens_stand_in_raster_order(encoder):
-    """With the blocks removed, a token sees its own patch alone."""
+def test_tokens_are_in_raster_order(encoder):
+    """With the blocks removed, a token sees only its own patch."""
     encoder.blocks = torch.nn.ModuleList()
     changed = LATENTS.clone()
     changed[:, :, 4:8, 8:12] += 1  # second row, third column of 4 x 4 patches
@@ -67,7 +67,7 @@ def test_every_token_sees_every_patch(encoder):
     assert differs.gt(1e-6).all()
 
 
-def test_an_encoder_without_registers_has_none(encoder):
+def test_a_grid_encoder_has_no_registers(encoder):
     assert not hasattr(encoder, "register_tokens")
 
 
@@ -101,7 +101,7 @@ def test_with_a_mask_token_missing_tokens_are_not_those_of_id_0(encoder):
 
 
 def test_a_token_acts_at_its_own_patch(decoder):
-    """With the blocks removed, changing a token changes the velocity of its patch alone."""
+    """With the blocks removed, changing a token changes only the velocity of its patch."""
     decoder.transformer_blocks = torch.nn.ModuleList()
     changed = CODES.clone()
     changed[:, 6] = OTHER_CODES[:, 6]
@@ -112,13 +112,13 @@ def test_a_token_acts_at_its_own_patch(decoder):
 
 
 def test_the_unconditional_velocity_ignores_codes_and_their_number(decoder):
-    everyone = torch.ones(3, dtype=torch.bool)
-    expected = velocity(decoder, LATENTS, CODES, None, everyone)
-    assert velocity(decoder, LATENTS, OTHER_CODES[:, :2], LENGTHS.clamp(max=2), everyone).equal(expected)
+    all_rows = torch.ones(3, dtype=torch.bool)
+    expected = velocity(decoder, LATENTS, CODES, None, all_rows)
+    assert velocity(decoder, LATENTS, OTHER_CODES[:, :2], LENGTHS.clamp(max=2), all_rows).equal(expected)
     assert not torch.allclose(expected, velocity(decoder, LATENTS, CODES))
 
 
-def test_a_batch_of_mixed_conditions_is_decoded_like_single_images(decoder):
+def test_a_batch_of_mixed_conditions_matches_single_images(decoder):
     ignored = torch.tensor([False, False, True])
     together = velocity(decoder, LATENTS, CODES, LENGTHS, ignored)
     for i in range(3):
@@ -128,7 +128,7 @@ def test_a_batch_of_mixed_conditions_is_decoded_like_single_images(decoder):
 
 
 @torch.no_grad()
-def test_smaller_and_longer_images_have_fewer_tokens(encoder, decoder):
+def test_smaller_and_rectangular_images_have_fewer_tokens(encoder, decoder):
     latents = LATENTS[..., :8, :12]  # 2 x 3 patches
     codes = encoder(latents).codes
     assert codes.shape[1] == 6
@@ -170,7 +170,7 @@ def test_a_training_step_reaches_every_weight(encoder):
         assert parameter.grad is not None and parameter.grad.any(), name
 
 
-def test_a_pipeline_draws_from_any_start_of_the_raster(encoder, decoder):
+def test_a_pipeline_decodes_any_prefix_of_the_raster(encoder, decoder):
     pipe = FlexTokPipeline(encoder, decoder, FlowMatchEulerDiscreteScheduler())
     pipe.set_progress_bar_config(disable=True)
     image = torch.rand(3, 16, 16, generator=seeded())
@@ -196,7 +196,7 @@ def test_rows_of_all_lengths_share_a_call(decoder):
         ({"token_layout": "grid", "num_registers": 6}, "`num_registers` is 6, but a grid .* set it to 16"),
     ],
 )
-def test_a_layout_that_does_not_fit_is_refused(make, values, message):
+def test_an_invalid_layout_is_refused(make, values, message):
     with pytest.raises(Exception, match=message):
         make(**values)
 
@@ -206,7 +206,7 @@ def test_registers_without_nested_dropout_are_refused():
         make_decoder(nested_dropout=False)
 
 
-def test_a_grid_is_trained_by_naming_its_layout():
+def test_a_grid_is_trained_by_specifying_its_layout():
     sizes = {"resolution": 16, "encoder_patch_size": 4, "decoder_patch_size": 4, "head_dim": 16}
     widths = {"encoder_hidden_size": 32, "decoder_hidden_size": 32, "encoder_num_layers": 1, "decoder_num_layers": 1}
     layout = {"token_layout": "grid", "num_registers": NUM_TOKENS, "fsq_levels": FSQ_LEVELS}

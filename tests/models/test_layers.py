@@ -9,7 +9,7 @@ from flextok_hf.models.layers import (
     PatchEmbedding,
     TimestepEmbedder,
     attend,
-    attend_in_products,
+    attend_with_matmuls,
     layer_norm,
     patchify,
     sincos_position_table,
@@ -25,7 +25,7 @@ def random(*shape, seed=0):
     return torch.randn(*shape, generator=seeded(seed))
 
 
-def test_attention_is_softmax_of_scaled_products():
+def test_attention_is_softmax_of_scaled_logits():
     query, key, value = random(2, 5, 3, 4), random(2, 6, 3, 4, seed=1), random(2, 6, 3, 4, seed=2)
     logits = torch.einsum("bqhd,bkhd->bhqk", query, key) * 0.7
     expected = torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1), value)
@@ -33,8 +33,8 @@ def test_attention_is_softmax_of_scaled_products():
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5])
-def test_a_square_mask_says_which_query_sees_which_key_for_any_batch(batch_size):
-    """With as many samples as positions, the mask once passed for a padding mask of (batch, length)."""
+def test_a_square_mask_works_for_any_batch_size(batch_size):
+    """With as many samples as positions, the mask was once taken for a padding mask of (batch, length)."""
     query, key, value = (random(batch_size, 5, 2, 4, seed=seed) for seed in range(3))
     causal = torch.ones(5, 5, dtype=torch.bool).tril()
 
@@ -47,22 +47,22 @@ def test_a_square_mask_says_which_query_sees_which_key_for_any_batch(batch_size)
 MASKS = {
     "none": None,
     "bias per key": random(3, 1, 1, 6, seed=4),
-    "who sees whom": torch.ones(1, 1, 5, 6, dtype=torch.bool).tril(),
+    "boolean": torch.ones(1, 1, 5, 6, dtype=torch.bool).tril(),
     "logits of each head": random(3, 2, 5, 6, seed=5),
 }
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @torch.no_grad()
-def test_attention_in_products_is_attention(mask):
+def test_attention_with_matmuls_equals_attention(mask):
     query, key, value = random(3, 5, 2, 4), random(3, 6, 2, 4, seed=1), random(3, 6, 2, 4, seed=2)
     expected = attend(query, key, value, mask, scale=0.7)
-    torch.testing.assert_close(attend_in_products(query, key, value, mask, scale=0.7), expected)
+    torch.testing.assert_close(attend_with_matmuls(query, key, value, mask, scale=0.7), expected)
 
 
 @torch.no_grad()
 def test_bfloat16_attention_is_close_to_float32_whatever_the_size():
-    """Large ones are computed in another way than small ones."""
+    """Large and small inputs take different code paths."""
     for length in (8, 100):
         query, key, value = (random(2, length, 3, 16, seed=seed).bfloat16() for seed in range(3))
         expected = attend(query.float(), key.float(), value.float())
@@ -70,15 +70,15 @@ def test_bfloat16_attention_is_close_to_float32_whatever_the_size():
 
 
 @torch.no_grad()
-def test_a_bias_per_key_means_the_same_in_bfloat16():
+def test_a_bias_per_key_is_accurate_in_bfloat16():
     query, key, value = (random(2, 100, 3, 16, seed=seed).bfloat16() for seed in range(3))
     bias = random(2, 100, seed=3)
     expected = attend(query.float(), key.float(), value.float(), key_bias=bias)
     torch.testing.assert_close(attend(query, key, value, key_bias=bias).float(), expected, atol=0.03, rtol=0)
 
 
-def test_a_gated_mlp_without_gradients_gives_the_same_and_keeps_its_input():
-    """It writes over its own states then."""
+def test_a_gated_mlp_without_gradients_gives_the_same_and_preserves_its_input():
+    """It then overwrites its own states."""
     mlp = GatedMLP(24)
     hidden_states = random(2, 5, 24)
     expected = mlp(hidden_states)
@@ -113,7 +113,7 @@ def test_patches_are_row_major_with_channels_last():
 
 
 @pytest.mark.parametrize("height, width", [(4, 4), (4, 8), (12, 4)])
-def test_patches_put_together_are_the_latents(height, width):
+def test_unpatchify_inverts_patchify(height, width):
     latents = random(2, 3, height, width)
     assert unpatchify(patchify(latents, 2), 2, height, width).equal(latents)
 
@@ -138,7 +138,7 @@ def test_latents_that_do_not_fit_the_grid_are_refused(height, width):
         PatchEmbedding(3, 2, 4, 16)(torch.zeros(1, 3, height, width))
 
 
-def test_the_largest_timestep_only_stretches_the_noise_levels():
+def test_max_timestep_only_rescales_the_noise_levels():
     one, thousand = TimestepEmbedder(16, 32, 1.0), TimestepEmbedder(16, 32, 1000.0)
     thousand.load_state_dict(one.state_dict())
     sigma = torch.tensor([0.0, 0.25, 0.9])

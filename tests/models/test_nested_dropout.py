@@ -26,12 +26,12 @@ def test_rounding_up_gives_half_of_the_samples_all_tokens():
     assert (counts == 16).float().mean() == pytest.approx(0.5, abs=0.03)
 
 
-def test_an_unknown_mode_is_refused_by_name():
+def test_an_unknown_mode_is_refused():
     with pytest.raises(ValueError, match="powers_of_two.*'pow3'"):
         sample_num_tokens(4, 16, "pow3")
 
 
-def test_only_the_tail_is_replaced_and_the_input_stays_as_it_was():
+def test_only_the_tail_is_replaced_and_the_input_is_unchanged():
     registers = torch.randn(3, 5, 4)
     before, mask_token = registers.clone(), torch.randn(4)
 

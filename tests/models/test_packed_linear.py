@@ -1,4 +1,4 @@
-"""Packed weights: the same products, for the length of a `with` block, and only where they can be used."""
+"""Packed weights: the same results, only inside a `with` block, and only where they can be used."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def random(*shape):
 @pytest.mark.parametrize("shape", [(24,), (1, 24), (2, 24), (2, 1, 24), (3, 5, 24), (2, 70, 24)])
 @pytest.mark.parametrize("bias", [False, True])
 @torch.no_grad()
-def test_products_are_the_same_for_any_number_of_rows(shape, bias):
+def test_results_are_the_same_for_any_number_of_rows(shape, bias):
     model, inputs = make_model(bias), random(*shape)
     expected = model(inputs)
     with packed_weights(model, num_calls=100):
@@ -37,7 +37,7 @@ def test_products_are_the_same_for_any_number_of_rows(shape, bias):
 
 
 @needs_kernels
-def test_products_in_half_precision_are_rounded_once(monkeypatch):
+def test_results_in_half_precision_are_rounded_once(monkeypatch):
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this machine has no kernels for bfloat16")
     model, inputs = make_model(dtype=torch.bfloat16)[0], random(3, 24).bfloat16()
@@ -50,7 +50,7 @@ def test_products_in_half_precision_are_rounded_once(monkeypatch):
 @needs_kernels
 @pytest.mark.parametrize("bias", [False, True])
 @torch.no_grad()
-def test_large_products_are_the_same_without_packing(bias):
+def test_large_matmuls_give_the_same_without_packing(bias):
     layer = PackableLinear(512, 300, bias=bias)
     inputs = random(2, 20, 512)
     with torch.profiler.profile() as profile, FlopCounter() as counter:
@@ -61,25 +61,25 @@ def test_large_products_are_the_same_without_packing(bias):
 
 
 @torch.no_grad()
-def test_products_take_the_usual_way_where_another_one_does_not_fit(monkeypatch):
+def test_onednn_is_not_used_where_it_does_not_apply(monkeypatch):
     layer, inputs = PackableLinear(512, 300), random(20, 512)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not layer.gains_from_onednn(inputs)
+        assert not layer.is_faster_in_onednn(inputs)
         assert layer(inputs).dtype == torch.bfloat16
-    assert not layer.gains_from_onednn(inputs.double())
-    assert not PackableLinear(24, 40).gains_from_onednn(random(20, 24))  # too small
+    assert not layer.is_faster_in_onednn(inputs.double())
+    assert not PackableLinear(24, 40).is_faster_in_onednn(random(20, 24))  # too small
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert not layer.gains_from_onednn(inputs)
+    assert not layer.is_faster_in_onednn(inputs)
 
 
-def test_weights_that_come_in_groups_are_noticed(tiny_decoder):
+def test_group_offloading_is_detected(tiny_decoder):
     assert not is_offloaded(tiny_decoder)
     tiny_decoder.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
     assert is_offloaded(tiny_decoder)
 
 
 @needs_kernels
-def test_gradients_pass_as_ever_while_weights_are_packed():
+def test_gradients_are_the_same_while_weights_are_packed():
     model, inputs = make_model(), random(3, 24)
     model(inputs).square().sum().backward()
     expected = model[0].weight.grad.clone()
@@ -90,7 +90,7 @@ def test_gradients_pass_as_ever_while_weights_are_packed():
 
 
 @needs_kernels
-def test_packed_weights_end_with_their_block_also_after_an_error():
+def test_packed_weights_end_with_their_block_even_after_an_error():
     model = make_model()
     names = set(model.state_dict())
     with pytest.raises(KeyError), packed_weights(model, num_calls=100):
@@ -103,7 +103,7 @@ def test_packed_weights_end_with_their_block_also_after_an_error():
 
 
 @needs_kernels
-def test_nothing_is_packed_where_it_does_not_pay_or_cannot_work(monkeypatch):
+def test_nothing_is_packed_where_it_is_not_worth_it_or_not_possible(monkeypatch):
     def is_packed(model, num_calls=100):
         with packed_weights(model, num_calls):
             return any(layer.packed_weight is not None for layer in (model[0], model[2]))

@@ -43,7 +43,7 @@ def make_config(kind, **changes):
         "num_attention_heads": 2,
         "intermediate_size": 24,
         "max_position_embeddings": NUM_TOKENS,
-        "initializer_range": 0.3,  # large enough that conditions and positions show in the logits
+        "initializer_range": 0.3,  # large enough that conditions and positions affect the logits
     }
     return FlexTokPriorConfig(**{**shapes, **KINDS[kind], **changes})
 
@@ -216,7 +216,7 @@ def test_the_loss_is_the_cross_entropy_of_the_next_token(prior, input_ids):
     assert output.logits.shape == (3, NUM_TOKENS, VOCABULARY)
 
 
-def test_the_loss_divides_by_the_number_of_items_it_is_told(prior, input_ids):
+def test_the_loss_divides_by_the_passed_number_of_items(prior, input_ids):
     condition = make_condition(prior.config)
     mean = prior(input_ids, **condition, labels=input_ids).loss
     shared = prior(input_ids, **condition, labels=input_ids, num_items_in_batch=42).loss
@@ -292,7 +292,7 @@ def test_residual_outputs_start_smaller_than_other_weights():
 # Generation
 
 
-def test_the_cache_of_a_caller_stays_theirs():
+def test_the_cache_of_a_caller_is_not_reused():
     prior = make_prior("class")
     condition, inputs = make_condition(prior.config), torch.full((3, 1), VOCABULARY)
     cache = StaticCache(config=prior.config, max_cache_len=4)
@@ -303,7 +303,7 @@ def test_the_cache_of_a_caller_stays_theirs():
 
 
 @pytest.mark.parametrize("options", [{"use_cache": False}, {"cache_implementation": "static"}, {"num_beams": 1}])
-def test_all_caches_write_the_same_tokens(prior, options):
+def test_all_caches_generate_the_same_tokens(prior, options):
     condition = make_condition(prior.config)
     inputs = torch.full((3, 1), VOCABULARY)
     expected = prior.generate(inputs, **condition)
@@ -311,14 +311,14 @@ def test_all_caches_write_the_same_tokens(prior, options):
     assert prior.generate(inputs, **condition, **options, generator=torch.Generator()).equal(expected)
 
 
-def test_all_tokens_are_written_unless_told_otherwise(prior):
+def test_all_tokens_are_generated_by_default(prior):
     sequences = prior.generate(torch.full((3, 1), VOCABULARY), **make_condition(prior.config))
     assert sequences.shape == (3, 1 + NUM_TOKENS)
     assert sequences[:, 0].eq(VOCABULARY).all() and sequences[:, 1:].lt(VOCABULARY).all()
 
 
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
-def test_guidance_equals_two_separate_models_of_the_distribution(guided_prior, options):
+def test_guidance_equals_separate_conditional_and_unconditional_calls(guided_prior, options):
     config = guided_prior.config
     condition, negative = make_condition(config), make_negative(config)
     unconditional = {
@@ -337,7 +337,7 @@ def test_guidance_equals_two_separate_models_of_the_distribution(guided_prior, o
 
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
 @pytest.mark.parametrize("prefix_length", [0, 3])
-def test_class_zero_guidance_starts_from_no_class_and_goes_on_from_class_zero(options, prefix_length):
+def test_class_zero_guidance_starts_without_a_class_and_continues_with_class_zero(options, prefix_length):
     prior = make_prior("class")
     labels = torch.tensor([1, 2, 3])
     inputs = ids = torch.cat([torch.full((3, 1), VOCABULARY), torch.arange(3 * prefix_length).view(3, -1)], dim=1)
@@ -352,7 +352,7 @@ def test_class_zero_guidance_starts_from_no_class_and_goes_on_from_class_zero(op
     assert not prior.generate(**asked).equal(ids)
 
 
-def test_class_zero_guidance_is_an_option_that_is_saved_with_the_prior(tmp_path):
+def test_class_zero_guidance_is_saved_with_the_prior(tmp_path):
     prior = make_prior("class")
     asked = {"class_labels": torch.tensor([1, 2, 3]), "guidance_scale": 2.5}
     expected = prior.generate(**asked, class_zero_guidance=True)
@@ -374,7 +374,7 @@ def test_a_list_of_generators_makes_rows_independent_of_their_batch(guided_prior
         assert alone.equal(together[index : index + 1])
 
 
-def test_the_same_seed_writes_the_same_tokens(prior):
+def test_the_same_seed_generates_the_same_tokens(prior):
     inputs, condition = torch.full((3, 1), VOCABULARY), make_condition(prior.config)
     first, second, other = (
         prior.generate(inputs, **condition, do_sample=True, generator=torch.Generator().manual_seed(seed))
@@ -384,7 +384,7 @@ def test_the_same_seed_writes_the_same_tokens(prior):
     assert not first.equal(other)
 
 
-def test_a_generator_leaves_the_global_one_alone(prior):
+def test_a_generator_does_not_touch_the_global_one(prior):
     inputs, condition = torch.full((3, 1), VOCABULARY), make_condition(prior.config)
     before = torch.get_rng_state()
     prior.generate(inputs, **condition, do_sample=True, generator=torch.Generator())
@@ -400,7 +400,7 @@ def test_a_shorter_request_is_a_prefix_of_a_longer_one(prior):
     assert long[:, :4].equal(short)
 
 
-def test_a_prefix_is_continued_as_if_it_had_been_written(guided_prior):
+def test_a_prefix_is_continued_as_if_it_had_been_generated(guided_prior):
     condition, negative = make_condition(guided_prior.config), make_negative(guided_prior.config)
     whole = guided_prior.generate(**condition, **negative, guidance_scale=2.0)
     rest = guided_prior.generate(whole[:, :5], **condition, **negative, guidance_scale=2.0)
@@ -414,7 +414,7 @@ def test_sampling_uses_the_whole_distribution_by_default():
     assert sequences[:, 1:].unique().numel() > 70
 
 
-def test_a_top_p_of_zero_switches_the_filter_off():
+def test_a_top_p_of_zero_disables_the_filter():
     prior = make_prior("class")
     options = {"class_labels": torch.tensor([1]), "do_sample": True}
     zero, one = (prior.generate(**options, top_p=top_p, generator=seeded(4)) for top_p in (0.0, 1.0))
@@ -439,7 +439,7 @@ def test_several_sequences_per_condition_are_grouped_by_condition(guided_prior):
     assert twice.equal(once.repeat_interleave(2, dim=0))
 
 
-def test_options_may_come_as_a_generation_config():
+def test_options_may_be_passed_as_a_generation_config():
     prior = make_prior("class")
     options = {"do_sample": True, "max_new_tokens": 4, "guidance_scale": 2.0, "top_p": 0.9}
     labels = torch.tensor([1, 2])
@@ -447,7 +447,7 @@ def test_options_may_come_as_a_generation_config():
     config = GenerationConfig(**options)
     together = prior.generate(class_labels=labels, generation_config=config, generator=seeded(0, 1))
     assert together.equal(one_by_one)
-    assert config.guidance_scale == 2.0  # left as it was
+    assert config.guidance_scale == 2.0  # unchanged
 
 
 def test_beam_search_scores_at_least_the_greedy_sequence():
@@ -490,12 +490,12 @@ def test_a_compiled_step_serves_all_lengths_and_prompts():
     for text_length, num_tokens in ((TEXT_LENGTH, 4), (3, NUM_TOKENS), (1, 6)):
         condition = {name: value[:, :text_length] for name, value in make_condition(prior.config).items()}
         condition |= make_negative(prior.config)
-        written = prior.generate(**condition, max_new_tokens=num_tokens, **options)
-        assert written.equal(prior.generate(**condition, max_new_tokens=num_tokens, guidance_scale=2.0))
+        generated = prior.generate(**condition, max_new_tokens=num_tokens, **options)
+        assert generated.equal(prior.generate(**condition, max_new_tokens=num_tokens, guidance_scale=2.0))
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_the_static_cache_of_a_compiled_call_is_used_again_unless_the_caller_has_it():
+def test_the_static_cache_of_a_compiled_call_is_reused_unless_it_was_returned():
     prior = make_prior("text")
     options = {"compile_config": CompileConfig(backend="eager", mode=None)}
     options["compile_config"]._compile_all_devices = True
@@ -511,7 +511,7 @@ def test_the_static_cache_of_a_compiled_call_is_used_again_unless_the_caller_has
     assert prior.kept_cache is not kept
 
 
-def test_a_compiled_call_goes_on_from_its_own_cache_and_not_from_a_kept_one():
+def test_a_compiled_call_continues_from_its_own_cache_and_not_from_a_kept_one():
     prior = make_prior("text")
     options = {"compile_config": CompileConfig(backend="eager", mode=None), "generator": torch.Generator()}
     options["compile_config"]._compile_all_devices = True
@@ -540,17 +540,17 @@ def test_a_compiled_call_goes_on_from_its_own_cache_and_not_from_a_kept_one():
     ({"norm_type": "batch_norm"}, "`norm_type` must be one of rms_norm, layer_norm, got 'batch_norm'"),
     ({"qk_norm_type": "batch_norm"}, "`qk_norm_type` must be one of"),
 ])  # fmt: skip
-def test_a_config_that_does_not_fit_together_is_refused(changes, message):
+def test_an_inconsistent_config_is_refused(changes, message):
     with pytest.raises((ValueError, StrictDataclassError), match=message):
         make_config("text", **changes)
 
 
-def test_vocab_size_is_another_name_for_codebook_size():
+def test_vocab_size_is_an_alias_of_codebook_size():
     config = FlexTokPriorConfig(codebook_size=10)
     assert (config.vocab_size, config.bos_token_id) == (10, 10)
 
 
-def test_rms_norm_eps_is_another_name_for_norm_eps():
+def test_rms_norm_eps_is_an_alias_of_norm_eps():
     config = FlexTokPriorConfig(rms_norm_eps=1e-3)
     assert config.norm_eps == config.rms_norm_eps == 1e-3
     assert FlexTokPriorConfig.from_dict({"rms_norm_eps": 1e-4}).norm_eps == 1e-4
@@ -569,7 +569,7 @@ LABELS = torch.zeros(2, dtype=torch.long)
     ("text", {"input_ids": START, "encoder_hidden_states": TEXT, "encoder_attention_mask": torch.ones(2, 2)},
      "`encoder_attention_mask` must have shape"),
     ("text", {"input_ids": START, "encoder_hidden_states": TEXT, "encoder_attention_mask": NO_TEXT},
-     "`encoder_attention_mask` hides the whole text"),
+     "`encoder_attention_mask` masks the whole text"),
     ("text", {"input_ids": START, "encoder_hidden_states": TEXT, "class_labels": LABELS}, "has no classes"),
     ("class", {"input_ids": START}, "`class_labels` is missing"),
     ("class", {"input_ids": START, "class_labels": LABELS + NUM_CLASSES}, "`class_labels` must hold values"),
@@ -603,7 +603,7 @@ def test_forward_refuses_what_it_cannot_run(kind, arguments, message):
     ("class", {"class_labels": LABELS, "guidance_scale": 2.0, "num_beams": 2}, "`num_beams` above 1"),
     ("class", {"class_labels": LABELS, "temprature": 2.0}, "temprature"),
     ("class", {"class_labels": LABELS, "do_sample": True, "temperature": 0.0}, "temperature"),
-    ("unconditional", {"guidance_scale": 2.0}, "no condition to guide by"),
+    ("unconditional", {"guidance_scale": 2.0}, "this model is unconditional"),
     ("text", {"encoder_hidden_states": TEXT, "class_zero_guidance": True}, "`class_zero_guidance` is for models with"),
 ])  # fmt: skip
 def test_generate_refuses_what_it_cannot_run(kind, arguments, message):

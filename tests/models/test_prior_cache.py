@@ -18,7 +18,7 @@ def assert_equal(layer, reference):
 
 
 @pytest.mark.parametrize("capacity", [1, 4, 5, 20])
-def test_it_holds_what_a_dynamic_layer_holds(capacity):
+def test_it_matches_a_dynamic_layer(capacity):
     layer, reference = PreallocatedLayer(capacity), DynamicLayer()
     for step, length in enumerate((3, 1, 1, 2)):
         keys, values = layer.update(*states(length, step))
@@ -33,7 +33,7 @@ def test_it_is_not_copied_while_it_fits():
     assert len(places) == 1
 
 
-def test_it_is_copied_seldom_when_it_grows():
+def test_it_is_rarely_copied_when_it_grows():
     layer = PreallocatedLayer(2)
     places = [layer.update(*states(1, step))[0].data_ptr() for step in range(32)]
     assert sum(place != next_place for place, next_place in zip(places, places[1:])) == 4  # at 2, 4, 8 and 16
@@ -49,7 +49,7 @@ def test_it_is_copied_seldom_when_it_grows():
         lambda layer: layer.batch_select_indices(torch.tensor([0])),
     ],
 )
-def test_it_goes_on_after_what_beam_search_and_its_like_do(change):
+def test_it_continues_after_changes_by_beam_search_and_similar_methods(change):
     layer, reference = PreallocatedLayer(10), DynamicLayer()
     for each in (layer, reference):
         each.update(*states(4, seed=0))

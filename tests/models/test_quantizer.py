@@ -25,7 +25,7 @@ def test_every_level_is_reached_by_finite_features(levels):
     assert [len(codes[:, dim].unique()) for dim in range(len(levels))] == list(levels)
 
 
-def test_the_gradient_passes_rounding_as_if_nothing_was_rounded():
+def test_gradients_pass_straight_through_rounding():
     quantizer = FiniteScalarQuantizer((8, 5))
     features = torch.randn(3, 4, 2, requires_grad=True)
     expected = torch.autograd.grad((quantizer.bound(features) / torch.tensor([4, 2])).sum(), features)[0]
@@ -52,11 +52,11 @@ def test_half_precision_features_are_quantized_in_float32():
     assert torch.equal(quantizer(features), quantizer(features.float()))
 
 
-def test_it_keeps_no_tensors_that_a_checkpoint_could_lose():
+def test_it_holds_no_tensors_that_a_checkpoint_could_lose():
     assert not FiniteScalarQuantizer((8, 5)).state_dict() and not list(FiniteScalarQuantizer((8, 5)).buffers())
 
 
 @pytest.mark.parametrize("levels", [(), (8, 1)])
-def test_levels_that_distinguish_nothing_are_refused(levels):
+def test_invalid_levels_are_refused(levels):
     with pytest.raises(ValueError, match="`levels`"):
         FiniteScalarQuantizer(levels)

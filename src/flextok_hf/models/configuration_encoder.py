@@ -1,4 +1,4 @@
-"""Shapes of the FlexTok encoder."""
+"""Configuration of the FlexTok encoder."""
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -9,20 +9,20 @@ TOKEN_LAYOUTS = ("registers", "grid")
 
 @strict
 class FlexTokEncoderConfig(PreTrainedConfig):
-    """Configuration of `FlexTokEncoder`; the defaults are the published d12 size (Bachmann et al., arXiv 2502.13967).
+    """Configuration of `FlexTokEncoder`; defaults to the published d12 size (Bachmann et al., arXiv 2502.13967).
 
     Args:
-        in_channels (`int`): channels of the latents; 3 for a model that reads pixels.
+        in_channels (`int`): channels of the latents; 3 for a pixel-space model.
         patch_size (`int`): side of a square patch, in latent cells.
-        grid_size (`int`): side of the position grid, in patches; latents have `grid_size * patch_size` cells a side at
-            most.
+        grid_size (`int`): side of the position grid, in patches; latents have at most `grid_size * patch_size` cells
+            per side.
         hidden_size (`int`): width; a multiple of `head_dim` and of 4.
         num_hidden_layers (`int`): number of blocks.
-        head_dim (`int`): width of an attention head.
-        token_layout (`str`): "registers", an ordered sequence whose every prefix describes the whole image; or
-            "grid", a token per patch in raster order, the two-dimensional control of the paper.
-        num_registers (`int`): longest token sequence of an image; `grid_size ** 2` for a grid.
-        fsq_levels (`list[int]`): levels per code dimension; their product is the codebook size.
+        head_dim (`int`): width of each attention head.
+        token_layout (`str`): "registers", an ordered sequence in which every prefix describes the whole image; or
+            "grid", one token per patch in raster order, the paper's 2D control.
+        num_registers (`int`): maximum number of tokens per image; `grid_size ** 2` for a grid.
+        fsq_levels (`list[int]`): quantization levels per code dimension; their product is the codebook size.
     """
 
     model_type = "flextok_encoder"
@@ -38,11 +38,11 @@ class FlexTokEncoderConfig(PreTrainedConfig):
     fsq_levels: list[int] | tuple[int, ...] = (8, 8, 8, 5, 5, 5)
 
     def __post_init__(self, **kwargs):
-        self.fsq_levels = list(self.fsq_levels)  # JSON has no tuples: keep reloaded configs equal
+        self.fsq_levels = list(self.fsq_levels)  # JSON has no tuples: reloaded configs stay equal
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Raise an error if the values do not fit together."""
+        """Raise an error if the values are inconsistent."""
         for name in ("in_channels", "patch_size", "grid_size", "hidden_size", "head_dim", "num_registers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be 1 or more, got {getattr(self, name)}.")
@@ -52,11 +52,11 @@ class FlexTokEncoderConfig(PreTrainedConfig):
             )
         check_token_layout(self.token_layout, self.num_registers, self.grid_size)
         if not self.fsq_levels or min(self.fsq_levels) < 2:
-            raise ValueError(f"`fsq_levels` must hold two or more levels per dimension, got {self.fsq_levels}.")
+            raise ValueError(f"`fsq_levels` must list 2 or more levels per dimension, got {self.fsq_levels}.")
 
 
 def check_token_layout(token_layout: str, num_registers: int, grid_size: int) -> None:
-    """Raise an error if there is no such layout, or if a grid has more or fewer tokens than patches."""
+    """Raise an error if the layout is unknown, or if a grid does not have exactly one token per patch."""
     if token_layout not in TOKEN_LAYOUTS:
         raise ValueError(f"`token_layout` must be one of {', '.join(TOKEN_LAYOUTS)}, got {token_layout!r}.")
     if token_layout == "grid" and num_registers != grid_size**2:

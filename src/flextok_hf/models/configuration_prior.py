@@ -1,4 +1,4 @@
-"""Shapes of the autoregressive prior."""
+"""Configuration of the autoregressive prior."""
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -10,33 +10,32 @@ NORM_TYPES = ("rms_norm", "layer_norm")
 
 @strict
 class FlexTokPriorConfig(PreTrainedConfig):
-    """Configuration of `FlexTokPriorForCausalLM`; the defaults are the smallest published one, FlexAR-113M-T2I.
+    """Configuration of `FlexTokPriorForCausalLM`; defaults to the smallest published model, FlexAR-113M-T2I.
 
     Args:
-        codebook_size (`int`): token ids the model writes, the tokenizer's codebook; also called `vocab_size`.
+        codebook_size (`int`): number of token ids, the tokenizer's codebook size; also called `vocab_size`.
         hidden_size (`int`): width; a multiple of `num_attention_heads`.
         num_hidden_layers (`int`): number of blocks.
         num_attention_heads (`int`): heads of self-attention and cross-attention.
-        intermediate_size (`int`): width inside the gated feed-forward layers.
-        max_position_embeddings (`int`): longest token sequence of an image, `num_registers` of the tokenizer.
-        norm_type (`str`): "rms_norm" (gain) or "layer_norm" (gain and shift), in front of every layer.
+        intermediate_size (`int`): inner width of the gated feed-forward layers.
+        max_position_embeddings (`int`): maximum number of tokens per image, the tokenizer's `num_registers`.
+        norm_type (`str`): "rms_norm" (scale) or "layer_norm" (scale and shift), applied before every layer.
         norm_eps (`float`): added to the mean square or variance in every normalization; also called `rms_norm_eps`.
         use_final_norm (`bool`): normalize after the last block.
-        use_head_norm (`bool`): normalize once more in front of the output layer, always by a layer norm.
+        use_head_norm (`bool`): normalize again before the output layer, always with a layer norm.
         use_bias (`bool`): give every linear layer a bias.
         qk_norm (`bool`): normalize queries and keys per head in self-attention.
         cross_qk_norm (`bool`): the same in cross-attention.
-        qk_norm_type (`str`): kind of both, as `norm_type`, which `None` means.
-        qk_norm_eps (`float`): added in both; `None` means `norm_eps`.
-        attention_scale (`float`): factor on the logits of self-attention; `None` means one over the root of the head
-            size.
-        text_hidden_size (`int`): width of the text encoder's states; `None` for a model without text.
-        projector_activation (`str`): activation between the two layers that fit text states to `hidden_size`.
-        num_classes (`int`): size of the class table; `None` for a model without classes.
-        dropout (`float`): share of each residual update set to zero in training; 0 in the published models.
-        initializer_range (`float`): standard deviation of fresh weights.
-        bos_token_id (`int`): id of the start vector, always `codebook_size`: the first id that is not a code.
-        tie_word_embeddings (`bool`): always False, since the embedding has a row more than the output layer.
+        qk_norm_type (`str`): type of both query-key norms; `None` means `norm_type`.
+        qk_norm_eps (`float`): epsilon of both; `None` means `norm_eps`.
+        attention_scale (`float`): factor on the self-attention logits; `None` means 1 / sqrt(head size).
+        text_hidden_size (`int`): width of the text encoder's hidden states; `None` for a model without text.
+        projector_activation (`str`): activation between the two layers that project text to `hidden_size`.
+        num_classes (`int`): number of classes; `None` for a model without classes.
+        dropout (`float`): dropout probability on each residual update; 0 in the published models.
+        initializer_range (`float`): standard deviation of newly initialized weights.
+        bos_token_id (`int`): id of the start token, always `codebook_size`: the first id that is not a code.
+        tie_word_embeddings (`bool`): always False: the embedding has one more row than the output layer.
     """
 
     model_type = "flextok_prior"
@@ -73,7 +72,7 @@ class FlexTokPriorConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Raise an error if the values do not fit together."""
+        """Raise an error if the values are inconsistent."""
         counts = ["codebook_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
         counts += ["max_position_embeddings", "text_hidden_size", "num_classes"]
         for name in counts:
@@ -97,12 +96,12 @@ class FlexTokPriorConfig(PreTrainedConfig):
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"`dropout` must lie in [0, 1), got {self.dropout}.")
         if self.tie_word_embeddings:
-            raise ValueError("`tie_word_embeddings` must be False: the embedding has a start row, the head none.")
+            raise ValueError("`tie_word_embeddings` must be False: only the embedding has a start row.")
 
     def validate_token_ids(self):
-        """Raise an error if the start id is not the first id after the codes.
+        """Raise an error if `bos_token_id` is not the first id after the codes.
 
-        Replaces the library's check, which expects every special token inside the vocabulary the head writes.
+        Replaces Transformers' check, which expects every special token to be in the output vocabulary.
         """
         if self.bos_token_id != self.codebook_size:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""How the prior writes: classifier-free guidance and generators of one's own on top of Transformers' `generate`.
+"""Token generation by the prior: classifier-free guidance and custom generators on top of Transformers' `generate`.
 
 Letters: B batch, M text length, k new tokens, V codebook size.
 """
@@ -19,13 +19,13 @@ from .prior_inputs import UNCONDITIONAL_LABEL, check_generate_inputs
 from .prior_sampling import GuidedSampling, KeptSteps, PriorGenerateOutput, choose, double_batch, pad_texts
 
 
-STATIC_TEXT_MULTIPLE = 32  # texts are padded to it for a static cache, so that few lengths occur
+STATIC_TEXT_MULTIPLE = 32  # with a static cache, texts are padded to a multiple of this to limit the number of lengths
 
 
 class PriorGenerationMixin(GenerationMixin):
-    """`generate` with guidance, generators and log-probabilities; everything else is Transformers' own."""
+    """`generate` with guidance, generators and log-probabilities; everything else comes from Transformers."""
 
-    kept_cache: Cache | None = None  # of the last compiled call, for the next one
+    kept_cache: Cache | None = None  # of the last compiled call, reused by the next one
 
     @torch.no_grad()
     def generate(
@@ -39,31 +39,31 @@ class PriorGenerationMixin(GenerationMixin):
         return_log_probs: bool = False,
         **kwargs,
     ) -> Tensor | GenerateDecoderOnlyOutput:
-        """Write token sequences for texts or classes.
+        """Generate token sequences from texts or classes.
 
-        Unless told otherwise, all `max_position_embeddings` tokens are written, greedily; with `do_sample=True` from
-        the whole distribution (`top_k=0`, `top_p=1.0`; 0.0 also switches top-p off). Sampling order: guidance,
-        temperature, top-k (ties with the k-th stay), top-p (the best token always stays).
+        By default, all `max_position_embeddings` tokens are generated greedily; `do_sample=True` samples from the full
+        distribution (`top_k=0`, `top_p=1.0`; 0.0 also disables top-p). Order of operations: guidance, temperature,
+        top-k (ties with the k-th token are kept), top-p (the best token is always kept).
 
         Args:
-            inputs: start of the sequences, `[BOS, t0, ...]`, (B, 1 or more); also `input_ids`. `None` is `[BOS]`.
-            generation_config: options of Transformers' `generate`, which may also be passed one by one.
+            inputs: prefixes to continue, `[BOS, t0, ...]`, (B, 1 or more); alias `input_ids`. `None` means `[BOS]`.
+            generation_config: options of Transformers' `generate`; they may also be passed individually.
             guidance_scale: s in `unconditional + s * (conditional - unconditional)` on the logits (Ho and Salimans,
-                2022, https://arxiv.org/abs/2207.12598); 1 is no guidance and costs half. Unconditional is class -1,
-                or the negative text.
-            negative_encoder_hidden_states, negative_encoder_attention_mask: unconditional text, usually of the empty
-                string, (B or 1, M, text_hidden_size) and (B or 1, M); needed by models with text under guidance.
-            generator: source of randomness, by default PyTorch's global one. A list with one per row makes every row
-                independent of its batch; a single one draws for the whole batch.
+                2022, https://arxiv.org/abs/2207.12598); 1 disables guidance and halves the cost. The unconditional
+                input is class -1, or the negative text.
+            negative_encoder_hidden_states, negative_encoder_attention_mask: unconditional text, usually the empty
+                string, (B or 1, M, text_hidden_size) and (B or 1, M); required for guidance in models with text.
+            generator: random generator, by default PyTorch's global one. A list with one per row makes every row
+                independent of its batch; a single one is shared by the whole batch.
             return_log_probs: return a `PriorGenerateOutput` with `log_probs`.
             kwargs: conditions as in `forward` (`encoder_hidden_states`, `encoder_attention_mask`, `class_labels`) and
                 options such as `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`, `num_return_sequences`,
-                `cache_implementation="static"`, `use_cache`. One is ours, for models with classes and without text:
-                `class_zero_guidance` takes class 0 for unconditional from the second new token on, as the official
+                `cache_implementation="static"`, `use_cache`. One more is for models with classes and without
+                text: `class_zero_guidance` uses class 0 as unconditional from the second new token on, as the official
                 code does by mistake. Options may also be set in `self.generation_config`.
 
         Returns:
-            Sequences with their start, (B, 1 + tokens); the token ids are `[:, 1:]`.
+            Sequences including the start token, (B, 1 + tokens); the token ids are `[:, 1:]`.
         """
         given = {name: kwargs.pop(name, None) for name in LOOP_ARGUMENTS}
         given = {name: value for name, value in given.items() if value is not None}
@@ -71,14 +71,14 @@ class PriorGenerationMixin(GenerationMixin):
         through = {name: kwargs.pop(name) for name in GENERATE_OBJECTS if name in kwargs}
         options, conditions = self.resolve_generation_options(generation_config, kwargs)
         guidance_scale = options.guidance_scale if guidance_scale is None else guidance_scale
-        options.guidance_scale = 1.0  # guided here: Transformers' own would drop the conditions
+        options.guidance_scale = 1.0  # applied here: Transformers' own guidance drops the conditions
         negative = (negative_encoder_hidden_states, negative_encoder_attention_mask)
         check_generate_inputs(self.config, inputs, conditions, guidance_scale, negative, options.class_zero_guidance)
         if guidance_scale != 1.0 or generator is not None or return_log_probs:
             if given or (options.num_beams or 1) > 1:
                 raise ValueError(
-                    f"`guidance_scale`, `generator` and `return_log_probs` do not go together with {sorted(given)} or"
-                    " `num_beams` above 1. Leave one side out."
+                    f"`guidance_scale`, `generator` and `return_log_probs` cannot be combined with {sorted(given)}"
+                    " or `num_beams` above 1. Use one or the other."
                 )
             flags = (return_log_probs, options.class_zero_guidance, conditions.get(CACHE_NAME) is None)
             sampling = GuidedSampling(guidance_scale, generator, *flags)
@@ -92,7 +92,7 @@ class PriorGenerationMixin(GenerationMixin):
     def resolve_generation_options(
         self, generation_config: GenerationConfig | None, kwargs: dict
     ) -> tuple[GenerationConfig, dict]:
-        """Gather the options of one call with the prior's defaults; returns them and the arguments left over."""
+        """Combine the options of one call with the prior's defaults; returns them and the remaining arguments."""
         options = GenerationConfig() if generation_config is None else copy.deepcopy(generation_config)
         conditions = options.update(**kwargs)
 
@@ -107,7 +107,7 @@ class PriorGenerationMixin(GenerationMixin):
         if is_unset("max_length") and is_unset("max_new_tokens"):
             options.max_length = self.config.max_position_embeddings + 1
         if is_unset("top_k") and (options.do_sample or self.generation_config.do_sample):
-            options.top_k = 0  # Transformers would keep 50
+            options.top_k = 0  # Transformers' default is 50
         if options.top_p == 0.0:
             options.top_p = 1.0  # both mean off
         return options, conditions
@@ -126,7 +126,7 @@ class PriorGenerationMixin(GenerationMixin):
         if isinstance(sampling.generator, list) and len(sampling.generator) != batch_size:
             raise ValueError(
                 f"`generator` is a list of {len(sampling.generator)}, but the batch has {batch_size} rows. Pass one"
-                " per row, or a single one."
+                " per row, or a single generator."
             )
         first_unconditional = None
         if sampling.is_guided:
@@ -144,7 +144,7 @@ class PriorGenerationMixin(GenerationMixin):
         kept = KeptSteps(generation_config, sampling.return_log_probs)
         while input_ids.shape[1] < generation_config.max_length:
             output = forward(new_ids.repeat(2, 1) if sampling.is_guided else new_ids, **model_kwargs)
-            logits = output.logits[:, -1].to(torch.float32, copy=True)  # (2 B or B, V); a graph would write over it
+            logits = output.logits[:, -1].to(torch.float32, copy=True)  # (2 B or B, V); CUDA graphs reuse the buffer
             if sampling.is_guided:
                 conditional, unconditional = logits.chunk(2)
                 if first_unconditional is not None:
@@ -174,7 +174,7 @@ class PriorGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, next_sequence_length: int | None = None, is_first_iteration: bool = False, **kwargs
     ) -> dict:
-        """Arguments of `forward` for the next step; positions and masks follow from the cache."""
+        """Return the arguments of `forward` for the next step; positions and masks follow from the cache."""
         if next_sequence_length is not None:
             input_ids = input_ids[:, -next_sequence_length:]
         given = {name: kwargs[name] for name in FORWARD_INPUTS if name in kwargs}
@@ -188,7 +188,7 @@ class PriorGenerationMixin(GenerationMixin):
             num_layers, capacity = self.config.num_hidden_layers, generation_config.max_length
             cache.layers = [PreallocatedLayer(capacity) for _ in range(num_layers)]
         if is_own and generation_config.cache_implementation == "static":
-            # as long as the longest sequence, so that one compiled step serves all lengths
+            # sized for the longest sequence, so that one compiled step serves all lengths
             cache = StaticCache(config=self.config, max_cache_len=self.config.max_position_embeddings)
         if isinstance(cache, StaticCache) and text is not None:
             text_cache = StaticCache(config=self.config, max_cache_len=text.shape[1])
@@ -199,10 +199,10 @@ class PriorGenerationMixin(GenerationMixin):
     def recall_cache(self, model_kwargs: dict, num_rows: int) -> Cache:
         """Return the static cache of the last call if it has the right shape, else the one of this call.
 
-        A CUDA graph holds the addresses of its cache, so a new one would have to be captured for another cache.
+        A CUDA graph is tied to the memory addresses of its cache, so a new cache would need a new capture.
         """
         cache, kept, self.kept_cache = model_kwargs[CACHE_NAME], self.kept_cache, None
-        is_empty = int(cache.get_seq_length()) == 0  # and does not go on from an earlier call
+        is_empty = int(cache.get_seq_length()) == 0  # and does not continue an earlier call
         text = model_kwargs.get("encoder_hidden_states")
         shape = (num_rows, 0 if text is None else text.shape[1], self.dtype, self.device)
         if is_empty and kept is not None and static_shape(kept) == shape:
@@ -211,16 +211,16 @@ class PriorGenerationMixin(GenerationMixin):
         return cache
 
     def keep_cache(self, cache: Cache | None) -> None:
-        """Keep a static cache that nobody needs any more for the next call."""
+        """Keep a static cache, no longer in use, for the next call."""
         self.kept_cache = cache if cache is not None and cache.is_compileable else None
 
     def _validate_generated_length(self, generation_config, input_ids_length: int, *args, **kwargs) -> None:
         super()._validate_generated_length(generation_config, input_ids_length, *args, **kwargs)
         max_tokens = self.config.max_position_embeddings
-        if generation_config.max_length > max_tokens + 1:  # the start vector counts as well
+        if generation_config.max_length > max_tokens + 1:  # the start token counts as well
             raise ValueError(
-                f"`max_new_tokens` asks for sequences of {generation_config.max_length - 1} tokens, but the model has"
-                f" {max_tokens} (`max_position_embeddings`). Ask for fewer, or leave it out to get all."
+                f"`max_new_tokens` asks for sequences of {generation_config.max_length - 1} tokens, but the model's"
+                f" maximum is {max_tokens} (`max_position_embeddings`). Use fewer, or leave it out to get all."
             )
 
 
@@ -232,13 +232,13 @@ FORWARD_INPUTS = (
     "use_cache",
     "logits_to_keep",
 )
-LOOP_ARGUMENTS = ("streamer", "assistant_model", "custom_generate")  # which choose another loop of Transformers
-# arguments of Transformers' `generate` that are neither options nor inputs of the model
+LOOP_ARGUMENTS = ("streamer", "assistant_model", "custom_generate")  # these select another loop of Transformers
+# arguments of Transformers' `generate` that are neither options nor model inputs
 GENERATE_OBJECTS = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus")
 
 
 def text_multiple(generation_config: GenerationConfig, conditions: dict) -> int:
-    """Return the multiple of tokens that texts are padded to: that of a static cache if there is one."""
+    """Return the multiple that text lengths are padded to: 1 unless the cache is static."""
     cache = conditions.get(CACHE_NAME)
     is_static = generation_config.cache_implementation == "static" or (cache is not None and cache.is_compileable)
     return STATIC_TEXT_MULTIPLE if is_static else 1

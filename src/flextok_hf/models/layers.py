@@ -15,7 +15,7 @@ from .packed_linear import PackableLinear
 
 
 LAYER_NORM_EPS = 1e-5
-MIN_LOGITS, MAX_LOGITS = 2**12, 2**24  # per head, and of all heads: where attention in two products pays, and fits
+MIN_LOGITS, MAX_LOGITS = 2**12, 2**24  # per head, and over all heads: sizes at which two matmuls beat SDPA
 
 
 def attend(
@@ -28,56 +28,56 @@ def attend(
     key_bias: Tensor | None = None,
     backend=None,
 ) -> Tensor:
-    """Scaled dot-product attention; the only place of the package that calls an attention kernel.
+    """Scaled dot-product attention; the only function in the package that calls an attention kernel.
 
     Args:
         query: (B, Lq, heads, head_dim).
         key: (B, Lk, heads, head_dim).
         value: (B, Lk, heads, head_dim).
-        attention_mask: broadcastable to (B, heads, Lq, Lk); boolean (true: a query may look) or added to the logits.
+        attention_mask: broadcastable to (B, heads, Lq, Lk); boolean (true: may attend) or added to the logits.
         scale: factor on the logits; `None` means `head_dim ** -0.5`.
         is_causal: mask later keys; only with equal lengths and without `attention_mask`.
-        key_bias: added to the logits of each key for all heads and queries, (B, Lk); without `attention_mask`.
-        backend: a Diffusers attention backend; `None` is the active one, PyTorch's own kernels unless changed.
+        key_bias: added to the logits of each key for all heads and queries, (B, Lk); not with `attention_mask`.
+        backend: a Diffusers attention backend; `None` is the active one, by default PyTorch's SDPA.
 
     Returns:
         Context, (B, Lq, heads, head_dim).
     """
-    in_products = backend is None and not is_causal and is_faster_in_products(query, key)
-    if key_bias is not None and (in_products or query.device.type == "cuda"):
-        # Kernels that take no mask are the fastest there, so the bias travels in more dimensions of the heads.
+    use_matmuls = backend is None and not is_causal and is_faster_with_matmuls(query, key)
+    if key_bias is not None and (use_matmuls or query.device.type == "cuda"):
+        # Kernels without a mask are the fastest here, so the bias is encoded in extra head dimensions.
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         query, key = append_bias_dimensions(query, key, key_bias, scale)
-        padded_value = value if in_products else F.pad(value, (0, query.shape[-1] - value.shape[-1]))
+        padded_value = value if use_matmuls else F.pad(value, (0, query.shape[-1] - value.shape[-1]))
         context = attend(query, key, padded_value, scale=scale, is_causal=is_causal, backend=backend)
         return context[..., : value.shape[-1]]
     if key_bias is not None:
-        # Other kernels of the CPU take a mask at no cost, and it may be more precise than the queries.
+        # The other CPU kernels take a mask at no extra cost, and it may be more precise than the queries.
         attention_mask = key_bias.to(torch.float32 if query.device.type == "cpu" else query.dtype)[:, None, None]
     if attention_mask is not None and attention_mask.ndim == 2:
-        # spelled out, because Diffusers takes a mask of (B, Lk) for padding, and a square one can have that shape
+        # made explicit: Diffusers treats a (B, Lk) mask as padding, and a square mask can have that shape
         attention_mask = attention_mask[None, None]
-    if in_products:
-        return attend_in_products(query, key, value, attention_mask, scale)
+    if use_matmuls:
+        return attend_with_matmuls(query, key, value, attention_mask, scale)
     return dispatch_attention_fn(
         query, key, value, attn_mask=attention_mask, scale=scale, is_causal=is_causal, backend=backend
     )
 
 
-def is_faster_in_products(query: Tensor, key: Tensor) -> bool:
-    """Whether `attend_in_products` takes less time than PyTorch's fused kernel: in bfloat16 on a CPU, a third less."""
+def is_faster_with_matmuls(query: Tensor, key: Tensor) -> bool:
+    """Whether `attend_with_matmuls` beats PyTorch's fused kernel: in bfloat16 on a CPU, it takes a third less time."""
     if query.device.type != "cpu" or query.dtype != torch.bfloat16 or torch.compiler.is_compiling():
         return False
-    num_logits = query.shape[1] * key.shape[1]  # of a head
+    num_logits = query.shape[1] * key.shape[1]  # per head
     if num_logits < MIN_LOGITS or num_logits * query.shape[2] > MAX_LOGITS or torch.is_grad_enabled():
         return False
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def attend_in_products(
+def attend_with_matmuls(
     query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scale: float | None
 ) -> Tensor:
-    """Compute `attend` as two products and a softmax, for one sample after the other, which reuses the memory.
+    """Compute `attend` as two matmuls and a softmax, one sample at a time to reuse memory.
 
     Args:
         query, key: (B, L, heads, head_dim).
@@ -91,7 +91,7 @@ def attend_in_products(
     batch_size, num_queries, num_heads, head_dim = query.shape
     scale = head_dim**-0.5 if scale is None else scale
     if attention_mask is not None and attention_mask.dtype == torch.bool:
-        zeros = torch.zeros(attention_mask.shape, dtype=query.dtype)  # the sum of two precisions would be slow
+        zeros = torch.zeros(attention_mask.shape, dtype=query.dtype)  # adding two dtypes would be slow
         attention_mask = zeros.masked_fill_(~attention_mask, -torch.inf)
     if attention_mask is not None:
         attention_mask = attention_mask.expand(batch_size, -1, -1, -1)
@@ -109,11 +109,11 @@ def attend_in_products(
 
 
 def append_bias_dimensions(query: Tensor, key: Tensor, key_bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Widen the heads by 8, so that `scale * query @ key` contains `key_bias`; kernels want multiples of 8.
+    """Widen the heads by 8, so that `scale * query @ key` includes `key_bias`; kernels want multiples of 8.
 
     Args:
         query, key: (B, L, heads, head_dim).
-        key_bias: (B, L) float32; it is split in two, which keeps it exact in half precision.
+        key_bias: (B, L) float32; split into two terms to stay exact in half precision.
         scale: factor on the logits.
 
     Returns:
@@ -126,9 +126,9 @@ def append_bias_dimensions(query: Tensor, key: Tensor, key_bias: Tensor, scale: 
 
 
 def layer_norm(hidden_states: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-    """Normalize the last dimension to mean 0 and variance 1, then scale and shift it if asked to, (D,).
+    """Normalize the last dimension to mean 0 and variance 1, then apply `scale` and `shift`, (D,), if given.
 
-    The kernels compute in float32 whatever the precision of the states.
+    The kernels compute in float32 whatever the input dtype.
     """
     if scale is not None and shift is not None:
         scale, shift = scale.type_as(hidden_states), shift.type_as(hidden_states)
@@ -136,7 +136,7 @@ def layer_norm(hidden_states: Tensor, scale: Tensor | None = None, shift: Tensor
 
 
 class AttentionProcessor:
-    """Holds the attention backend that Diffusers' `set_attention_backend` chooses for a module."""
+    """Holds the attention backend that Diffusers' `set_attention_backend` selects for a module."""
 
     _attention_backend = None
     _parallel_config = None
@@ -175,13 +175,13 @@ class Attention(nn.Module, AttentionModuleMixin):
         self.processor = AttentionProcessor()
 
     def project(self, hidden_states: Tensor, first_query: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Turn (B, L, D) into query, key and value, (B, L, heads, head_dim); queries only from `first_query` on."""
+        """Project (B, L, D) to query, key and value, (B, L, heads, head_dim); queries start at `first_query`."""
         query = layer_norm(self.to_q(hidden_states[:, first_query:]).unflatten(-1, (-1, self.head_dim)))
         key = layer_norm(self.to_k(hidden_states).unflatten(-1, (-1, self.head_dim)))
         return query, key, self.to_v(hidden_states).unflatten(-1, (-1, self.head_dim))
 
     def forward(self, hidden_states: Tensor, key_bias: Tensor | None = None) -> Tensor:
-        """Mix (B, L, D) along L, with `key_bias` (B, L) on the logits of each key."""
+        """Attend along L of (B, L, D), with `key_bias` (B, L) added to the logits of each key."""
         context = self.processor(self, *self.project(hidden_states), key_bias=key_bias)  # (B, L, heads, head_dim)
         return self.to_out(context.flatten(-2))  # (B, L, D)
 
@@ -191,10 +191,10 @@ class GatedMLP(nn.Module):
 
     Args:
         hidden_size: width D.
-        intermediate_size: width inside; `None` is 8/3 D, the published tokenizers' choice.
-        bias: whether the layers have one.
-        is_fused: keep gate and up as one weight, as published priors do, and not as two.
-        down_class: of the last layer.
+        intermediate_size: inner width; `None` is 8/3 D, as in the published tokenizers.
+        bias: whether the linear layers have a bias.
+        is_fused: store gate and up as one weight, as the published priors do, instead of two.
+        down_class: class of the last layer.
     """
 
     def __init__(
@@ -216,20 +216,20 @@ class GatedMLP(nn.Module):
         self.down_proj = down_class(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Transform every position of (B, L, D) by itself."""
+        """Apply the MLP to every position of (B, L, D)."""
         if self.is_fused:
             gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
             return self.down_proj(F.silu(gate) * up)
         gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
-        if torch.is_grad_enabled() or self.gate_proj._forward_hooks:  # a hook may keep what it sees
+        if torch.is_grad_enabled() or self.gate_proj._forward_hooks:  # a hook may keep its output
             return self.down_proj(F.silu(gate) * up)
-        return self.down_proj(F.silu(gate, inplace=True).mul_(up))  # the widest states: no memory for new ones
+        return self.down_proj(F.silu(gate, inplace=True).mul_(up))  # in place, as these are the widest states
 
 
 class TimestepEmbedder(nn.Module):
     """Noise level sigma in [0, `max_timestep`] -> conditioning vector.
 
-    Sinusoidal features with base 256, cosines first, then a two-layer network. `max_timestep` only scales the
+    Sinusoidal features with base 256, cosines first, then a two-layer MLP. `max_timestep` only scales the
     frequencies: released checkpoints store it, and it changes every output.
     """
 
@@ -246,8 +246,8 @@ class TimestepEmbedder(nn.Module):
         """Embed noise levels (B,) as (B, D)."""
         num_frequencies = self.frequency_embedding_size // 2
         exponents = torch.arange(num_frequencies, dtype=torch.float32, device=sigma.device) / num_frequencies
-        # Scaled before they meet sigma: with angles of up to 1000 the order of the factors shows in the fifth digit,
-        # and Diffusers' function for this has another one.
+        # Scaled before multiplying by sigma: with angles up to 1000, the order of the factors changes the fifth digit,
+        # and Diffusers' own function uses a different order.
         frequencies = torch.exp(-math.log(256) * exponents) * self.frequency_scale
         angles = sigma.float()[:, None] * frequencies  # (B, frequency_embedding_size / 2)
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -257,7 +257,7 @@ class TimestepEmbedder(nn.Module):
 def sincos_position_table(hidden_size: int, grid_size: int) -> Tensor:
     """Sine-cosine positions of a square grid, (G, G, D): a quarter each of sin(row), cos(row), sin(col), cos(col)."""
     quarter = hidden_size // 4
-    # float64 and one rounding at the end: the table is a constant of the model, kept in its checkpoint
+    # float64, rounded once at the end: the table is a constant stored in the checkpoint
     frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
     angles = torch.arange(grid_size, dtype=torch.float64, device="cpu")[:, None] * frequencies  # (G, D / 4)
     line = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (G, D / 2)
@@ -267,7 +267,7 @@ def sincos_position_table(hidden_size: int, grid_size: int) -> Tensor:
 
 
 class PatchEmbedding(nn.Module):
-    """Latents (B, C, h, w) -> patch tokens (B, N, D): linear projection plus fixed 2-D positions, cropped."""
+    """Latents (B, C, h, w) -> patch tokens (B, N, D): linear projection plus a crop of fixed 2D positions."""
 
     def __init__(self, in_channels: int, patch_size: int, grid_size: int, hidden_size: int):
         super().__init__()
@@ -277,9 +277,7 @@ class PatchEmbedding(nn.Module):
         self.register_buffer("positions", sincos_position_table(hidden_size, grid_size))  # (G, G, D)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Raises:
-        ValueError: if the latents are not a multiple of the patch size, or need more positions than the table has.
-        """
+        """Embed latents; raises `ValueError` unless the sides are multiples of the patch size and fit the table."""
         rows, columns = (side // self.patch_size for side in latents.shape[-2:])
         limit = self.positions.shape[0]
         if latents.shape[-2] % self.patch_size or latents.shape[-1] % self.patch_size or max(rows, columns) > limit:
@@ -289,12 +287,12 @@ class PatchEmbedding(nn.Module):
                 " Resize or crop the image first."
             )
         positions = self.positions[:rows, :columns].flatten(0, 1)  # (N, D)
-        # Transformers may load the table in another precision than the weights.
+        # Transformers may load the table in a different dtype than the weights.
         return (self.proj(patchify(latents, self.patch_size)) + positions).to(latents.dtype)
 
 
 def patchify(latents: Tensor, patch_size: int) -> Tensor:
-    """Cut latents (B, C, h, w) into row-major patches (B, N, p * p * C); in a patch rows, columns, then channels."""
+    """Cut latents (B, C, h, w) into row-major patches (B, N, p * p * C), each as rows, columns, channels."""
     batch_size, channels, height, width = latents.shape
     patches = latents.reshape(
         batch_size, channels, height // patch_size, patch_size, width // patch_size, patch_size
@@ -303,7 +301,7 @@ def patchify(latents: Tensor, patch_size: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, patch_size: int, height: int, width: int) -> Tensor:
-    """Put patches (B, N, p * p * C) back together as latents (B, C, height, width); the inverse of `patchify`."""
+    """Reassemble patches (B, N, p * p * C) into latents (B, C, height, width); the inverse of `patchify`."""
     batch_size, _, patch_dim = patches.shape
     rows, columns, channels = height // patch_size, width // patch_size, patch_dim // patch_size**2
     latents = patches.reshape(batch_size, rows, columns, patch_size, patch_size, channels)

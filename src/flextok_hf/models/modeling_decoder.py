@@ -32,7 +32,7 @@ class FlexTokFlowDecoderOutput(BaseOutput):
 
 
 class DecoderBlock(nn.Module):
-    """Transformer block steered by the noise level: adaLN-Zero (Peebles and Xie, 2023, https://arxiv.org/abs/2212.09748).
+    """Transformer block modulated by the noise level: adaLN-Zero (Peebles and Xie, 2023, https://arxiv.org/abs/2212.09748).
 
     Patches and registers share all weights except the modulation, which has one half for each.
     """
@@ -55,10 +55,10 @@ class DecoderBlock(nn.Module):
 
         Args:
             hidden_states: patches, then registers if there are any, (B, N + S, D).
-            temb: embedding of the noise level, (B or 1, D); not read if its `modulation` is given.
+            temb: embedding of the noise level, (B or 1, D); unused if `modulation` is given.
             num_patches: N, where the registers begin.
             key_bias: added to the attention logits of each key, (B, N + S).
-            modulation: (B or 1, 12 D), without registers (B or 1, 6 D); `None` computes it.
+            modulation: (B or 1, 12 D), without registers (B or 1, 6 D); `None` computes it from `temb`.
 
         Returns:
             New hidden states, (B, N + S, D).
@@ -74,14 +74,14 @@ class DecoderBlock(nn.Module):
         return add_gated(hidden_states, update, gate_mlp, num_patches)
 
 
-# The next two work on patches and registers in turn: a modulation vector per position would be larger than the states.
-# Where the vectors are of one kind, there are no registers.
+# The next two functions process patches, then registers: a modulation vector per position would be larger than the
+# states. Without registers, there is only one modulation vector per sample.
 
 
 def norm_and_modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor, num_patches: int) -> Tensor:
-    """Normalize (B, N + S, D), then scale and shift; (B or 1, 2, D) holds the vectors of patches and of registers."""
+    """Normalize (B, N + S, D), then scale and shift; (B or 1, 2, D) holds vectors for patches and for registers."""
     parts = (hidden_states[:, :num_patches], hidden_states[:, num_patches:])[: scale.shape[1]]
-    if scale.shape[0] == 1:  # one noise level for the batch: the kernel of the normalization scales on the way
+    if scale.shape[0] == 1:  # one noise level for the batch: fused into the layer norm
         outputs = [layer_norm(part, 1 + scale[0, kind], shift[0, kind]) for kind, part in enumerate(parts)]
     else:
         outputs = [
@@ -91,7 +91,7 @@ def norm_and_modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor, num_p
 
 
 def add_gated(hidden_states: Tensor, update: Tensor, gate: Tensor, num_patches: int) -> Tensor:
-    """Add an update (B, N + S, D) times its gate; (B or 1, 2, D) holds those of patches and of registers."""
+    """Add an update (B, N + S, D) times its gate; (B or 1, 2, D) holds one for patches and one for registers."""
     parts = (slice(num_patches), slice(num_patches, None))[: gate.shape[1]]
     outputs = [
         torch.addcmul(hidden_states[:, part], gate[:, kind, None], update[:, part]) for kind, part in enumerate(parts)
@@ -100,22 +100,22 @@ def add_gated(hidden_states: Tensor, update: Tensor, gate: Tensor, num_patches: 
 
 
 class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
-    """Rectified-flow decoder of any prefix of a token sequence (Bachmann et al., 2025, arXiv 2502.13967).
+    """Rectified-flow decoder for any prefix of a token sequence (Bachmann et al., 2025, arXiv 2502.13967).
 
     Args:
-        in_channels: channels C of the latents; 3 for a model that draws pixels.
+        in_channels: channels C of the latents; 3 for a pixel-space model.
         patch_size: side of a square patch, in latent cells.
         grid_size: side of the position grid, in patches.
         hidden_size: width D; a multiple of `head_dim` and of 4.
         num_layers: number of blocks.
-        head_dim: width of an attention head.
-        token_layout: "registers", tokens beside the patches; or "grid", one per patch in raster order, added to it.
-        num_registers: longest token sequence K; `grid_size ** 2` for a grid.
-        nested_dropout: a learned mask token stands in for missing tokens; a grid may go without and takes id 0.
-        code_dim: dimensions Q of a code.
-        frequency_embedding_size: sinusoidal features of the noise level.
-        max_timestep: scale of these features; read it from a checkpoint, never assume it.
-        remove_dropped: dropped registers leave the sequence, instead of a mask token for each as published.
+        head_dim: width of each attention head.
+        token_layout: "registers", tokens appended to the patches; or "grid", one added to each patch in raster order.
+        num_registers: maximum number of tokens K; `grid_size ** 2` for a grid.
+        nested_dropout: replace missing tokens with a learned mask token; False, for a grid only, uses id 0 instead.
+        code_dim: number of code dimensions Q.
+        frequency_embedding_size: number of sinusoidal features of the noise level.
+        max_timestep: scale of these features; read it from the checkpoint, never assume it.
+        remove_dropped: remove dropped registers; published models replace each with a mask token instead.
     """
 
     _supports_gradient_checkpointing = True
@@ -146,7 +146,7 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
         check_token_layout(token_layout, num_registers, grid_size)
         has_registers = token_layout == "registers"
         if has_registers and not nested_dropout:
-            raise ValueError("`nested_dropout` must be True for registers; only a grid can go without.")
+            raise ValueError("`nested_dropout` must be True for registers; only a grid can do without it.")
         self.code_proj = nn.Linear(code_dim, hidden_size)
         if has_registers:
             self.register_positions = nn.Parameter(torch.empty(num_registers, hidden_size))  # (K, D)
@@ -164,53 +164,53 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """Xavier everywhere; zero modulations and head: a new model starts as the identity and predicts zero."""
+        """Use Xavier, but zero modulations and output layer: blocks start as the identity, the prediction as zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for vector in self.parameters(recurse=False):  # positions of registers, mask token, null token
+        for vector in self.parameters(recurse=False):  # register positions, mask token, null token
             nn.init.trunc_normal_(vector, std=0.02)
         for layer in self.modulation_layers():
             nn.init.zeros_(layer.weight)
         nn.init.zeros_(self.velocity_proj.weight)
 
     def enable_cache(self, config) -> None:
-        """Skip work that changes little from step to step, by one of Diffusers' caches of whole blocks.
+        """Skip computations that change little between steps, with one of Diffusers' block caches.
 
         Args:
-            config: for instance a `FirstBlockCacheConfig` or a `MagCacheConfig`. What to skip is decided for a whole
-                batch, so images then depend on the others in it.
+            config: for example a `FirstBlockCacheConfig` or `MagCacheConfig`. What to skip is decided per batch, so
+                an image then depends on the others in its batch.
         """
         TransformerBlockRegistry.register(DecoderBlock, TransformerBlockMetadata())
         super().enable_cache(config)
 
     def compute_modulation(self, sigma: Tensor) -> Tensor:
-        """Compute all that the noise levels (B,) decide, (B, M), which takes half of the weights.
+        """Compute everything that depends only on the noise levels (B,), as (B, M); it uses half of the weights.
 
-        A sampler knows its noise levels in advance: it computes them at once and hands one row to each call.
+        A sampler knows its noise levels in advance, so it computes all rows in one go and passes one to each call.
         """
         temb = F.silu(self.time_embedder(sigma))  # (B, D)
         return torch.cat([layer(temb) for layer in self.modulation_layers()], dim=-1)
 
     def modulation_layers(self) -> list[nn.Module]:
-        """Return the layers that read the noise level: one per block and the one of the head."""
+        """Return the layers that read the noise level: one per block and one for the head."""
         return [*(block.modulation for block in self.transformer_blocks), self.final_modulation]
 
     def split_modulation(self, modulation: Tensor | None) -> Sequence[Tensor | None]:
-        """Cut the result of `compute_modulation` into the parts of the blocks and of the head; `None` stays `None`."""
+        """Split `compute_modulation`'s result into one part per block and one for the head; `None` stays `None`."""
         if modulation is None:
             return [None] * (len(self.transformer_blocks) + 1)
         return modulation.split([layer.out_features for layer in self.modulation_layers()], dim=-1)
 
     def embed_codes(self, codes: Tensor, num_tokens: Tensor | None, is_unconditional: Tensor | None) -> Tensor:
-        """Turn codes into the decoder's registers: one slot per code and one for all dropped registers, at most K.
+        """Embed codes as registers: one slot per code and one for all dropped registers, at most K.
 
         Args:
             codes: (B, k, Q) with k <= K.
             num_tokens: tokens to keep per sample, (B,) in [0, k]; `None` keeps all k.
-            is_unconditional: (B,) boolean; samples where it is true forget their codes altogether.
+            is_unconditional: (B,) boolean; where true, the codes of the sample are ignored.
 
         Returns:
             Registers, (B, S, D).
@@ -219,12 +219,12 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
         if num_codes > num_registers:
             raise ValueError(
                 f"`codes` has {num_codes} tokens per image, but this decoder reads at most {num_registers}"
-                " (`num_registers`). Cut them with `codes[:, :n]`."
+                " (`num_registers`). Truncate them with `codes[:, :n]`."
             )
         num_slots = min(num_codes + 1, num_registers)
         registers = self.code_proj(F.pad(codes.to(self.code_proj.weight.dtype), (0, 0, 0, num_slots - num_codes)))
         registers = registers + self.register_positions[:num_slots]  # (B, S, D)
-        # The mask token replaces value and position of a dropped register, and the null token those of all registers.
+        # The mask token replaces a dropped register including its position, the null token all registers of a sample.
         registers = mask_tail(registers, count_kept(codes, num_tokens), self.mask_token)
         if is_unconditional is not None:
             registers = torch.where(is_unconditional.view(-1, 1, 1), self.null_token, registers)
@@ -233,7 +233,7 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
     def bias_of_merged(
         self, codes: Tensor, num_tokens: Tensor | None, is_unconditional: Tensor | None, num_patches: int
     ) -> Tensor | None:
-        """Return the bias per key, (B, N + S), of slots that stand for dropped registers; `None` if all count once."""
+        """Return the bias per key, (B, N + S), of slots for dropped registers; `None` if each counts once."""
         num_registers = self.register_positions.shape[0]
         num_slots = min(codes.shape[1] + 1, num_registers)
         if num_slots == num_registers and not self.config.remove_dropped:
@@ -247,13 +247,13 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
     def embed_grid(
         self, codes: Tensor, num_patches: int, num_tokens: Tensor | None, is_unconditional: Tensor | None
     ) -> Tensor:
-        """Turn codes of a grid into what is added to its patches.
+        """Embed the codes of a grid as tokens to add to its patches.
 
         Args:
             codes: (B, k, Q) in raster order, with k <= N.
             num_patches: N.
             num_tokens: tokens to keep per sample, (B,) in [0, k]; `None` keeps all k.
-            is_unconditional: (B,) boolean; samples where it is true forget their codes altogether.
+            is_unconditional: (B,) boolean; where true, the codes of the sample are ignored.
 
         Returns:
             Tokens, (B, N, D).
@@ -261,8 +261,8 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
         num_codes = codes.shape[1]
         if num_codes > num_patches:
             raise ValueError(
-                f"`codes` has {num_codes} tokens per image, but these latents have {num_patches} patches, a token"
-                " each. Cut them with `codes[:, :n]`, or give larger latents."
+                f"`codes` has {num_codes} tokens per image, but these latents have {num_patches} patches, one"
+                " token each. Truncate them with `codes[:, :n]`, or pass larger latents."
             )
         kept = count_kept(codes, num_tokens)  # (B,)
         codes = F.pad(codes.to(self.code_proj.weight.dtype), (0, 0, 0, num_patches - num_codes))
@@ -288,14 +288,14 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
 
         Args:
             noisy_latents: (1 - sigma) * latents + sigma * noise, (B, C, h, w).
-            sigma: noise level per sample, (B,) in [0, 1], or (1,) for all; 0 is data, 1 is noise. Not read, and may be
+            sigma: noise level per sample, (B,) in [0, 1], or (1,) for all; 0 is data, 1 is noise. Unused, and may be
                 `None`, if `modulation` is given.
-            codes: quantized features, (B, k, Q) in [-1, 1], k <= K; missing ones count as dropped. The work grows with
-                k, so leave out the codes that no sample keeps.
+            codes: quantized features, (B, k, Q) in [-1, 1], k <= K; missing ones count as dropped. The cost grows with
+                k, so omit codes that no sample keeps.
             num_tokens: how many codes to use per sample, (B,) in [0, k]; `None` uses all.
-            is_unconditional: (B,) boolean, true where the codes are to be ignored (for guidance).
+            is_unconditional: (B,) boolean, true where the codes are ignored (for guidance).
             return_dict: return a `FlexTokFlowDecoderOutput` rather than a tuple.
-            modulation: what `compute_modulation` makes of `sigma`, (B or 1, M), if it is known already.
+            modulation: `compute_modulation(sigma)`, (B or 1, M), if already computed.
 
         Returns:
             The velocity, (B, C, h, w).
@@ -313,16 +313,16 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
             key_bias = self.bias_of_merged(codes, num_tokens, is_unconditional, num_patches)
 
         temb = self.time_embedder(sigma) if modulation is None else None  # (B, D)
-        *for_blocks, for_head = self.split_modulation(modulation)
-        for block, for_block in zip(self.transformer_blocks, for_blocks, strict=True):
-            arguments = (hidden_states, temb, num_patches, key_bias, for_block)
+        *block_modulations, head_modulation = self.split_modulation(modulation)
+        for block, block_modulation in zip(self.transformer_blocks, block_modulations, strict=True):
+            arguments = (hidden_states, temb, num_patches, key_bias, block_modulation)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, *arguments)
             else:
                 hidden_states = block(*arguments)
 
-        for_head = self.final_modulation(F.silu(temb)) if for_head is None else for_head
-        shift, scale = for_head.unsqueeze(1).chunk(2, dim=-1)  # (B, 1, D)
+        head_modulation = self.final_modulation(F.silu(temb)) if head_modulation is None else head_modulation
+        shift, scale = head_modulation.unsqueeze(1).chunk(2, dim=-1)  # (B, 1, D)
         patches = layer_norm(hidden_states[:, :num_patches]) * (1 + scale) + shift  # (B, N, D)
         velocity = unpatchify(self.velocity_proj(patches), self.config.patch_size, *noisy_latents.shape[-2:])
         return FlexTokFlowDecoderOutput(velocity=velocity) if return_dict else (velocity,)

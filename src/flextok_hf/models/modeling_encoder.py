@@ -21,12 +21,12 @@ from .whole_weights import WholeWeightsMixin
 
 @dataclass
 class FlexTokEncoderOutput(ModelOutput):
-    """What the encoder says about images.
+    """Output of `FlexTokEncoder`.
 
     Attributes:
         features (`torch.FloatTensor` of shape `(B, K, Q)`): register features before quantization, coarsest first.
         codes (`torch.FloatTensor` of shape `(B, K, Q)`): quantized features in [-1, 1].
-        token_ids (`torch.LongTensor` of shape `(B, K)`): their numbers in [0, codebook size).
+        token_ids (`torch.LongTensor` of shape `(B, K)`): ids of the codes, in [0, codebook size).
     """
 
     features: Tensor | None = None
@@ -35,14 +35,14 @@ class FlexTokEncoderOutput(ModelOutput):
 
 
 class EncoderAttention(Attention):
-    """Self-attention in which patches see all patches, and registers see all patches and the registers before them."""
+    """Self-attention: patches attend to all patches, registers to all patches and the registers up to their own."""
 
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, register_mask: Tensor | None, num_patches: int, is_last: bool = False
     ) -> Tensor:
-        """Mix patches and registers, (B, N + K, D); only the registers come back, (B, K, D), if `is_last`.
+        """Attend over patches and registers, (B, N + K, D); if `is_last`, returns only the registers, (B, K, D).
 
-        `register_mask` (K, N + K) is true where a register may look; `None` where there are only patches.
+        `register_mask` (K, N + K) is true where a register may attend; `None` if there are only patches.
         """
         if register_mask is None:
             return super().forward(hidden_states)
@@ -50,7 +50,7 @@ class EncoderAttention(Attention):
             context = self.processor(self, *self.project(hidden_states, num_patches), register_mask)
             return self.to_out(context.flatten(-2))
         query, key, value = self.project(hidden_states)  # (B, N + K, heads, head_dim)
-        # two calls: the larger one needs no mask, and no patch computes logits of registers that it must not see
+        # two calls: the larger one needs no mask, and patches compute no logits for registers, which they must not see
         of_patches = self.processor(self, *(states[:, :num_patches] for states in (query, key, value)))
         of_registers = self.processor(self, query[:, num_patches:], key, value, register_mask)
         return self.to_out(torch.cat([of_patches, of_registers], dim=1).flatten(-2))
@@ -65,7 +65,7 @@ class EncoderBlock(GradientCheckpointingLayer):
         self.mlp = GatedMLP(config.hidden_size)
 
     def forward(self, hidden_states: Tensor, register_mask: Tensor | None, num_patches: int, is_last: bool) -> Tensor:
-        """Refine patches and registers, (B, N + K, D); the last block leaves out the patches, which nobody reads."""
+        """Refine patches and registers, (B, N + K, D); the last block drops the patches, which are then unused."""
         update = self.attention(layer_norm(hidden_states), register_mask, num_patches, is_last)
         hidden_states = (hidden_states[:, num_patches:] if is_last else hidden_states) + update
         return hidden_states + self.mlp(layer_norm(hidden_states))
@@ -103,16 +103,16 @@ class FlexTokEncoder(WholeWeightsMixin, PreTrainedModel):
             table = sincos_position_table(self.config.hidden_size, self.config.grid_size)
             init.copy_(module.positions, table)
         elif module is self and self.config.token_layout == "registers":
-            # std 1, not the usual 0.02: registers that start almost alike give every image the same few codes
+            # std 1, not the usual 0.02: registers that start nearly identical give every image the same few codes
             init.normal_(self.register_tokens, std=1.0)
 
     def compute_features(self, latents: Tensor, num_tokens: int | None = None) -> Tensor:
-        """Summarize images in their registers, or in a grid of tokens.
+        """Compute the features of images, as registers or as a grid of tokens.
 
         Args:
             latents: (B, C, h, w), about unit variance.
-            num_tokens: stop after this many tokens; they are the same as in the full sequence, with registers at less
-                work.
+            num_tokens: stop after this many tokens; they equal those of the full sequence, and with registers this
+                saves computation.
 
         Returns:
             Features before quantization, (B, K, Q): coarsest first, or in raster order.
@@ -142,7 +142,7 @@ class FlexTokEncoder(WholeWeightsMixin, PreTrainedModel):
 
         Args:
             latents: (B, C, h, w), about unit variance.
-            num_tokens: most tokens per image; `None`, or more than there are, means all.
+            num_tokens: maximum number of tokens per image; `None`, or more than there are, means all.
             return_dict: return a `FlexTokEncoderOutput` rather than a tuple.
 
         Returns:
@@ -170,9 +170,9 @@ class FlexTokEncoder(WholeWeightsMixin, PreTrainedModel):
 
 
 def prefix_causal_mask(num_patches: int, num_registers: int, device: torch.device) -> Tensor:
-    """Whom the registers see, (K, N + K): register r sees all patches and registers 0..r.
+    """Return the mask of the registers, (K, N + K): register r attends to all patches and registers 0..r.
 
-    Nothing before a register depends on it, so the first k registers are the same whatever follows.
+    No earlier position depends on a register, so the first k registers are the same whatever follows.
     """
     position = torch.arange(num_patches + num_registers, device=device)
     return position[None, :] <= position[num_patches:, None]

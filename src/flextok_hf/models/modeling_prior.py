@@ -1,7 +1,7 @@
-"""Prior: text or class -> token ids, one after the other.
+"""Prior: text or class -> token ids, one at a time.
 
 A decoder-only transformer over image tokens (the autoregressive models of Bachmann et al., 2025, arXiv 2502.13967)
-with the calls of a Transformers causal LM: `input_ids` are `[BOS, t0, t1, ...]`, logits at position j predict token j.
+with the API of a Transformers causal LM: `input_ids` are `[BOS, t0, t1, ...]`, logits at position j predict token j.
 
 Letters: B batch, L tokens of this call, M text length, S keys (cached and new), D hidden size, V codebook size.
 """
@@ -24,14 +24,14 @@ from .prior_layers import PriorBlock, ResidualProjection, TextProjector, make_no
 from .whole_weights import WholeWeightsMixin
 
 
-HEAD_NORM_EPS = 1e-6  # of the norm in front of the output layer, which the published models may have
+HEAD_NORM_EPS = 1e-6  # of the norm that published models may have before the output layer
 
 
 class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGenerationMixin):
-    """Writes the token ids of an image from a text or a class, coarsest first.
+    """Generates the token ids of an image from a text or a class, coarsest first.
 
-    The start vector is row V of the embedding, so `[BOS, t0, ...]` is an ordinary `input_ids` and `generate()` starts
-    from `bos_token_id` as for any causal LM. The head writes codes only.
+    The start vector is row V of the embedding, so `[BOS, t0, ...]` are regular `input_ids` and `generate()` starts
+    from `bos_token_id` as for any causal LM. The head predicts codes only.
     """
 
     config_class = FlexTokPriorConfig
@@ -46,7 +46,7 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
 
     def __init__(self, config: FlexTokPriorConfig):
         super().__init__(config)
-        # not derived from `config`, as the library's default is: it would lose options that only our `generate` knows
+        # not derived from `config`, as Transformers does: that would lose options that only our `generate` knows
         self.generation_config = GenerationConfig(bos_token_id=config.bos_token_id)
         self.token_embedding = nn.Embedding(config.codebook_size + 1, config.hidden_size)  # last row: start vector
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
@@ -63,7 +63,7 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
         if isinstance(module, ResidualProjection):
-            # GPT-2's rule (Radford et al., 2019): the sum of all residual updates starts at the scale of one of them
+            # GPT-2's rule (Radford et al., 2019): the sum of all residual updates starts at the scale of a single one
             init.normal_(module.weight, std=std / (2 * self.config.num_hidden_layers) ** 0.5)
         elif isinstance(module, (nn.Linear, nn.Embedding)):
             init.normal_(module.weight, std=std)
@@ -85,11 +85,11 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
         self.head = new_embeddings
 
     def prepend_bos(self, token_ids: Tensor) -> Tensor:
-        """Turn token ids (B, k), k >= 0, into `input_ids` (B, k + 1), a start of a sequence or a training row."""
+        """Turn token ids (B, k), k >= 0, into `input_ids` (B, k + 1), a prefix to continue or a training row."""
         return F.pad(token_ids, (1, 0), value=self.config.bos_token_id)
 
     def project_text(self, encoder_hidden_states: Tensor) -> Tensor:
-        """Fit the text encoder's states (B, M, text_hidden_size) to the prior, (B, M, D)."""
+        """Project the text encoder's states (B, M, text_hidden_size) to (B, M, D)."""
         return self.text_projector(encoder_hidden_states)
 
     def embed(self, input_ids: Tensor, positions: Tensor, class_labels: Tensor | None) -> Tensor:
@@ -119,21 +119,21 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
         """Predict the next token at every position.
 
         Args:
-            input_ids: (B, L), `[BOS, t0, t1, ...]`, or what follows the positions in `cache`.
-            encoder_hidden_states: states of the text encoder, (B, M, text_hidden_size); needed by models with text.
+            input_ids: (B, L), `[BOS, t0, t1, ...]`, or the tokens that follow those in `cache`.
+            encoder_hidden_states: states of the text encoder, (B, M, text_hidden_size); required by models with text.
             encoder_attention_mask: (B, M), 1 for text and 0 for padding; `None` means no padding.
-            class_labels: (B,) in [0, num_classes), or -1 for unconditional; needed by models with classes.
+            class_labels: (B,) in [0, num_classes), or -1 for unconditional; required by models with classes.
             cache: keys and values of the positions so far; a `DynamicCache` or `StaticCache`, wrapped in an
                 `EncoderDecoderCache` with the text's keys and values for models with text.
-            labels: (B, L), usually `input_ids`; shifted inside, -100 is ignored. The last input, which has nothing to
-                predict, is not run then: logits are (B, L - 1, V), and `[BOS, all tokens]` fits the positions.
+            labels: (B, L), usually `input_ids`; shifted internally, -100 is ignored. The last input, which has no
+                target, is then not run: logits are (B, L - 1, V), and `[BOS, all tokens]` fits the positions.
             use_cache: return a cache; `None` means only if one was given.
-            logits_to_keep: compute the logits of the last positions only; 0 means all; or positions as a 1-D tensor.
-            num_items_in_batch: divide the summed loss by this rather than by the number of labels.
+            logits_to_keep: number of last positions to compute logits for, 0 for all; or positions as a 1-D tensor.
+            num_items_in_batch: divide the summed loss by this instead of the number of labels.
             past_key_values: the name of `cache` in Transformers before 5.24.
 
         Returns:
-            `loss` if `labels` were given, `logits` (B, L, V) over the codes, the cache if asked for.
+            `loss` if `labels` were given, `logits` (B, L, V) over the codes, and the cache if requested.
         """
         cache = past_key_values if cache is None else cache
         text = (encoder_hidden_states, encoder_attention_mask)
@@ -164,15 +164,15 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
 
 
 def has_cached_text(cache: Cache | None) -> bool:
-    """Whether the text's keys and values are in the cache, so that its states are not needed again."""
+    """Whether the text's keys and values are cached, so that its states are no longer needed."""
     return cache is not None and bool(cache.is_updated.get(0))
 
 
 def plan_attention(input_ids: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor | None, bool]:
-    """Where the inputs stand, and what each may look at.
+    """Return the positions of the inputs and what each may attend to.
 
-    A dynamic cache knows its length as a number, so the two usual cases need no mask; a static cache keeps it in a
-    tensor, which must not be read on the host, and always gets one.
+    The length of a dynamic cache is a number, so the two common cases need no mask. In a static cache it is a tensor,
+    which must not be read on the host, so a mask is always used.
 
     Returns:
         positions (L,), attention mask (1, 1, L, S) or `None`, and whether the kernel's own causal mask applies.

@@ -1,6 +1,6 @@
 """Nested dropout: draw how many tokens each image keeps, and mask the tail.
 
-Every prefix of a token sequence becomes a description of the whole image, because training keeps a random one
+Training keeps a random prefix of each token sequence, so that every prefix describes the whole image
 (Rippel et al., 2014, https://arxiv.org/abs/1402.0915).
 """
 
@@ -8,25 +8,25 @@ import torch
 from torch import Tensor
 
 
-INVISIBLE = -1e4  # added to a logit, it leaves nothing of its key; finite in every precision
+INVISIBLE = -1e4  # added to a logit, it hides the key; finite in every dtype
 KEEP_MODES = ("uniform", "powers_of_two", "uniform_rounded_up")
 
 
 def token_ladder(num_registers: int) -> list[int]:
-    """Return the token counts 1, 2, 4, ... and `num_registers` itself, in growing order and each once."""
+    """Return the token counts 1, 2, 4, ... and `num_registers` itself, in increasing order without duplicates."""
     return [2**power for power in range(num_registers.bit_length()) if 2**power < num_registers] + [num_registers]
 
 
 def sample_num_tokens(
     batch_size: int, num_registers: int, mode: str = "powers_of_two", generator: torch.Generator | None = None
 ) -> Tensor:
-    """Draw how many tokens every sample keeps.
+    """Draw how many tokens each sample keeps.
 
     Args:
         batch_size: number of samples B.
         num_registers: longest sequence K.
-        mode: "uniform" in 1..K, "powers_of_two" among 1, 2, 4, ... and K, or "uniform_rounded_up" to one of these.
-        generator: source of randomness; the result is on its device.
+        mode: "uniform" over 1..K, "powers_of_two" over 1, 2, 4, ... and K, or "uniform_rounded_up" to one of these.
+        generator: random generator; the result is on its device.
 
     Returns:
         Counts, (B,) int64 in [1, K].
@@ -41,7 +41,7 @@ def sample_num_tokens(
     num_tokens = torch.randint(1, num_registers + 1, (batch_size,), generator=generator, device=device)
     if mode == "uniform":
         return num_tokens
-    _, num_bits = torch.frexp((num_tokens - 1).float())  # of the largest number below, so that powers stay
+    _, num_bits = torch.frexp((num_tokens - 1).float())  # of num_tokens - 1, so that powers of two are unchanged
     return (2 ** num_bits.long()).clamp(max=num_registers)
 
 
@@ -51,7 +51,7 @@ def mask_tail(registers: Tensor, num_tokens: Tensor, mask_token: Tensor) -> Tens
     Args:
         registers: (B, K, D), left unchanged.
         num_tokens: registers to keep per sample, (B,), each in [0, K].
-        mask_token: learned stand-in for a dropped register, position included, (D,).
+        mask_token: learned replacement for a dropped register, including its position, (D,).
 
     Returns:
         New registers, (B, K, D).
@@ -62,7 +62,7 @@ def mask_tail(registers: Tensor, num_tokens: Tensor, mask_token: Tensor) -> Tens
 
 
 def count_kept(codes: Tensor, num_tokens: Tensor | None, is_unconditional: Tensor | None = None) -> Tensor:
-    """How many codes of (B, k, Q) each sample keeps, (B,): `num_tokens` or all k, but none where unconditional."""
+    """Count the codes (B, k, Q) that each sample keeps, (B,): `num_tokens` or all k, but none where unconditional."""
     num_codes = codes.shape[1]
     if num_tokens is None:
         kept = torch.full((codes.shape[0],), num_codes, device=codes.device)
@@ -72,18 +72,18 @@ def count_kept(codes: Tensor, num_tokens: Tensor | None, is_unconditional: Tenso
 
 
 def merged_tail_bias(kept: Tensor, num_slots: int, length: Tensor) -> Tensor:
-    """Bias on the attention logits that lets the slots after the kept registers stand for all that were dropped.
+    """Compute the attention bias with which the slots after the kept registers stand for all dropped registers.
 
-    Dropped registers are identical: they hold the same token and no position. As keys, n of them in m slots weigh as
-    much as all n if each has `log(n / m)` added to its logit; as queries, they all stay alike from layer to layer.
+    Dropped registers are identical: they hold the same token without a position. As keys, m slots weigh as much as n
+    registers if `log(n / m)` is added to each slot's logit; as queries, they stay identical from layer to layer.
 
     Args:
-        kept: registers that each sample keeps, (B,).
-        num_slots: length S of the register sequence; more than any sample keeps, or as many.
-        length: registers that the sequence stands for, per sample, (B,); at least as many as it keeps.
+        kept: number of registers that each sample keeps, (B,).
+        num_slots: length S of the register sequence; at least as many as any sample keeps.
+        length: number of registers that the slots stand for, (B,); at least as many as the sample keeps.
 
     Returns:
-        Bias per slot, (B, S) float32; zero for what is kept.
+        Bias per slot, (B, S) float32; zero for kept registers.
     """
     kept, length = kept.unsqueeze(1), length.unsqueeze(1)
     is_tail = torch.arange(num_slots, device=kept.device) >= kept  # (B, S)

@@ -1,8 +1,8 @@
-"""Faster linear layers on a CPU: oneDNN's kernels, and in loops weights in the order in which these kernels read them.
+"""Faster linear layers on CPUs: oneDNN kernels, and in loops, weights packed in the layout that these kernels read.
 
-PyTorch gives products in float32 to another library, which takes a fifth longer for hundreds of rows. A step of the
-prior multiplies a few rows by every weight, so it lasts as long as reading them does; the usual product reads at half
-of the memory's speed or less. Results stay the same up to the order of the sums.
+PyTorch runs float32 matmuls with another library, which takes a fifth longer for hundreds of rows. A step of the prior
+multiplies a few rows by every weight, so it is bound by reading the weights; the default matmul reaches half of the
+memory bandwidth or less. Results are the same up to summation order.
 """
 
 import ctypes
@@ -16,27 +16,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-MIN_SIZE, MIN_ROWS_UNPACKED = 2**17, 16  # of a weight, of its input: below, calling oneDNN costs more than it saves
-MIN_CALLS = 8  # bringing a weight in order takes as long as a few products
+MIN_SIZE, MIN_ROWS_UNPACKED = 2**17, 16  # of weight and input; below, calling oneDNN costs more than it saves
+MIN_CALLS = 8  # packing a weight takes as long as a few matmuls
 MIN_ROWS = 4  # the kernels for 1 to 3 rows are slower than the one for 4
-USUAL_ROWS = 64  # a hint to the library; it matters little
+USUAL_ROWS = 64  # a hint to oneDNN that matters little
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
-MAX_SHARE_OF_MEMORY = 0.25  # of the machine's; packed weights come on top of the model's own
+MAX_SHARE_OF_MEMORY = 0.25  # of total RAM; packed weights are held in addition to the model's own
 
 
 class PackableLinear(nn.Linear):
-    """A linear layer that can hold a copy of its weight in the kernel's own order, see `packed_weights`."""
+    """A linear layer that can hold a copy of its weight in the kernel's own layout, see `packed_weights`."""
 
-    packed_weight: Tensor | None = None  # no buffer: it is there as long as a loop
+    packed_weight: Tensor | None = None  # not a buffer: it lasts only for a loop
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Multiply (..., in_features) by the weight; what needs gradients or is compiled takes the usual way."""
+        """Apply the layer to (..., in_features); with gradients or when compiled, as `nn.Linear` does."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or hidden_states.device.type != "cpu":
             return super().forward(hidden_states)
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         num_rows, weight = rows.shape[0], self.packed_weight  # read once: another thread may end its loop
         if weight is None:
-            if not (num_rows >= MIN_ROWS_UNPACKED and self.gains_from_onednn(hidden_states)):
+            if not (num_rows >= MIN_ROWS_UNPACKED and self.is_faster_in_onednn(hidden_states)):
                 return super().forward(hidden_states)
             weight = self.weight
         elif num_rows < MIN_ROWS:
@@ -44,9 +44,9 @@ class PackableLinear(nn.Linear):
         product = torch.ops.mkldnn._linear_pointwise(rows, weight, self.bias, "none", [], "")
         return product[:num_rows].view(*hidden_states.shape[:-1], -1)
 
-    def gains_from_onednn(self, hidden_states: Tensor) -> bool:
-        """Whether oneDNN multiplies by the weight as it is, and faster; half precision goes there in any case."""
-        if self.weight.numel() < MIN_SIZE or type(self.weight) is not nn.Parameter:  # subclasses have their own ways
+    def is_faster_in_onednn(self, hidden_states: Tensor) -> bool:
+        """Whether oneDNN supports the unpacked weight and is faster; PyTorch uses it for half precision anyway."""
+        if self.weight.numel() < MIN_SIZE or type(self.weight) is not nn.Parameter:  # subclasses may override matmul
             return False
         is_float32 = self.weight.dtype == hidden_states.dtype == torch.float32
         return is_float32 and has_kernels() and not torch.is_autocast_enabled("cpu")
@@ -54,10 +54,10 @@ class PackableLinear(nn.Linear):
 
 @contextmanager
 def packed_weights(model: nn.Module, num_calls: int) -> Iterator[None]:
-    """Pack the weights of `model` for the length of a `with` block, if this pays and the machine has the kernels.
+    """Pack the weights of `model` for a `with` block, if it is worth it and the machine has the kernels.
 
     Args:
-        model: its `PackableLinear` layers are meant; nothing happens unless they are on the CPU.
+        model: its `PackableLinear` layers are packed; a no-op unless they are on the CPU.
         num_calls: how many times the block will call the model.
     """
     weights = PackedWeights(model, num_calls)
@@ -69,9 +69,9 @@ def packed_weights(model: nn.Module, num_calls: int) -> Iterator[None]:
 
 
 class PackedWeights:
-    """Packed copies of weights, for a loop that is interrupted: the model has them only where they are `in_use`.
+    """Packed copies of weights for a loop that may pause: the model uses them only inside `in_use`.
 
-    Empty if packing does not pay or cannot work, or if an enclosing block has packed the model already.
+    Empty if packing is not worth it or not possible, or if an enclosing block has already packed the model.
 
     Args:
         model, num_calls: as for `packed_weights`.
@@ -81,15 +81,15 @@ class PackedWeights:
         layers = [module for module in model.modules() if isinstance(module, PackableLinear)]
         is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
         is_packed = any(layer.packed_weight is not None for layer in layers)
-        pays = num_calls >= MIN_CALLS and not (is_compiled or is_packed or is_offloaded(model))
+        is_worth_it = num_calls >= MIN_CALLS and not (is_compiled or is_packed or is_offloaded(model))
         self.weights: dict[PackableLinear, Tensor] = {}
-        if pays and can_pack([layer.weight for layer in layers]):
+        if is_worth_it and can_pack([layer.weight for layer in layers]):
             for layer in layers:
                 self.weights[layer] = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), USUAL_ROWS)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Let the model multiply by the packed weights within a `with` block."""
+        """Make the model use the packed weights within a `with` block."""
         try:
             for layer, weight in self.weights.items():
                 layer.packed_weight = weight
@@ -99,34 +99,34 @@ class PackedWeights:
                 layer.packed_weight = None
 
     def free(self) -> None:
-        """Give the memory back; the model takes the usual way from now on."""
+        """Free the memory; from now on the model uses its own weights."""
         if self.weights:
             self.weights.clear()
             return_freed_memory()
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Whether hooks of accelerate or Diffusers bring the weights for the length of a call only."""
+    """Whether hooks of Accelerate or Diffusers load the weights only for the duration of a call."""
     registries = [module._diffusers_hook for module in model.modules() if hasattr(module, "_diffusers_hook")]
     return hasattr(model, "_hf_hook") or any(hooks.get_hook("group_offloading") for hooks in registries)
 
 
 def return_freed_memory() -> None:
-    """Let the C library of Linux give memory back to the system; left alone, it may keep all that was packed."""
+    """Make the C library on Linux return freed memory to the system; otherwise it may keep all of it."""
     if platform.system() == "Linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, others need not
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, other libraries may not
         if trim is not None:
             trim(0)
 
 
 def has_kernels() -> bool:
-    """Whether this build of PyTorch has oneDNN's products, and the machine an x86, where they were measured."""
+    """Whether this PyTorch build has the oneDNN kernels and the CPU is x86, where they were measured."""
     is_built = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     return is_built and torch.backends.mkldnn.enabled and IS_X86
 
 
 def can_pack(weights: list[Tensor]) -> bool:
-    """Whether this build of PyTorch and this machine can pack weights of this kind and size."""
+    """Whether this build of PyTorch and this machine can pack weights of these dtypes and sizes."""
     if not has_kernels():
         return False
     dtypes = {torch.float32}
@@ -136,4 +136,4 @@ def can_pack(weights: list[Tensor]) -> bool:
         return False
     num_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
     is_small = num_bytes <= MAX_SHARE_OF_MEMORY * psutil.virtual_memory().total
-    return is_small and not torch.is_autocast_enabled("cpu")  # which wants to choose the precision of each product
+    return is_small and not torch.is_autocast_enabled("cpu")  # it picks the dtype of each matmul

@@ -1,4 +1,4 @@
-"""Caches of the prior: one that reserves its memory once, so that the last token costs as much as the first.
+"""Caches of the prior, including one with preallocated memory: the last token costs as much as the first.
 
 Letters: B batch, S keys so far.
 """
@@ -18,10 +18,10 @@ CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutpu
 
 
 class PreallocatedLayer(DynamicLayer):
-    """Keys and values of one layer, (B, heads, S, head_dim) each: a `DynamicLayer` that grows without being copied.
+    """Keys and values of one layer, (B, heads, S, head_dim) each: a `DynamicLayer` that is not copied at every step.
 
     Args:
-        capacity: positions to reserve first; when they are full, everything moves to twice the memory.
+        capacity: number of positions to allocate first; when full, everything is copied to twice the memory.
     """
 
     keys: Tensor
@@ -44,7 +44,7 @@ class PreallocatedLayer(DynamicLayer):
         start = states.shape[-2] if states.numel() else 0
         end = start + new.shape[-2]
         buffer = self.buffers[index]
-        # beam search and its like put other tensors in place of the views
+        # beam search and similar methods replace the views with other tensors
         is_view = buffer is not None and (states.data_ptr(), states.shape[0]) == (buffer.data_ptr(), buffer.shape[0])
         if buffer is None or not is_view or end > buffer.shape[-2]:
             capacity = max(self.capacity, 2 * start, end)
@@ -57,7 +57,7 @@ class PreallocatedLayer(DynamicLayer):
 
 
 def static_shape(cache: Cache) -> tuple | None:
-    """Rows, text length, data type and device of a static cache: whether it fits; `None` while it is empty."""
+    """Return rows, text length, dtype and device of a static cache, to check its fit; `None` while it is empty."""
     text_cache = None
     if isinstance(cache, EncoderDecoderCache):
         cache, text_cache = cache.self_attention_cache, cache.cross_attention_cache
@@ -69,14 +69,14 @@ def static_shape(cache: Cache) -> tuple | None:
 
 
 def prepare_cache(config: FlexTokPriorConfig, cache: Cache | None, use_cache: bool | None) -> Cache | None:
-    """Return the cache of one forward pass: the given one, a new one if it is asked for, or `None`."""
+    """Return the cache of one forward pass: the given one, a new one if requested, or `None`."""
     if cache is None and use_cache:
         cache = DynamicCache(config=config)
     return None if cache is None else with_text_cache(config, cache)
 
 
 def with_text_cache(config: FlexTokPriorConfig, cache: Cache) -> Cache:
-    """Give the cache of a model with text a place for the text's keys and values, unless it has one."""
+    """Add room for the text's keys and values to the cache of a model with text, unless it has it already."""
     if config.text_hidden_size is None or isinstance(cache, EncoderDecoderCache):
         return cache
     return EncoderDecoderCache(cache, DynamicCache(config=config))

@@ -1,4 +1,4 @@
-"""Checks of what arrives at the prior: shapes always, values where reading them does not make an accelerator wait."""
+"""Input checks of the prior: shapes always, values only where reading them does not stall an accelerator."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from .configuration_prior import FlexTokPriorConfig
 
 
 UNCONDITIONAL_LABEL = -1  # class label that adds nothing
-IGNORED_LABEL = -100  # target that does not count in the loss, as everywhere in Transformers
+IGNORED_LABEL = -100  # target that the loss ignores, as in Transformers
 
 
 def check_forward_inputs(
@@ -24,7 +24,7 @@ def check_forward_inputs(
     if input_ids.ndim != 2 or input_ids.shape[1] == 0 or not is_integer(input_ids):
         raise ValueError(
             f"`input_ids` must be integers of shape (batch, length) with length 1 or more, got {input_ids.dtype} of"
-            f" shape {tuple(input_ids.shape)}. A sequence starts with `bos_token_id`: `model.prepend_bos(token_ids)`."
+            f" shape {tuple(input_ids.shape)}. Sequences start with `bos_token_id`: `model.prepend_bos(token_ids)`."
         )
     if labels is not None:
         check_labels(config, input_ids, labels, cache)
@@ -33,13 +33,13 @@ def check_forward_inputs(
     if isinstance(past_length, int) and past_length + num_inputs > config.max_position_embeddings:
         raise ValueError(
             f"`input_ids` needs {past_length + num_inputs} positions, but the model has"
-            f" {config.max_position_embeddings} (`max_position_embeddings`; the start vector takes one). Pass fewer."
+            f" {config.max_position_embeddings} (`max_position_embeddings`; the start token takes one). Pass fewer."
         )
     is_start = isinstance(past_length, int) and past_length == 0
     check_text(config, input_ids.shape[0], encoder_hidden_states, encoder_attention_mask, is_start)
     check_classes(config, input_ids.shape[0], class_labels, is_start)
     if not torch.compiler.is_compiling() and input_ids.device.type == "cpu":  # elsewhere reading values would stall
-        check_range("input_ids", input_ids, 0, config.codebook_size + 1, "The last of them is `bos_token_id`.")
+        check_range("input_ids", input_ids, 0, config.codebook_size + 1, "The largest is `bos_token_id`.")
         check_condition_values(config, encoder_attention_mask, class_labels)
 
 
@@ -51,7 +51,7 @@ def check_generate_inputs(
     negative: tuple[Tensor | None, Tensor | None],
     class_zero_guidance: bool = False,
 ) -> None:
-    """Raise an error if `generate` cannot run on these arguments; values are read, once per call."""
+    """Raise an error if `generate` cannot run on these arguments; values are checked too, once per call."""
     text, mask = conditions.get("encoder_hidden_states"), conditions.get("encoder_attention_mask")
     labels = conditions.get("class_labels")
     batch_size = next((value.shape[0] for value in (inputs, text, labels) if value is not None), 1)
@@ -62,18 +62,18 @@ def check_generate_inputs(
         if inputs.ndim != 2 or inputs.shape[1] == 0 or (inputs[:, 0] != config.bos_token_id).any():
             raise ValueError(
                 f"`inputs` must have shape (batch, 1 or more) and start with `bos_token_id` ({config.bos_token_id})."
-                " For token ids alone, pass `model.prepend_bos(token_ids)`."
+                " For plain token ids, pass `model.prepend_bos(token_ids)`."
             )
         check_range("inputs", inputs[:, 1:], 0, config.codebook_size, "Only the first may be `bos_token_id`.")
     if class_zero_guidance and (config.num_classes is None or config.text_hidden_size is not None):
         raise ValueError(
-            "`class_zero_guidance` is for models with classes and without text, the only ones it was ever done with."
+            "`class_zero_guidance` is for models with classes and without text, the only ones ever sampled with it."
             " Leave it out."
         )
     if guidance_scale == 1.0:
         return
     if text is None and labels is None:
-        raise ValueError(f"`guidance_scale` is {guidance_scale}, but this model has no condition to guide by. Use 1.")
+        raise ValueError(f"`guidance_scale` is {guidance_scale}, but this model is unconditional. Use 1.")
     if text is not None:
         rows = 1 if negative[0] is not None and negative[0].shape[0] == 1 else batch_size
         check_text(config, rows, *negative, is_start=True, name="negative_encoder")
@@ -83,10 +83,10 @@ def check_generate_inputs(
 def check_condition_values(
     config: FlexTokPriorConfig, attention_mask: Tensor | None, class_labels: Tensor | None, name: str = "encoder"
 ) -> None:
-    """Raise an error unless every row of a text mask (B, M) shows something, and every label is -1 or a class."""
+    """Raise an error unless every row of a text mask (B, M) keeps a token, and every label is -1 or a class."""
     if attention_mask is not None and not attention_mask.bool().any(dim=1).all():
         raise ValueError(
-            f"`{name}_attention_mask` hides the whole text of a row. The empty prompt still has one token: tokenize ''"
+            f"`{name}_attention_mask` masks the whole text of a row. Even the empty prompt has one token: tokenize ''"
             " and pass its mask."
         )
     if class_labels is not None and config.num_classes is not None:
@@ -99,13 +99,13 @@ def check_labels(config: FlexTokPriorConfig, input_ids: Tensor, labels: Tensor, 
     if labels.shape != input_ids.shape or labels.shape[1] < 2 or cache is not None:
         raise ValueError(
             f"`labels` of shape {tuple(labels.shape)} do not fit `input_ids` of shape {tuple(input_ids.shape)}: both"
-            " are (batch, length) with the start id and 1 token or more, usually the same tensor, and go without"
-            " `cache`."
+            " must be (batch, length) with the start id and 1 token or more, usually the same tensor, and cannot be"
+            " combined with `cache`."
         )
     if not torch.compiler.is_compiling() and labels.device.type == "cpu":
-        targets = labels[:, 1:]  # the first is the start id, which nothing predicts
+        targets = labels[:, 1:]  # the first is the start id, which is never predicted
         check_range(
-            "labels", targets[targets != IGNORED_LABEL], 0, config.codebook_size, f"Use {IGNORED_LABEL} for no target."
+            "labels", targets[targets != IGNORED_LABEL], 0, config.codebook_size, f"Use {IGNORED_LABEL} to ignore one."
         )
 
 
@@ -117,7 +117,7 @@ def check_text(
     is_start: bool,
     name: str = "encoder",
 ) -> None:
-    """Raise an error unless text states (B, M, text_hidden_size) and mask (B, M) fit; needed at the start only."""
+    """Raise an error unless text states (B, M, text_hidden_size) and mask (B, M) fit; required only at the start."""
     states_name, mask_name = f"{name}_hidden_states", f"{name}_attention_mask"
     if config.text_hidden_size is None:
         if hidden_states is not None or attention_mask is not None:
@@ -129,7 +129,7 @@ def check_text(
         if is_start:
             raise ValueError(
                 f"`{states_name}` is missing: this model reads text. Pass the last hidden states of its text encoder,"
-                f" (batch, text length, {config.text_hidden_size}); for no prompt, those of the empty string."
+                f" (batch, text length, {config.text_hidden_size}); without a prompt, those of the empty string."
             )
     elif (
         hidden_states.ndim != 3
@@ -142,13 +142,13 @@ def check_text(
         )
     if attention_mask is not None and hidden_states is not None and attention_mask.shape != hidden_states.shape[:2]:
         raise ValueError(
-            f"`{mask_name}` must have shape {tuple(hidden_states.shape[:2])}, as the text states, got"
+            f"`{mask_name}` must have shape {tuple(hidden_states.shape[:2])}, like the text states, got"
             f" {tuple(attention_mask.shape)}."
         )
 
 
 def check_classes(config: FlexTokPriorConfig, batch_size: int, class_labels: Tensor | None, is_start: bool) -> None:
-    """Raise an error unless class labels (B,) fit; needed at the start only."""
+    """Raise an error unless class labels (B,) fit; required only at the start."""
     if config.num_classes is None:
         if class_labels is not None:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Layers of the prior: self-attention with a cache, cross-attention to the text, and the block of both.
+"""Layers of the prior: self-attention with a cache, cross-attention to the text, and the block that combines them.
 
 Letters: B batch, L tokens of this call, M text length, S keys (cached and new), D hidden size.
 """
@@ -15,7 +15,7 @@ from .packed_linear import PackableLinear
 
 
 def make_norm(config: FlexTokPriorConfig) -> nn.Module:
-    """Return a normalization of the width of the model."""
+    """Return a normalization over the width of the model."""
     norm_class = nn.LayerNorm if config.norm_type == "layer_norm" else nn.RMSNorm
     return norm_class(config.hidden_size, config.norm_eps)
 
@@ -30,7 +30,7 @@ def make_qk_norm(config: FlexTokPriorConfig, is_used: bool) -> nn.Module:
 
 
 class ResidualProjection(PackableLinear):
-    """Last layer of a residual update; a class of its own because it starts smaller than other layers."""
+    """Last layer of a residual update; a separate class, because its initial weights are smaller."""
 
 
 class CausalSelfAttention(nn.Module):
@@ -48,7 +48,7 @@ class CausalSelfAttention(nn.Module):
         self.key_norm = make_qk_norm(config, config.qk_norm)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, is_causal: bool, cache: Cache | None):
-        """Mix (B, L, D) with the cached positions; `attention_mask` (1, 1, L, S): who may look where."""
+        """Attend from (B, L, D) to itself and the cache; `attention_mask` (1, 1, L, S) is true where allowed."""
         query, key, value = self.qkv_proj(hidden_states).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
         query, key = self.query_norm(query), self.key_norm(key)  # (B, L, heads, head_dim)
         if cache is not None:
@@ -58,7 +58,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of the tokens to the projected text, whose keys and values are made once."""
+    """Multi-head attention of the tokens to the projected text, whose keys and values are computed once."""
 
     def __init__(self, config: FlexTokPriorConfig, layer_idx: int):
         super().__init__()
@@ -74,7 +74,7 @@ class CrossAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, text_states: Tensor | None, text_mask: Tensor | None, cache: Cache | None
     ) -> Tensor:
-        """Let (B, L, D) read the text (B, M, D), or its cached keys and values; `text_mask` is (B, 1, 1, M)."""
+        """Attend from (B, L, D) to the text (B, M, D), or its cached keys and values; `text_mask` is (B, 1, 1, M)."""
         query = self.query_norm(self.query_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))
         if cache is not None and cache.is_updated.get(self.layer_idx):
             layer = cache.cross_attention_cache.layers[self.layer_idx]
@@ -89,7 +89,7 @@ class CrossAttention(nn.Module):
 
 
 class TextProjector(nn.Module):
-    """Two layers that fit the text encoder's states to the width of the prior."""
+    """Two-layer MLP that projects the text encoder's states to the width of the prior."""
 
     def __init__(self, config: FlexTokPriorConfig):
         super().__init__()
@@ -133,10 +133,10 @@ class PriorBlock(GradientCheckpointingLayer):
         Args:
             hidden_states: (B, L, D).
             text_states: projected text, (B, M, D); `None` without text, or where its keys and values are cached.
-            attention_mask: (1, 1, L, S) boolean, true where a token may look.
+            attention_mask: (1, 1, L, S) boolean, true where a token may attend.
             is_causal: use the kernel's own causal mask instead.
             text_mask: (B, 1, 1, M) boolean, true where there is text.
-            cache: keys and values so far, which the blocks extend.
+            cache: keys and values so far, extended in place.
 
         Returns:
             New hidden states, (B, L, D).
@@ -156,6 +156,6 @@ def update_cache(cache: Cache, key: Tensor, value: Tensor, layer_idx: int) -> tu
     """Append keys and values (B, L, heads, head_dim) to a layer of the cache; returns all of them, (B, S, ...)."""
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
-    # the cache keeps (B, heads, S, head_dim)
+    # the cache stores (B, heads, S, head_dim)
     key, value = cache.update(key.transpose(1, 2), value.transpose(1, 2), layer_idx)
     return key.transpose(1, 2), value.transpose(1, 2)

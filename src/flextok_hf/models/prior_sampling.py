@@ -1,4 +1,4 @@
-"""One sampling run of the prior: its options, the unconditional rows of guidance, and the choice of a token.
+"""One sampling run of the prior: its options, the unconditional rows for guidance, and token selection.
 
 Letters: B batch, M text length, k new tokens, V codebook size.
 """
@@ -16,11 +16,11 @@ from .prior_inputs import UNCONDITIONAL_LABEL
 
 @dataclass
 class PriorGenerateOutput(GenerateDecoderOnlyOutput):
-    """Transformers' output of `generate`, and how likely the choices were.
+    """Output of Transformers' `generate`, plus the log-probabilities of the chosen tokens.
 
     Attributes:
         log_probs (`torch.FloatTensor` of shape `(B, k)`): log-probability of each new token under the distribution it
-            was drawn from, after guidance, temperature and filters; their sum over a row scores the row.
+            was drawn from, after guidance, temperature and filters; their sum scores the row.
     """
 
     log_probs: Tensor | None = None
@@ -28,13 +28,13 @@ class PriorGenerateOutput(GenerateDecoderOnlyOutput):
 
 @dataclass
 class GuidedSampling:
-    """What the sampling loop needs beyond Transformers' own options (see `PriorGenerationMixin.generate`)."""
+    """Options of the sampling loop beyond Transformers' own (see `PriorGenerationMixin.generate`)."""
 
     guidance_scale: float
     generator: torch.Generator | list[torch.Generator] | None
     return_log_probs: bool
     class_zero_guidance: bool
-    owns_cache: bool  # no caller gave one
+    owns_cache: bool  # the caller passed none
     negative: tuple[Tensor | None, Tensor | None] = (None, None)  # text states and mask of the unconditional rows
 
     @property
@@ -44,7 +44,7 @@ class GuidedSampling:
 
 
 class KeptSteps:
-    """What `generate` was asked to return of each step."""
+    """Outputs of each step that `generate` was asked to return."""
 
     def __init__(self, generation_config: GenerationConfig, return_log_probs: bool):
         self.scores: list[Tensor] | None = [] if generation_config.output_scores else None
@@ -52,7 +52,7 @@ class KeptSteps:
         self.log_probs: list[Tensor] | None = [] if return_log_probs else None
 
     def add(self, logits: Tensor, scores: Tensor, next_ids: Tensor) -> None:
-        """Keep what is asked for of logits and processed scores, (B, V), and of the chosen ids, (B, 1)."""
+        """Store what was requested of logits and processed scores, (B, V), and chosen ids, (B, 1)."""
         if self.scores is not None:
             self.scores.append(scores)
         if self.logits is not None:
@@ -71,7 +71,7 @@ class KeptSteps:
 
 
 def choose(scores: Tensor, do_sample: bool, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
-    """Pick a token per row of scores (B, V): the best, or one drawn by softmax; returns ids (B, 1)."""
+    """Pick a token per row of scores (B, V): the best, or a sample from the softmax; returns ids (B, 1)."""
     if not do_sample:
         return scores.argmax(dim=-1, keepdim=True)
     probs = scores.softmax(dim=-1)
@@ -81,7 +81,7 @@ def choose(scores: Tensor, do_sample: bool, generator: torch.Generator | list[to
 
 
 def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draw one id per row of probabilities (B, V), on the generator's device: a CPU seed draws alike everywhere."""
+    """Draw one id per row of probabilities (B, V), on the generator's device: CPU seeds draw the same anywhere."""
     if generator is None:
         return torch.multinomial(probs, 1)
     return torch.multinomial(probs.to(generator.device), 1, generator=generator).to(probs.device)
@@ -90,7 +90,7 @@ def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:
 def pad_texts(
     conditions: dict, hidden_states: Tensor | None, attention_mask: Tensor | None, multiple: int = 1
 ) -> tuple:
-    """Bring the texts in `conditions` and the negative ones to one length, a multiple; returns the negative ones."""
+    """Pad the texts in `conditions` and the negative ones to one length, a multiple; returns the negative ones."""
     if hidden_states is None:
         return None, None
     text, text_mask = conditions["encoder_hidden_states"], conditions.get("encoder_attention_mask")
@@ -100,7 +100,7 @@ def pad_texts(
 
 
 def pad_text(hidden_states: Tensor, attention_mask: Tensor | None, length: int) -> tuple[Tensor, Tensor]:
-    """Pad text states (B, M, C) and their mask, (B, M) or `None` for no padding, to `length` masked positions."""
+    """Pad text states (B, M, C) and their mask, (B, M) or `None` for no padding, to `length`, masking the padding."""
     if attention_mask is None:
         attention_mask = torch.ones(hidden_states.shape[:2], dtype=torch.long, device=hidden_states.device)
     missing = length - hidden_states.shape[1]
@@ -108,7 +108,7 @@ def pad_text(hidden_states: Tensor, attention_mask: Tensor | None, length: int) 
 
 
 def double_batch(model_kwargs: dict, sampling: GuidedSampling, batch_size: int) -> None:
-    """Put the unconditional rows after the conditional ones, in place: conditions (B, ...) become (2 B, ...)."""
+    """Append the unconditional rows to the conditions, in place: (B, ...) becomes (2 B, ...)."""
     for name, negative in zip(("encoder_hidden_states", "encoder_attention_mask"), sampling.negative, strict=True):
         if negative is not None:
             rows = negative.repeat_interleave(batch_size // negative.shape[0], dim=0)

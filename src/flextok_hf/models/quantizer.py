@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 
 
-BOUND_MARGIN = 1e-3  # widens tanh a little, so that the outermost levels are reached at finite features
+BOUND_MARGIN = 1e-3  # widens tanh slightly, so that finite features reach the outermost levels
 
 
 class FiniteScalarQuantizer(nn.Module):
     """Finite scalar quantization (Mentzer et al., 2023, https://arxiv.org/abs/2309.15505, appendix A.1).
 
-    It keeps no tensors: levels are a list, so nothing can be lost or left uninitialized when a checkpoint is loaded.
+    It holds no tensors: levels are a list, so loading a checkpoint cannot lose them or leave them uninitialized.
     """
 
     def __init__(self, levels: Sequence[int]):
         super().__init__()
         if not levels or any(level < 2 for level in levels):
-            raise ValueError(f"`levels` must name two or more levels for each code dimension, got {list(levels)}.")
+            raise ValueError(f"`levels` must list 2 or more levels per code dimension, got {list(levels)}.")
         self.levels = list(levels)
         self.half_widths = [level // 2 for level in levels]
         self.place_values = [math.prod(levels[:i]) for i in range(len(levels))]
@@ -39,7 +39,7 @@ class FiniteScalarQuantizer(nn.Module):
         return torch.tanh(features + shift) * half_range - offset
 
     def forward(self, features: Tensor, is_rounded: Tensor | None = None) -> Tensor:
-        """Round features to codes; the gradient passes as if nothing was rounded.
+        """Round features to codes; gradients pass straight through.
 
         Args:
             features: (B, K, Q), any range.
@@ -55,14 +55,14 @@ class FiniteScalarQuantizer(nn.Module):
         return rounded / constant(tuple(self.half_widths), rounded.dtype, rounded.device)
 
     def codes_to_ids(self, codes: Tensor) -> Tensor:
-        """Number codes (B, K, Q) in [-1, 1] as token ids (B, K) in [0, V), int64."""
+        """Convert codes (B, K, Q) in [-1, 1] to token ids (B, K) in [0, V), int64."""
         half_widths = constant(tuple(self.half_widths), codes.dtype, codes.device)
         # round, not truncate: a code is stored as k / 13 for 27 levels, and k / 13 * 13 can land just below k
         digits = (codes * half_widths + half_widths).round().long()  # (B, K, Q)
         return (digits * constant(tuple(self.place_values), digits.dtype, digits.device)).sum(dim=-1)
 
     def ids_to_codes(self, token_ids: Tensor) -> Tensor:
-        """Look up token ids (B, K) as codes (B, K, Q) float32; the inverse of `codes_to_ids`."""
+        """Convert token ids (B, K) to codes (B, K, Q), float32; the inverse of `codes_to_ids`."""
         place_values = constant(tuple(self.place_values), token_ids.dtype, token_ids.device)
         levels = constant(tuple(self.levels), token_ids.dtype, token_ids.device)
         digits = token_ids.unsqueeze(-1) // place_values % levels  # (B, K, Q)
@@ -75,6 +75,6 @@ class FiniteScalarQuantizer(nn.Module):
 
 @functools.lru_cache(maxsize=64)
 def constant(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return whole numbers as a tensor (Q,), made once: to copy them at each call would make an accelerator wait."""
+    """Return integers as a cached tensor (Q,): copying them at each call would stall an accelerator."""
     with torch.inference_mode(False):  # a tensor made in inference mode could not be used in training later
         return torch.tensor(values, dtype=dtype, device=device)

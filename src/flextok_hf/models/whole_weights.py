@@ -1,16 +1,16 @@
-"""Loading of saved weights: a model comes whole or not at all."""
+"""Loading of saved weights: all of them, or an error."""
 
 from safetensors import SafetensorError
 
 
 class WholeWeightsMixin:
-    """Makes `from_pretrained` refuse weights that are damaged or incomplete; goes before the library's own class."""
+    """Makes `from_pretrained` refuse damaged or incomplete weights; must precede the library's base class."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Load a model from a folder or the Hub as any of its library, but never one with weights missing.
+        """Load a model from a folder or the Hub as its library does, but never with missing weights.
 
-        The libraries only warn of those: Transformers fills them with noise, Diffusers leaves them without values.
+        The libraries only warn about them: Transformers initializes them randomly, Diffusers not at all.
 
         Raises:
             ValueError: if the file lacks weights of this model.
@@ -24,12 +24,12 @@ class WholeWeightsMixin:
             )
         except SafetensorError as error:
             raise OSError(
-                f"The checkpoint file of {source} cannot be read ({error}). It is damaged or was cut off: fetch or"
-                " save it again."
+                f"The checkpoint file of {source} cannot be read ({error}). It is damaged or truncated: fetch or save"
+                " it again."
             ) from error
         if report["missing_keys"]:
             raise ValueError(
                 f"The checkpoint file of {source} lacks weights: {', '.join(sorted(report['missing_keys']))}. Fetch or"
-                " save it again, and check that its config.json belongs to these weights."
+                " save it again, and check that its config.json matches these weights."
             )
         return (model, report) if with_report else model
