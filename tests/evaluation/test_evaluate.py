@@ -1,4 +1,4 @@
-"""`scripts/evaluate.py` from end to end, with a tiny untrained pipeline, a tiny classifier and drawn shapes."""
+"""End-to-end tests of `scripts/evaluate.py` with a tiny untrained pipeline, a tiny classifier and simple shapes."""
 
 import json
 import os
@@ -162,7 +162,7 @@ def run(data_folder, model_folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def whole_run(data_folder, model_folder, network_folder, tmp_path_factory):
-    """Runs a measurement with all of its figures once for all tests; gives its record and its folder."""
+    """Run a full measurement once for all tests; returns its record and its folder."""
     known = {}
 
     def run_once(command):
@@ -183,7 +183,7 @@ def options_of(command, network_folder):
 
 
 def numbers(record):
-    """All figures of a record, for comparison."""
+    """Return all figures of a record, for approximate comparison."""
     return json.loads(json.dumps(record["results"]), parse_float=lambda text: pytest.approx(float(text), abs=2e-6))
 
 
@@ -201,7 +201,7 @@ def test_reconstruction_is_reported_for_every_token_count(run, tmp_path):
     assert not list(tmp_path.glob(".*begun"))
 
 
-def test_figures_of_reconstruction_are_those_of_its_images(run, data_folder, model_folder):
+def test_reconstruction_figures_match_the_images(run, data_folder, model_folder):
     record = run("reconstruction", "--split", "train", "--seed", 3)
     pipe = FlexTokPipeline.from_pretrained(model_folder)
     _, originals = EvaluationImages(load_split(str(data_folder), "train"), RESOLUTION).read(range(10))
@@ -256,12 +256,12 @@ def test_every_combination_of_guidance_and_temperature_is_measured(run):
     assert set(record["sweep"][0]["results"]) == {"trained", "held_out", "everyday", "plain", "trained_shuffled"}
 
 
-def test_drawn_images_are_those_of_the_pipeline(model_folder):
+def test_generated_images_match_those_of_the_pipeline(model_folder):
     pipe = FlexTokPipeline.from_pretrained(model_folder)
     sampling = Sampling(num_inference_steps=2, temperature=0.7).resolved(pipe)
     prompts = ["a disk", "a 3d box", "a bar"]
-    drawn = generate(pipe, prompts, [1, 4], [0, 1, 2], 5, sampling)
-    for images, count in zip(drawn, (1, 4)):
+    generated = generate(pipe, prompts, [1, 4], [0, 1, 2], 5, sampling)
+    for images, count in zip(generated, (1, 4)):
         expected = pipe(
             prompts,
             max_tokens=count,
@@ -271,7 +271,7 @@ def test_drawn_images_are_those_of_the_pipeline(model_folder):
             output_type="pt",
         ).images
         difference = (images - (expected * 255).round()).abs().max().item()
-        assert difference <= 1  # a value half-way between two steps may fall to either side
+        assert difference <= 1  # a value halfway between two levels may round either way
 
 
 def test_complexity_reports_the_tokens_that_each_level_needs(run, tmp_path):
@@ -282,7 +282,7 @@ def test_complexity_reports_the_tokens_that_each_level_needs(run, tmp_path):
         needed = record["tokens_needed"][level]
         assert needed is None or needed["value"] in (1, 4)
     assert record["count"] == 20
-    assert (tmp_path / "complexity.md").read_text().startswith("# Tokens that a condition needs")
+    assert (tmp_path / "complexity.md").read_text().startswith("# Tokens needed per condition")
 
 
 @pytest.mark.parametrize(
@@ -290,12 +290,12 @@ def test_complexity_reports_the_tokens_that_each_level_needs(run, tmp_path):
     [
         ([0.1, 0.5, 0.9, 0.9], 0.95, 4),
         ([0.9, 0.9, 0.9, 0.9], 0.95, 1),
-        ([0.9, 0.2, 0.9, 0.8], 0.95, None),  # it falls off again at the end
+        ([0.9, 0.2, 0.9, 0.8], 0.95, None),  # drops again at the end
         ([0.9, 0.2, 0.9, 0.8], 0.85, 4),
         ([0.2, 0.9, 0.5, 0.9], 0.95, 8),
     ],
 )
-def test_saturation_is_where_adherence_stays_near_its_best(shares, saturation, expected):
+def test_saturation_is_where_adherence_stays_near_its_maximum(shares, saturation, expected):
     point = complexity.saturation_point(torch.tensor(shares), [1, 2, 4, 8], saturation)
     assert point == expected or (expected is None and point != point)
 
@@ -305,11 +305,11 @@ def test_without_any_adherence_there_is_no_saturation():
 
 
 class Killed(Exception):
-    """Stands for the kill of a process, at a place that the test chooses."""
+    """Simulates a process killed at a point chosen by the test."""
 
 
 @pytest.mark.parametrize("command", ["reconstruction", "generation", "complexity"])
-def test_a_stopped_evaluation_goes_on_to_the_same_figures(
+def test_a_stopped_evaluation_resumes_to_the_same_figures(
     run, whole_run, monkeypatch, network_folder, command, tmp_path
 ):
     options = [*options_of(command, network_folder), "--batch_size", 3]
@@ -328,14 +328,14 @@ def test_a_stopped_evaluation_goes_on_to_the_same_figures(
     monkeypatch.setattr(measure, method, dying)
     with pytest.raises(Killed):
         run(command, *options)
-    begun = len(calls)
+    calls_before = len(calls)
     assert list(tmp_path.glob(f".{command}-begun/*.safetensors"))
     record = run(command, *options)
-    assert len(calls) - begun < {"reconstruction": 4, "generation": 8, "complexity": 7}[command]
+    assert len(calls) - calls_before < {"reconstruction": 4, "generation": 8, "complexity": 7}[command]
     assert record["results"] == expected
 
 
-def test_a_begun_evaluation_of_another_protocol_is_refused(run, monkeypatch, tmp_path):
+def test_an_unfinished_evaluation_of_another_protocol_is_refused(run, monkeypatch, tmp_path):
     def die(self, *args):
         raise Killed
 
@@ -343,7 +343,7 @@ def test_a_begun_evaluation_of_another_protocol_is_refused(run, monkeypatch, tmp
     monkeypatch.setattr(measure, "make_record", die)
     with pytest.raises(Killed):
         run("reconstruction")
-    with pytest.raises(ValueError, match="holds the begun evaluation of another model, data set or protocol"):
+    with pytest.raises(ValueError, match="holds an unfinished evaluation of another model, dataset or protocol"):
         run("reconstruction", "--seed", 1)
 
 
@@ -368,7 +368,7 @@ def test_two_processes_give_the_figures_of_one(whole_run, data_folder, model_fol
 
 
 @pytest.mark.parametrize("counts, message", [([0], "1 or more"), ([4, 1], "growing")])
-def test_token_counts_follow_the_rule_of_the_pipeline(run, counts, message):
+def test_token_counts_are_checked_as_in_the_pipeline(run, counts, message):
     with pytest.raises(ValueError, match=message):
         run("reconstruction", "--token_counts", *counts)
 
@@ -380,26 +380,26 @@ def test_too_few_images_for_the_feature_network_are_refused_before_any_work(run,
         run("generation", "--feature_network", network_folder, "--max_prompts", 4)
 
 
-def test_a_missing_data_set_split_or_column_is_refused_by_name(run, tmp_path):
+def test_a_missing_dataset_split_or_column_is_named_in_the_error(run, tmp_path):
     with pytest.raises(FileNotFoundError, match="missing.parquet' does not exist"):
         run("reconstruction", data=tmp_path / "missing.parquet")
-    with pytest.raises(ValueError, match="cannot be read as split 'test'"):
+    with pytest.raises(ValueError, match="Split 'test' of .* cannot be loaded"):
         run("reconstruction", "--split", "test")
     with pytest.raises(ValueError, match="`image_column` is 'photo', but"):
         run("reconstruction", "--image_column", "photo")
-    with pytest.raises(ValueError, match=r"`attributes` \['color'\] are no columns of"):
+    with pytest.raises(ValueError, match=r"`attributes` \['color'\] are not columns of"):
         run("generation", "--attributes", "color")
     with pytest.raises(FileNotFoundError, match="`feature_network` './nowhere' does not exist"):
         run("reconstruction", "--feature_network", "./nowhere")
 
 
-def test_a_model_without_a_prior_generates_nothing(run, model_folder, tmp_path):
+def test_a_model_without_a_prior_cannot_generate(run, model_folder, tmp_path):
     FlexTokPipeline.from_pretrained(model_folder, prior=None).save_pretrained(tmp_path / "tokenizer")
     with pytest.raises(ValueError, match="This model has no prior"):
         run("generation", model=tmp_path / "tokenizer")
 
 
-def test_an_unreadable_image_is_counted_by_name(run, data_folder, tmp_path):
+def test_an_unreadable_image_is_reported(run, data_folder, tmp_path):
     rows = Dataset.from_parquet(str(data_folder / "train.parquet")).cast_column("image", ImageFeature(decode=False))
     records = [row | {"image": {"bytes": b"no image", "path": None}} if i == 4 else row for i, row in enumerate(rows)]
     broken = tmp_path / "broken"
@@ -412,20 +412,20 @@ def test_an_unreadable_image_is_counted_by_name(run, data_folder, tmp_path):
     assert "1 images could not be read" in (tmp_path / "reconstruction.md").read_text()
 
 
-def test_results_of_one_protocol_are_compared_and_others_refused(run, tmp_path, capsys):
+def test_only_results_of_the_same_protocol_can_be_compared(run, tmp_path, capsys):
     for name, options in {"first": [], "second": ["--token_counts", "4"], "third": ["--seed", "1"]}.items():
         run("reconstruction", "--split", "train", *options)
         (tmp_path / "reconstruction.json").rename(tmp_path / f"{name}.json")
     evaluate.main(["compare", str(tmp_path / "first.json"), str(tmp_path / "second.json")])
     table = capsys.readouterr().out
     assert "| 4 / psnr_db |" in table and "| 1 / psnr_db |" not in table and "+0.0000" in table
-    with pytest.raises(ValueError, match="cannot be compared, they were measured differently:\n- seed: 0 and 1"):
+    with pytest.raises(ValueError, match="cannot be compared: their protocols differ.\n- seed: 0 and 1"):
         evaluate.main(["compare", str(tmp_path / "first.json"), str(tmp_path / "third.json")])
     with pytest.raises(FileNotFoundError, match="There is no result file"):
         evaluate.main(["compare", str(tmp_path / "first.json"), str(tmp_path / "none.json")])
 
 
-def test_a_comparison_says_which_intervals_are_apart():
+def test_a_comparison_reports_disjoint_intervals():
     def record(mean):
         figure = {"mean": mean, "low": mean - 1, "high": mean + 1}
         return {"protocol": {"token_counts": [4]}, "results": {"4": {"psnr_db": figure}}}
@@ -434,7 +434,7 @@ def test_a_comparison_says_which_intervals_are_apart():
     assert [(row[3], row[4]) for row in rows] == [(3.0, True), (1.0, False)]
 
 
-def test_features_are_what_the_classifier_reads(network_folder):
+def test_features_are_the_input_of_the_classifier(network_folder):
     network = load_feature_network(str(network_folder))
     pixels = torch.randint(0, 256, (5, 3, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     features, log_probabilities = network(pixels)
@@ -452,13 +452,13 @@ def reference_and_rows(data_folder):
     return Reference(pixels, rows), rows, pixels
 
 
-def test_real_images_meet_their_own_prompts(reference_and_rows):
+def test_real_images_match_their_own_prompts(reference_and_rows):
     reference, rows, pixels = reference_and_rows
     result = score(reference, NAME_CHECKS, pixels, rows)
     assert result["name"]["share"] == result["name_and_style"]["share"] == 1
 
 
-def test_images_of_other_names_do_not_meet_the_prompts(reference_and_rows):
+def test_images_of_other_names_do_not_match_the_prompts(reference_and_rows):
     reference, rows, pixels = reference_and_rows
     names = sorted({row["name"] for row in rows})
     others = [row | {"name": names[names.index(row["name"]) - 1]} for row in rows]
@@ -479,7 +479,7 @@ def test_damage_makes_images_harder_to_find(reference_and_rows):
     assert set(space["own_image_left_out"]) == set(STYLES)
 
 
-def test_several_attributes_are_asked_for_one_by_one_and_together():
+def test_several_attributes_are_checked_one_by_one_and_together():
     assert [check.key for check in checks_for(["shape", "color"])] == ["shape", "color", "all"]
     assert [check.key for check in checks_for(["name"])] == ["name"]
 
@@ -493,7 +493,7 @@ def test_all_token_counts_start_from_the_same_noise_and_tokens(model_folder):
     assert (together[1][1].int() - alone[0][0].int()).abs().max() <= 1
 
 
-def test_the_network_in_the_repository_is_small_and_says_how_good_it_is():
+def test_the_network_in_the_repository_is_small_and_states_its_accuracy():
     folder = ROOT / "scripts" / "assets" / "feature_network"
     assert sum(path.stat().st_size for path in folder.iterdir()) < 2e6
     network = load_feature_network(str(folder))
@@ -503,7 +503,7 @@ def test_the_network_in_the_repository_is_small_and_says_how_good_it_is():
     assert features.shape == (3, 64) and features.isfinite().all()
 
 
-def test_inception_without_its_package_is_refused_by_name():
+def test_the_error_for_inception_without_its_package_names_it():
     try:
         import torch_fidelity  # noqa: F401
     except ImportError:
@@ -511,7 +511,7 @@ def test_inception_without_its_package_is_refused_by_name():
             load_feature_network("inception")
 
 
-def test_a_vision_model_without_classes_gives_its_pooled_output(tmp_path):
+def test_a_vision_model_without_classes_returns_its_pooled_output(tmp_path):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     ViTModel(ViTConfig(**sizes, image_size=32, patch_size=16)).save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text('{"size": {"height": 32, "width": 32}}')

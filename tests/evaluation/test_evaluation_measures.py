@@ -1,4 +1,4 @@
-"""Figures agree with independent implementations on the same arrays, and do not depend on how the data is split."""
+"""Figures agree with independent implementations and do not depend on how the data is split."""
 
 import math
 import warnings
@@ -56,7 +56,7 @@ def scipy_frechet(real, fake):
     return distance + np.trace(covariances[0] + covariances[1] - 2 * root)
 
 
-def test_the_frechet_distance_is_that_of_scipy():
+def test_the_frechet_distance_matches_scipy():
     assert frechet()["value"] == pytest.approx(scipy_frechet(REAL, FAKE), rel=1e-6)
 
 
@@ -82,7 +82,7 @@ def test_the_jackknife_of_a_mean_has_its_standard_error():
     assert half_width == pytest.approx(2.36 * values.std().item() / math.sqrt(800), rel=0.5)
 
 
-def test_the_interval_of_a_frechet_distance_holds_what_more_samples_give():
+def test_a_frechet_distance_of_fewer_samples_is_larger_and_has_a_narrow_interval():
     truth = frechet(*(torch.randn(20_000, 12, generator=seeded(seed)) for seed in (10, 11)))["value"]
     result = frechet(*(torch.randn(2_000, 12, generator=seeded(seed)) for seed in (12, 13)))
     assert 0 < truth < result["value"]  # fewer samples, larger distance: the known bias
@@ -95,13 +95,13 @@ def test_a_frechet_distance_of_too_few_images_is_refused():
         frechet(REAL, FAKE[:12])
 
 
-def test_the_score_is_that_of_torchmetrics():
+def test_the_score_matches_torchmetrics():
     class Logits(torch.nn.Module):
         def forward(self, features):
             return features
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torchmetrics says that it will keep all features
+        warnings.simplefilter("ignore", UserWarning)  # torchmetrics warns that it keeps all features
         expected = InceptionScore(Logits(), splits=1)
     expected.update(LOGITS)
     result = filled(StreamedScore(7), LOGITS.log_softmax(dim=1)).compute()
@@ -109,7 +109,7 @@ def test_the_score_is_that_of_torchmetrics():
     assert result["low"] < result["value"] < result["high"]
 
 
-def test_the_score_is_one_for_a_classifier_without_an_opinion_and_the_classes_for_a_perfect_one():
+def test_the_score_is_one_for_a_uniform_classifier_and_the_number_of_classes_for_a_perfect_one():
     certain = torch.full((70, 7), -1e4).scatter_(1, (torch.arange(70) % 7).unsqueeze(1), 1e4).log_softmax(dim=1)
     assert filled(StreamedScore(7), torch.zeros(70, 7).log_softmax(dim=1)).compute()["value"] == pytest.approx(1)
     assert filled(StreamedScore(7), certain).compute()["value"] == pytest.approx(7)
@@ -125,7 +125,7 @@ def brute_force_share(samples, manifold, k):
 
 
 @pytest.mark.parametrize("k", [1, 3])
-def test_precision_and_recall_are_those_of_brute_force(k):
+def test_precision_and_recall_match_brute_force(k):
     real, fake = REAL[:80], FAKE[:70] + 1
     precision, recall = precision_and_recall(real, fake, k)
     assert 0 < precision < 1 and 0 < recall < 1
@@ -134,19 +134,19 @@ def test_precision_and_recall_are_those_of_brute_force(k):
 
 
 def test_precision_and_recall_of_too_few_images_are_refused():
-    with pytest.raises(ValueError, match="with 3 neighbors need more images than that, got 300 real and 3"):
+    with pytest.raises(ValueError, match="need more than 3 images per set, got 300 real and 3 generated"):
         precision_and_recall(REAL, FAKE[:3])
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 260])
-def test_a_reservoir_keeps_the_same_samples_whatever_the_batches(batch_size):
+def test_a_reservoir_keeps_the_same_samples_regardless_of_the_batches(batch_size):
     expected = filled(FeatureReservoir(12, size=20), FAKE, 64).compute()
     kept = filled(FeatureReservoir(12, size=20), FAKE, batch_size).compute()
     assert kept.shape == (20, 12)
     assert kept.equal(expected)
 
 
-def test_a_reservoir_draws_evenly():
+def test_a_reservoir_draws_uniformly():
     numbers = torch.arange(2000.0).unsqueeze(1)
     kept = filled(FeatureReservoir(1, size=400), numbers).compute()
     assert kept.mean().item() == pytest.approx(1000, abs=4 * 577 / 20)
@@ -157,7 +157,7 @@ def test_a_reservoir_larger_than_the_data_keeps_all():
     assert kept.sort(dim=0).values.equal(FAKE.sort(dim=0).values)
 
 
-def test_psnr_and_ssim_are_those_of_scikit_image():
+def test_psnr_and_ssim_match_scikit_image():
     values = measure_images(PLAIN_MEASURES, IMAGES, ORIGINALS)
     pairs = list(zip(IMAGES.double().numpy(), ORIGINALS.double().numpy()))
     psnr = [skimage_metrics.peak_signal_noise_ratio(original, image, data_range=1) for image, original in pairs]
@@ -174,7 +174,7 @@ def test_equal_images_have_the_best_values():
     torch.testing.assert_close(values["ssim"], torch.ones(6))
 
 
-def test_an_image_does_not_depend_on_its_batch():
+def test_measures_of_an_image_do_not_depend_on_its_batch():
     together = measure_images(PLAIN_MEASURES, IMAGES, ORIGINALS)
     alone = [measure_images(PLAIN_MEASURES, IMAGES[i : i + 1], ORIGINALS[i : i + 1]) for i in range(6)]
     for name, values in together.items():
@@ -187,7 +187,7 @@ def test_images_of_another_shape_than_their_originals_are_refused(shape):
         measure_images(PLAIN_MEASURES, torch.zeros(shape), ORIGINALS)
 
 
-def test_a_measure_whose_package_is_missing_says_so():
+def test_the_error_for_a_measure_without_its_package_names_it():
     pytest.importorskip("torchmetrics")
     try:
         import torchvision  # noqa: F401
@@ -215,7 +215,7 @@ METRICS = {
 
 @pytest.mark.parametrize("kind", METRICS)
 @pytest.mark.parametrize("num_parts", [2, 3])
-def test_sums_of_parts_are_the_sums_of_all(kind, num_parts):
+def test_merged_sums_of_parts_equal_the_sums_of_all(kind, num_parts):
     make, values = METRICS[kind]
     whole, first = filled(make(), values), make()
     for part in range(num_parts):
@@ -229,7 +229,7 @@ def test_sums_of_parts_are_the_sums_of_all(kind, num_parts):
         torch.testing.assert_close(getattr(first, name), state, rtol=1e-9, atol=1e-9)
 
 
-def test_a_median_is_streamed_to_half_a_bin():
+def test_a_streamed_median_is_accurate_to_half_a_bin():
     values = torch.rand(1001, generator=seeded()) * 2
     metric = StreamedMedian()
     for part in values.split(100):
@@ -237,7 +237,7 @@ def test_a_median_is_streamed_to_half_a_bin():
     assert metric.compute() == pytest.approx(values.median().item(), abs=StreamedMedian.BIN)
 
 
-def test_means_by_group_are_those_of_its_samples():
+def test_the_mean_of_a_group_is_that_of_its_samples():
     values = torch.arange(12.0).view(6, 2)
     metric = GroupedMean(["a", "b", "unused"], 2)
     metric.update(values[:4], ["a", "b", "a", "b"])
@@ -245,7 +245,7 @@ def test_means_by_group_are_those_of_its_samples():
     assert metric.compute() == {"a": (4, [5.5, 6.5]), "b": (2, [4.0, 5.0])}
 
 
-def test_a_checksum_names_a_set_of_images_in_any_order():
+def test_a_checksum_identifies_a_set_of_images_in_any_order():
     pixels = (IMAGES * 255).byte()
 
     def checksum(*parts):
@@ -264,7 +264,7 @@ def test_a_checksum_names_a_set_of_images_in_any_order():
     ("successes", "trials", "published"),
     [(81, 263, (0.2553, 0.3662)), (15, 148, (0.0624, 0.1605)), (0, 20, (0, 0.1611)), (1, 29, (0.0061, 0.1718))],
 )
-def test_the_wilson_interval_is_the_published_one(successes, trials, published):
+def test_the_wilson_interval_matches_published_values(successes, trials, published):
     # Newcombe (1998), Statistics in Medicine 17:857-872, table I, method 3
     interval = wilson_interval(successes, trials)
     assert tuple(round(bound, 4) for bound in interval) == published
@@ -284,7 +284,7 @@ def test_impossible_counts_are_refused(successes, trials):
 
 @torch.no_grad()
 def test_every_step_counts_the_same_operations_packed_or_not(tiny_tokenizer_pipeline):
-    """Loops of some length use other kernels on a CPU."""
+    """Longer loops use other kernels on a CPU."""
     counts = []
     for num_steps in (MIN_CALLS - 2, MIN_CALLS - 1, MIN_CALLS):
         with FlopCounter() as counter:

@@ -1,4 +1,4 @@
-"""The search for the most similar real images, by color and shape."""
+"""Search for the most similar real images by color and shape."""
 
 import numpy as np
 import pytest
@@ -53,12 +53,12 @@ def index(images):
         pytest.param(lambda x: 0.5 + 0.8 * (x - 0.5), id="contrast"),
     ],
 )
-def test_a_damaged_image_finds_its_own_name(index, images, distort):
+def test_a_damaged_image_finds_its_original(index, images, distort):
     _, neighbors = index.search(distort(images).clamp(0, 1), count=1)
     assert neighbors[:, 0].tolist() == list(range(len(images)))
 
 
-def test_distances_are_in_units_of_two_unrelated_images(index):
+def test_two_unrelated_images_have_distance_one(index):
     assert torch.pdist(index.features).square().mean().item() == pytest.approx(1, abs=1e-3)
 
 
@@ -68,7 +68,7 @@ def test_an_image_has_distance_zero_to_itself(index, images):
     assert index.distance_between(images, images).max().item() == 0
 
 
-def test_an_image_left_out_is_not_found(index, images):
+def test_an_excluded_image_is_not_found(index, images):
     leave_out = torch.arange(len(images))
     _, neighbors = index.search(images, count=5, leave_out=leave_out)
     assert not (neighbors == leave_out[:, None]).any()
@@ -91,25 +91,25 @@ def test_an_index_of_one_image_is_refused():
         ImageIndex(torch.rand(1, 3, 48, 48))
 
 
-def test_lab_of_white_black_and_red_are_the_published_values():
+def test_lab_of_white_black_and_red_match_published_values():
     colors = torch.tensor([[1.0, 1, 1], [0, 0, 0], [1, 0, 0]]).T.reshape(1, 3, 1, 3)
     expected = torch.tensor([[100.0, 0, 0], [0, 0, 0], [53.24, 80.09, 67.20]]).T.reshape(1, 3, 1, 3)
     torch.testing.assert_close(rgb_to_lab(colors), expected, atol=0.05, rtol=0)
 
 
-def test_an_edge_counts_for_its_own_orientation():
+def test_an_edge_is_counted_in_its_own_orientation():
     image = torch.zeros(1, 3, 16, 16)
     image[..., 8:] = 1  # a vertical edge: the gradient points along the first orientation
     histogram = oriented_gradients(image, cell=8, orientations=4).view(4, 4)  # orientations, cells
     assert (histogram[0] > 0).all() and (histogram[1:] == 0).all()
 
 
-def test_more_damage_is_further_away(index, images):
+def test_more_damage_increases_the_distance(index, images):
     light, heavy = gaussian_blur(images, 1.0), gaussian_blur(images, 3.0)
     assert (index.distance_between(heavy, images) > index.distance_between(light, images)).all()
 
 
-def test_the_search_finds_what_comparing_with_all_finds(index, images):
+def test_the_search_matches_an_exhaustive_comparison(index, images):
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     damaged = (images + 0.4 * noise).clamp(0, 1)
     everything = torch.cdist(
@@ -120,6 +120,6 @@ def test_the_search_finds_what_comparing_with_all_finds(index, images):
     assert neighbors.equal(everything.indices[:, :3])
 
 
-def test_images_of_8_bits_are_described_like_floats(index, images):
+def test_uint8_images_have_the_same_features_as_floats(index, images):
     pixels = (images * 255).round().byte()
     torch.testing.assert_close(index.describe(pixels), index.describe(pixels.float() / 255))

@@ -1,7 +1,7 @@
-"""Running sums of everything measured: memory does not depend on the number of images, nor results on their batches.
+"""Running sums of all measures: memory does not depend on the number of images, nor results on the batch size.
 
-Each is a `torchmetrics.Metric` whose states can be saved, loaded and merged, so that an evaluation can stop, go on and
-be split over processes. What a sample counts for in an interval depends on its index alone (see `intervals`).
+Each is a `torchmetrics.Metric` whose states can be saved, loaded and merged, so that an evaluation can be resumed and
+split over processes. How a sample is weighted in an interval depends on its index alone (see `intervals`).
 
 Letters: B batch, R side of the square images.
 """
@@ -15,11 +15,11 @@ from torchmetrics import Metric
 from .intervals import NUM_RESAMPLES, percentile_interval, poisson_weights, wilson_interval
 
 
-STRUNG_STATES = ("ranks", "features")  # of a `FeatureReservoir`; all other states are added up over processes
+CONCATENATED_STATES = ("ranks", "features")  # of `FeatureReservoir`; all other states are summed over processes
 
 
 class Accumulator(Metric):
-    """A metric on the CPU, in double precision, that never talks to other processes: states travel as files."""
+    """A metric on the CPU, in double precision, that never syncs with other processes: they share states as files."""
 
     full_state_update = False
 
@@ -31,7 +31,7 @@ class Accumulator(Metric):
         self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum", persistent=True)
 
     def mark_as_used(self) -> None:
-        """Tell torchmetrics that loaded states are as good as updates; it would warn of an empty metric."""
+        """Mark loaded states as updated; otherwise torchmetrics warns that the metric is empty."""
         self._update_count = 1
         self._computed = None
 
@@ -56,7 +56,7 @@ class MeanWithInterval(Accumulator):
         self.resampled_counts += weights.sum(dim=0)
 
     def resampled_means(self) -> Tensor:
-        """Return the mean of each resample, (R,); NaN where a resample of very few samples is empty."""
+        """Return the mean of each resample, (resamples,); NaN for an empty resample (with very few samples)."""
         return self.resampled_totals / self.resampled_counts
 
     def compute(self) -> dict[str, float]:
@@ -72,7 +72,7 @@ def share_of(metric: MeanWithInterval) -> dict[str, float]:
 
 
 class GroupedMean(Accumulator):
-    """Mean of each of several measures in each of several named groups, without intervals."""
+    """Means of several measures per named group, without intervals."""
 
     def __init__(self, names: Sequence[str], num_measures: int):
         super().__init__()
@@ -81,7 +81,7 @@ class GroupedMean(Accumulator):
         self.add_sum("counts", len(names))
 
     def update(self, values: Tensor, names: Sequence[str]) -> None:
-        """Add values (B, measures) of samples of the groups `names`."""
+        """Add values (B, measures) of samples from the groups `names`."""
         rows = torch.tensor([self.names.index(name) for name in names])
         self.totals.index_add_(0, rows, values.detach().cpu().double())
         self.counts.index_add_(0, rows, torch.ones(len(rows), dtype=torch.float64))
@@ -97,7 +97,7 @@ class GroupedMean(Accumulator):
 
 
 class StreamedMedian(Accumulator):
-    """Median of values from 0 up, to half a bin; values beyond the last bin count as that bin."""
+    """Median of non-negative values, accurate to half a bin; values beyond the last bin are counted in it."""
 
     BIN, NUM_BINS = 0.005, 800
 
@@ -111,14 +111,14 @@ class StreamedMedian(Accumulator):
         self.histogram += torch.bincount(bins, minlength=self.NUM_BINS).double()
 
     def compute(self) -> float:
-        """Return the middle of the bin that holds the median; 0 for an exact zero bin."""
+        """Return the center of the bin that holds the median; 0 for the first bin."""
         share = self.histogram.cumsum(0) / self.histogram.sum()
         index = int((share < 0.5).sum())
         return 0.0 if index == 0 else (index + 0.5) * self.BIN
 
 
 class Checksum(Accumulator):
-    """Sum of checksums, modulo 2 ** 63: names a set of images whatever its order."""
+    """Sum of checksums modulo 2 ** 63: identifies a set of images regardless of order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class Checksum(Accumulator):
 
 
 class KeptImages(Accumulator):
-    """A few images, for a contact sheet: rows of columns, each filled once by whichever process makes it."""
+    """A few images for a contact sheet, in rows and columns; each cell is filled once, by any one process."""
 
     def __init__(self, rows: Sequence[int], num_columns: int, resolution: int):
         super().__init__()
@@ -145,7 +145,7 @@ class KeptImages(Accumulator):
         self.add_sum("pixels", len(self.rows), num_columns, 3, resolution, resolution, dtype=torch.uint8)
 
     def update(self, column: int, pixels: Tensor, indices: Sequence[int]) -> None:
-        """Keep those of the images (B, 3, R, R) uint8 whose index is one of the rows."""
+        """Keep those images (B, 3, R, R) uint8 whose index is in `rows`."""
         for position, index in enumerate(indices):
             if index in self.rows:
                 self.pixels[self.rows.index(index), column] = pixels[position]

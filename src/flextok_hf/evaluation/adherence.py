@@ -1,7 +1,7 @@
-"""Is it the image that was asked for: its nearest real images must have the attributes of the condition.
+"""Does an image show what was asked for? Its nearest real images must have the attributes of the condition.
 
-An attribute is a column of the reference images, such as `name` or `style`; a check names the attributes that must
-agree and how many neighbors may try. Letters: B batch.
+An attribute is a column of the reference images, such as `name` or `style`; a check lists the attributes that must
+match and how many neighbors are considered. Letters: B batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,8 +24,8 @@ class Check:
     """One question about an image.
 
     key: its name in result files.
-    attributes: which must agree with those asked for.
-    top: among how many neighbors one must.
+    attributes: must match those asked for.
+    top: number of nearest neighbors of which at least one must match.
     """
 
     key: str
@@ -41,7 +41,7 @@ NAME_CHECKS = (
 
 
 def checks_for(attributes: Sequence[str]) -> tuple[Check, ...]:
-    """Return the checks of a data set: each attribute, and all of them together if there are several."""
+    """Return the checks of a dataset: one per attribute, plus all of them together if there are several."""
     if list(attributes) == ["name", "style"]:
         return NAME_CHECKS
     single = tuple(Check(attribute, (attribute,)) for attribute in attributes)
@@ -49,11 +49,11 @@ def checks_for(attributes: Sequence[str]) -> tuple[Check, ...]:
 
 
 class Reference:
-    """Real images with attributes.
+    """Real images with their attributes.
 
     Args:
         pixels: (N, 3, R, R) uint8.
-        rows: attributes of each.
+        rows: attributes of each image.
     """
 
     def __init__(self, pixels: Tensor, rows: Sequence[dict]):
@@ -63,16 +63,16 @@ class Reference:
     def answer(
         self, checks: Sequence[Check], pixels: Tensor, wanted: Sequence[dict], leave_out: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Ask all questions about images.
+        """Run all checks on images.
 
         Args:
-            checks: those whose attributes some wanted row lacks are left out.
+            checks: skipped if a row of `wanted` lacks one of their attributes.
             pixels: (B, 3, R, R) uint8 or in [0, 1].
             wanted: attributes asked for, per image.
-            leave_out: per image, a reference image that must not be found, (B,).
+            leave_out: per image, the index of a reference image to exclude from the search, (B,).
 
         Returns:
-            Distance to the nearest image (B,), and by key of the check whether it was passed, (B,) boolean.
+            Distance to the nearest image (B,), and by check key whether each image passed, (B,) boolean.
         """
         count = min(max(check.top for check in checks), len(self.rows) - (leave_out is not None))
         distances, neighbors = self.index.search(pixels, count, leave_out)
@@ -90,7 +90,7 @@ class Reference:
 
 
 class AdherenceScore(nn.Module):
-    """Running sums of answers to the checks."""
+    """Running sums of check results."""
 
     def __init__(self, checks: Sequence[Check]):
         super().__init__()
@@ -98,13 +98,13 @@ class AdherenceScore(nn.Module):
         self.passed = nn.ModuleDict({check.key: MeanWithInterval() for check in checks})
 
     def update(self, distances: Tensor, passed: dict[str, Tensor], indices: Sequence[int]) -> None:
-        """Add what `Reference.answer` gave for the samples `indices`."""
+        """Add the output of `Reference.answer` for the samples `indices`."""
         self.distance.update(distances)
         for key, values in passed.items():
             self.passed[key].update(values, indices)
 
     def compute(self) -> dict:
-        """Return count, median distance, and shares with their 95% Wilson intervals; unasked checks are left out."""
+        """Return count, median distance, and shares with their 95% Wilson intervals; skipped checks are omitted."""
         result: dict = {"count": int(self.distance.histogram.sum()), "median_distance": self.distance.compute()}
         for key, metric in self.passed.items():
             if metric.count > 0:
@@ -115,20 +115,20 @@ class AdherenceScore(nn.Module):
 def score(
     reference: Reference, checks: Sequence[Check], pixels: Tensor, wanted: Sequence[dict], leave_out=None
 ) -> dict:
-    """Score images that are all at hand, (B, 3, R, R); see `Reference.answer` and `AdherenceScore.compute`."""
+    """Score images that are all in memory, (B, 3, R, R); see `Reference.answer` and `AdherenceScore.compute`."""
     total = AdherenceScore(checks)
     total.update(*reference.answer(checks, pixels, wanted, leave_out), range(len(wanted)))
     return total.compute()
 
 
 def thumbnails(images: Tensor, side: int) -> Tensor:
-    """Return images (B, 3, H, W) reduced to `side` pixels and enlarged again."""
+    """Return images (B, 3, H, W) downscaled to `side` pixels and upscaled again."""
     small = F.interpolate(images, (side, side), mode="area")
     return F.interpolate(small, images.shape[-2:], mode="bicubic").clamp(0, 1)
 
 
 def shift(images: Tensor, pixels: int) -> Tensor:
-    """Return images moved right and down by `pixels`, the border repeated."""
+    """Return images shifted right and down by `pixels`, with replicated borders."""
     return F.pad(images, (pixels, 0, pixels, 0), mode="replicate")[..., : images.shape[-2], : images.shape[-1]]
 
 
@@ -139,7 +139,7 @@ def add_noise(images: Tensor, strength: float, seed: int) -> Tensor:
 
 
 def distortions(images: Tensor, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Yield images (B, 3, H, W) in [0, 1] with kinds of damage, and the name of each; pixels are their own."""
+    """Yield names of kinds of damage and damaged copies of images (B, 3, H, W) in [0, 1]; units are their pixels."""
     yield "none", images
     for strength in (0.1, 0.25):
         yield f"noise, standard deviation {strength}", add_noise(images, strength, seed)
@@ -155,14 +155,14 @@ def distortions(images: Tensor, seed: int) -> Iterator[tuple[str, Tensor]]:
 def measure_feature_space(
     reference: Reference, checks: Sequence[Check], pixels: Tensor, max_rows: int | None, seed: int
 ) -> dict:
-    """Measure what the space tells apart: damaged real images, and real images whose own entry is left out.
+    """Measure what the feature space can tell apart: damaged real images, and real images without their own entry.
 
     Args:
         reference: the real images.
-        checks: the questions.
+        checks: the checks to run.
         pixels: the same images, (N, 3, R, R) uint8.
-        max_rows: draw this many at random.
-        seed: of the draw and of the noise.
+        max_rows: size of a random subset to use; `None` for all.
+        seed: for the subset and the noise.
     """
     rows = reference.rows
     drawn = draw_rows(range(len(rows)), max_rows, seed)
@@ -174,7 +174,7 @@ def measure_feature_space(
         return space
     for style in sorted({row["style"] for row in rows}):
         chosen = torch.tensor(draw_rows([i for i, row in enumerate(rows) if row["style"] == style], max_rows, seed))
-        # the same name in another style is all that is left to find
+        # only the same name in another style is left to be found
         wanted = [{key: value for key, value in rows[i].items() if key != "style"} for i in chosen.tolist()]
         space["own_image_left_out"][style] = score(reference, checks, pixels[chosen], wanted, leave_out=chosen)
     return space

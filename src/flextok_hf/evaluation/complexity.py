@@ -1,7 +1,7 @@
-"""Measure how many tokens a condition needs: prompts of growing detail, and where adherence stops growing.
+"""Measure how many tokens a condition needs: prompts of increasing detail, and where adherence saturates.
 
 A level is a column of prompts and the attributes that they ask for. An image adheres if its nearest real image has
-all of them. The paper's claim is that a simple condition is met with fewer tokens than a detailed one.
+all of them. The paper's claim is that a simple condition needs fewer tokens than a detailed one.
 """
 
 import math
@@ -43,7 +43,7 @@ class Complexity(ConditionedMeasurement):
             raise ValueError(f"`split` {options.split!r} of {options.data!r} is missing or empty.")
         self.names = [" + ".join(attributes) for _, attributes in levels]
         self.level_checks = [Check("passed", attributes) for _, attributes in levels]
-        # the same rows at every level, so that levels differ in detail only
+        # the same rows at every level, so that levels differ only in detail
         self.levels = [self.column_set(column, rows) for column, _ in levels]
         sizes = [len(conditions) for conditions in self.levels]
         self.jobs = [(level, index) for level, size in enumerate(sizes) for index in range(size)]
@@ -73,12 +73,12 @@ class Complexity(ConditionedMeasurement):
         return nn.ModuleDict({"cost": Cost(), "levels": levels, "kept": kept})
 
     def measure_batch(self, samples: list[int]) -> dict[int, str]:
-        """Draw images for prompts of any level and add whether they adhere."""
+        """Generate images for prompts of any level and add whether they adhere."""
         jobs = [self.jobs[sample] for sample in samples]
         conditions = [self.levels[level][index]["condition"] for level, index in jobs]
         indices = [index for _, index in jobs]
-        draw = partial(generate, self.pipe, conditions, self.counts, indices, self.options.seed, self.sampling)
-        for column, (count, images) in enumerate(zip(self.counts, self.accumulators["cost"].draw(draw), strict=True)):
+        make = partial(generate, self.pipe, conditions, self.counts, indices, self.options.seed, self.sampling)
+        for column, (count, images) in enumerate(zip(self.counts, self.accumulators["cost"].track(make), strict=True)):
             self.accumulators["kept"].update(column, images, samples)
             for level, check in enumerate(self.level_checks):
                 chosen = [position for position, job in enumerate(jobs) if job[0] == level]
@@ -89,8 +89,8 @@ class Complexity(ConditionedMeasurement):
         return {}
 
     def ask(self, check: Check, images: Tensor, wanted: list[Condition]) -> Tensor:
-        """Return which images (B, 3, R, R) uint8 have what was asked for, (B,)."""
-        assert self.reference is not None  # levels name attributes
+        """Return whether each of the images (B, 3, R, R) uint8 has what was asked for, (B,)."""
+        assert self.reference is not None  # every level has attributes
         return self.reference.answer([check], images, wanted)[1][check.key]
 
     def measure(self) -> dict:
@@ -99,7 +99,7 @@ class Complexity(ConditionedMeasurement):
         return self.finish(self.make_record, [self.accumulators["cost"]], self.write)
 
     def make_record(self) -> dict:
-        """Return adherence per level and token count, and the tokens that each level needs."""
+        """Return adherence per level and token count, and the number of tokens that each level needs."""
         results, needed = {}, {}
         for level, name in enumerate(self.names):
             metrics = self.accumulators["levels"][str(level)]
@@ -109,14 +109,14 @@ class Complexity(ConditionedMeasurement):
         return {"count": len(self.jobs), "settings": settings, "results": results, "tokens_needed": needed}
 
     def tokens_needed(self, metrics: Any) -> dict[str, float] | None:
-        """Return the fewest tokens from which adherence stays near its largest value, with a bootstrap interval; or
-        `None` if no image adheres.
+        """Return the smallest token count from which adherence stays near its maximum, with a bootstrap interval, or
+        `None` if there is none, for instance because no image adheres.
         """
         shares = torch.stack([metric.total / metric.count for metric in metrics.values()])  # (counts,)
         value = saturation_point(shares, self.counts, self.options.saturation)
         if math.isnan(value):
             return None
-        resampled = torch.stack([metric.resampled_means() for metric in metrics.values()])  # (counts, R)
+        resampled = torch.stack([metric.resampled_means() for metric in metrics.values()])  # (counts, resamples)
         values = [saturation_point(row, self.counts, self.options.saturation) for row in resampled.T]
         low, high = percentile_interval(torch.tensor(values, dtype=torch.float64))
         return {"value": value, "low": low, "high": high}
@@ -135,15 +135,15 @@ class Complexity(ConditionedMeasurement):
 
 
 def saturation_point(shares: Tensor, counts: list[int], saturation: float) -> float:
-    """Return the smallest count from which on every share is at least `saturation` times the largest.
+    """Return the smallest count from which every share is at least `saturation` times the largest.
 
     Args:
         shares: adherence per count, (counts,).
-        counts: numbers of tokens, growing.
+        counts: numbers of tokens, ascending.
         saturation: in (0, 1].
 
     Returns:
-        A count; NaN if adherence is zero throughout or unknown.
+        A count; NaN if there is none: no share is above zero, some are NaN, or the last one is too small.
     """
     largest = shares.max().item()
     if not largest > 0:
@@ -156,7 +156,7 @@ def saturation_point(shares: Tensor, counts: list[int], saturation: float) -> fl
 
 
 def make_markdown(record: dict) -> str:
-    """Return the record as tables for reading."""
+    """Return the record as a Markdown page."""
     counts, needed = record["token_counts"], record["tokens_needed"]
     rows = [
         [
@@ -168,14 +168,14 @@ def make_markdown(record: dict) -> str:
     ]
     saturation = record["protocol"]["saturation"]
     lines = [
-        "# Tokens that a condition needs",
+        "# Tokens needed per condition",
         "",
         *protocol_lines(record),
         "",
-        "Share of images whose nearest real image has all attributes asked for, by the detail of the prompt (95%"
-        f" Wilson intervals). Tokens needed: the fewest from which adherence stays at {saturation:.0%} of its largest"
-        " value or above (95% bootstrap interval over prompts).",
+        "Share of images whose nearest real image has all requested attributes, by level of detail of the prompt (95%"
+        " Wilson intervals). Tokens needed: the smallest number from which adherence stays at or above"
+        f" {saturation:.0%} of its maximum (95% bootstrap interval over prompts).",
         "",
-        markdown_table(["asked for", *(token_count_title(count) for count in counts), "tokens needed"], rows),
+        markdown_table(["requested", *(token_count_title(count) for count in counts), "tokens needed"], rows),
     ]
     return "\n".join(lines)

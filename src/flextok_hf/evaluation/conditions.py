@@ -1,4 +1,4 @@
-"""Data sets of images with prompts -> sets of conditions, with the attributes that each asks for."""
+"""Datasets of images with prompts -> sets of conditions, with the attributes that each asks for."""
 
 from collections.abc import Sequence
 
@@ -9,16 +9,16 @@ from .options import ConditionOptions
 
 
 NAMING_ATTRIBUTES = ("name", "style")
-PHOTO = "photo"  # a style that adherence leaves out: two photos of a thing need not look alike
+PHOTO = "photo"  # a style that adherence skips: two photos of the same thing need not look alike
 
-Condition = dict  # attributes by name, and under "condition" a prompt or a class
+Condition = dict  # attributes by name, and a prompt or class under "condition"
 
 
 class ConditionedMeasurement(Measurement):
-    """A measurement that draws from prompts or classes and asks whether the images are what they ask for.
+    """A measurement that generates images from prompts or classes and checks whether they show what was asked for.
 
     Args:
-        name: of the measurement.
+        name: name of the measurement.
         options: its options.
     """
 
@@ -27,12 +27,12 @@ class ConditionedMeasurement(Measurement):
     def __init__(self, name: str, options: ConditionOptions):
         super().__init__(name, options)
         if self.pipe.prior is None:
-            raise ValueError("This model has no prior and draws nothing from prompts. Measure its reconstruction.")
+            raise ValueError("This model has no prior, so it cannot generate. Measure its reconstruction instead.")
         self.all_rows = self.load_all_splits()
         known = self.all_rows[0]
         missing = [attribute for attribute in options.attributes if attribute not in known]
         if missing:
-            raise ValueError(f"`attributes` {missing} are no columns of {options.data!r}, which has {list(known)}.")
+            raise ValueError(f"`attributes` {missing} are not columns of {options.data!r}, which has {list(known)}.")
         self.attributes = list(options.attributes) or [name for name in NAMING_ATTRIBUTES if name in known]
         self.has_prompt_sets = {"styled_prompt", "prompt", "everyday", *NAMING_ATTRIBUTES} <= set(known)
         if self.has_prompt_sets:
@@ -46,7 +46,7 @@ class ConditionedMeasurement(Measurement):
             self.protocol["neighbors"] = f"{len(self.all_rows)} images"
 
     def attributes_of(self, row: dict) -> Condition:
-        """Return the attributes of a row that can be asked for."""
+        """Return the attributes of a row that a condition can ask for."""
         return {name: row[name] for name in self.attributes}
 
     def draw(self, items: Sequence) -> list:
@@ -54,7 +54,7 @@ class ConditionedMeasurement(Measurement):
         return draw_rows(items, self.options.max_prompts, self.options.seed)
 
     def prompt_sets(self) -> dict[str, list[Condition]]:
-        """Return the sets of a prepared data set: trained and held-out combinations of name and style, plain names."""
+        """Return the sets of a prepared dataset: trained and held-out combinations of name and style, plain names."""
 
         def styled(split: str) -> list[Condition]:
             chosen = [row for row in self.all_rows if row["split"] == split]
@@ -73,9 +73,9 @@ class ConditionedMeasurement(Measurement):
         return {name: self.draw(conditions) for name, conditions in sets.items() if conditions}
 
     def column_set(self, column: str, rows: Sequence[dict]) -> list[Condition]:
-        """Return the conditions in a column of prompts or classes; of several wordings the first."""
+        """Return the conditions in a column of prompts or classes; of several wordings, the first."""
         if column not in rows[0]:
-            raise ValueError(f"{column!r} is no column of {self.options.data!r}, which has {list(rows[0])}.")
+            raise ValueError(f"{column!r} is not a column of {self.options.data!r}, which has {list(rows[0])}.")
 
         def first(value: str | int | list[str]) -> str | int:
             return value[0] if isinstance(value, list) else value

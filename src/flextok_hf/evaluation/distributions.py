@@ -1,4 +1,4 @@
-"""Are two sets of images alike: Frechet distance, inception-style score, precision and recall, as running sums.
+"""How similar two sets of images are: Frechet distance, Inception-style score, precision and recall, as running sums.
 
 Letters: B batch, D features, C classes, G groups, M samples kept.
 """
@@ -37,7 +37,7 @@ class FeatureMoments(Accumulator):
             self.products[group] += part.T @ part
 
     def without_group(self, group: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return count, sum (D,) and sum of products (D, D) of all samples but those of a group; `None` is all."""
+        """Return count, sum (D,) and sum of products (D, D) of the samples outside a group; `None` for all."""
         kept = torch.ones(NUM_GROUPS, dtype=torch.float64)
         if group is not None:
             kept[group] = 0
@@ -53,14 +53,14 @@ def frechet_distance(real: FeatureMoments, fake: FeatureMoments, is_paired: bool
 
     Args:
         real: moments of the reference set.
-        fake: moments of the images to judge.
-        is_paired: each fake sample was made from the real one of its index, so that the jackknife leaves out both.
+        fake: moments of the images to evaluate.
+        is_paired: each fake sample was made from the real sample of the same index; the jackknife leaves out both.
 
     Returns:
         Value, low and high.
 
     Raises:
-        ValueError: if one of the sets has no more samples than features: its covariance would be singular.
+        ValueError: if a set has no more samples than features, which makes its covariance singular.
     """
     num_features = real.sums.shape[1]
     check_sample_count(min(real.compute(), fake.compute()), num_features)
@@ -74,37 +74,37 @@ def frechet_distance(real: FeatureMoments, fake: FeatureMoments, is_paired: bool
         metric.real_features_num_samples = count
         count, metric.fake_features_sum, metric.fake_features_cov_sum = fake.without_group(group)
         metric.fake_features_num_samples = count
-        metric.update(torch.empty(0, num_features, dtype=torch.float64), real=False)  # nothing: says "in use"
+        metric.update(torch.empty(0, num_features, dtype=torch.float64), real=False)  # empty: marks it used
         return metric.compute().item()
 
     return jackknife(distance)
 
 
 class PrecomputedFeatures(nn.Module):
-    """Stands where torchmetrics expects a feature network, and is given features."""
+    """Replaces the feature network that torchmetrics expects, and is given features."""
 
     def __init__(self, num_features: int):
         super().__init__()
         self.num_features = num_features
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return `features` as they are."""
+        """Return `features` unchanged."""
         return features
 
 
 def check_sample_count(num_samples: int, num_features: int) -> None:
-    """Raise a ValueError if a Frechet distance of so few samples would mean nothing."""
+    """Raise a ValueError if there are too few samples for a Frechet distance."""
     if num_samples <= num_features:
         raise ValueError(
             f"A Frechet distance of {num_features} features needs more than {num_features} images, got"
-            f" {num_samples}. Measure more, choose a feature network with fewer features, or leave it out with"
+            f" {num_samples}. Use more images, choose a feature network with fewer features, or disable it with"
             " `--feature_network none`."
         )
 
 
 class StreamedScore(Accumulator):
-    """Inception-style score: how sure a classifier is of each image, and how different its answers are
-    (Salimans et al., 2016, https://arxiv.org/abs/1606.03498), over all samples at once instead of ten parts.
+    """Inception-style score: how confident a classifier is about each image, and how diverse its predictions are
+    (Salimans et al., 2016, https://arxiv.org/abs/1606.03498), over all samples instead of ten splits.
     """
 
     def __init__(self, num_classes: int):
@@ -136,7 +136,7 @@ class StreamedScore(Accumulator):
 
 
 class FeatureReservoir(Accumulator):
-    """At most `RESERVOIR_SIZE` features, drawn evenly from all samples: those whose index has the lowest rank."""
+    """Features of at most `size` samples, drawn uniformly: those of lowest rank, a random number set by the index."""
 
     def __init__(self, num_features: int, size: int = RESERVOIR_SIZE):
         super().__init__()
@@ -147,7 +147,7 @@ class FeatureReservoir(Accumulator):
         self.add_state("features", torch.empty(0, num_features), dist_reduce_fx="cat", persistent=True)
 
     def update(self, features: Tensor, indices: Sequence[int]) -> None:
-        """Offer features (B, D) of the samples `indices`."""
+        """Add features (B, D) of the samples `indices` as candidates."""
         seeded = [torch.Generator().manual_seed(index) for index in indices]
         ranks = torch.stack([torch.rand((), dtype=torch.float64, generator=generator) for generator in seeded])
         self.ranks = torch.cat([self.ranks, ranks])
@@ -156,7 +156,7 @@ class FeatureReservoir(Accumulator):
             self.keep_lowest()
 
     def keep_lowest(self) -> None:
-        """Forget all but the samples of the lowest rank; the rest comes in the order of their ranks."""
+        """Keep only the `size` samples of the lowest rank, sorted by rank."""
         chosen = self.ranks.argsort()[: self.size]
         self.ranks, self.features = self.ranks[chosen], self.features[chosen]
 
@@ -167,7 +167,7 @@ class FeatureReservoir(Accumulator):
 
 
 def precision_and_recall(real: Tensor, fake: Tensor, num_neighbors: int = NUM_NEIGHBORS) -> tuple[float, float]:
-    """Return the share of fake samples within the real manifold, and of real ones within the fake manifold.
+    """Return the share of fake samples within the real manifold, and of real samples within the fake manifold.
 
     A manifold is the union of balls around its samples, each as large as the distance to its k-th nearest neighbor
     (Kynkaanniemi et al., 2019, https://arxiv.org/abs/1904.06991).
@@ -178,19 +178,19 @@ def precision_and_recall(real: Tensor, fake: Tensor, num_neighbors: int = NUM_NE
         num_neighbors: k.
 
     Raises:
-        ValueError: if a set is not larger than k.
+        ValueError: if a set has k samples or fewer.
     """
     if min(len(real), len(fake)) <= num_neighbors:
         raise ValueError(
-            f"Precision and recall with {num_neighbors} neighbors need more images than that, got {len(real)} real"
-            f" and {len(fake)} made ones."
+            f"Precision and recall with {num_neighbors} neighbors need more than {num_neighbors} images per set, got"
+            f" {len(real)} real and {len(fake)} generated."
         )
     return share_inside(fake, real, num_neighbors), share_inside(real, fake, num_neighbors)
 
 
 def share_inside(samples: Tensor, manifold: Tensor, num_neighbors: int) -> float:
-    """Return the share of `samples` (N, D) in a ball of `manifold` (M, D)."""
-    exact = {"compute_mode": "donot_use_mm_for_euclid_dist"}  # the product form cancels for neighbors
+    """Return the share of `samples` (N, D) inside a ball of `manifold` (M, D)."""
+    exact = {"compute_mode": "donot_use_mm_for_euclid_dist"}  # the matmul form is inaccurate for neighbors
     # a sample is its own nearest neighbor, at distance 0
     radii = [torch.cdist(part, manifold, **exact).kthvalue(num_neighbors + 1).values for part in manifold.split(500)]
     inside = [(torch.cdist(part, manifold, **exact) <= torch.cat(radii)).any(dim=1) for part in samples.split(500)]

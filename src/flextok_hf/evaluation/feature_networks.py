@@ -1,9 +1,9 @@
-"""Images -> features and class probabilities, by a public network or by one of our own.
+"""Images -> features and class probabilities of a public or custom network.
 
-Every figure from such a network is labelled with its name and the hash of its weights: a Frechet distance is called
-FID only if the network is the Inception of Heusel et al. (2017), https://arxiv.org/abs/1706.08500.
+Results are labelled with the network's name and the hash of its weights. A Frechet distance is called FID only if the
+network is the Inception network of Heusel et al. (2017), https://arxiv.org/abs/1706.08500.
 
-Letters: B batch, D features, C classes.
+Letters: B batch, R side of the square images, D features, C classes.
 """
 
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ from .results import public_name
 
 
 INCEPTION = "inception"
-TRAINING_RECORD = "training.json"  # beside the weights of a network that `train_feature_network.py` made
+TRAINING_RECORD = "training.json"  # next to weights that `train_feature_network.py` saved
 
 
 @dataclass
 class Description:
-    """What a figure has to say about the network behind it."""
+    """What result files state about the network behind a figure."""
 
     name: str
     sha256: str
@@ -43,23 +43,23 @@ class Description:
 
 
 class FeatureNetwork(nn.Module):
-    """What the evaluation needs of a network; any module with `description`, `class_names` and `forward` will do.
+    """Interface of feature networks; any module with `description`, `class_names` and `forward` works.
 
     Attributes:
         description: for the result file.
-        class_names: what the class probabilities are of, or `None`.
+        class_names: names of the classes, or `None` if there are none.
     """
 
     description: Description
     class_names: list[str] | None = None
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Turn images (B, 3, R, R) uint8 into features (B, D) and log-probabilities (B, C), if it has classes."""
+        """Return features (B, D) and, if there are classes, log-probabilities (B, C) of images (B, 3, R, R) uint8."""
         raise NotImplementedError
 
 
 class TransformersFeatures(FeatureNetwork):
-    """A vision model of Transformers: what its classifier reads, or else its pooled output.
+    """A vision model of Transformers: features are the input of its classifier, or else its pooled output.
 
     Args:
         name: folder or Hub id.
@@ -110,11 +110,11 @@ class TransformersFeatures(FeatureNetwork):
 
 
 class InceptionFeatures(FeatureNetwork):
-    """The Inception network of the original FID, through torch-fidelity.
+    """The Inception network of the original FID, from torch-fidelity.
 
     Args:
-        weights: local file of its weights (`pt_inception-2015-12-05-6726825d.pth`), or `None` to let torch-fidelity
-            find or download them.
+        weights: local weight file (`pt_inception-2015-12-05-6726825d.pth`), or `None` to let torch-fidelity find or
+            download it.
     """
 
     def __init__(self, weights: str | None = None):
@@ -123,7 +123,7 @@ class InceptionFeatures(FeatureNetwork):
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
             raise ImportError(
-                "The feature network `inception` needs torch-fidelity: `pip install torch-fidelity`. Or name another"
+                "The feature network `inception` needs torch-fidelity: `pip install torch-fidelity`. Or pass another"
                 " network: the folder or Hub id of a vision model."
             ) from error
         layers = ["2048", "logits_unbiased"]
@@ -150,18 +150,18 @@ def load_feature_network(name: str) -> FeatureNetwork:
     """Load a network by name.
 
     Args:
-        name: "inception", a file of its weights ending in .pth, or the folder or Hub id of a vision model.
+        name: "inception", a .pth file of its weights, or the folder or Hub id of a vision model.
 
     Raises:
-        FileNotFoundError: if a file or folder is meant and is not there.
-        ImportError: if the network needs a package that is missing.
+        FileNotFoundError: if `name` is a path that does not exist.
+        ImportError: if the network needs a missing package.
     """
     if name == INCEPTION:
         return InceptionFeatures()
     is_path = name.endswith(".pth") or name.startswith((".", "/", "~")) or name.count("/") != 1
     if is_path and not Path(name).expanduser().exists():
         raise FileNotFoundError(
-            f"`feature_network` {name!r} does not exist. Name a folder, a file of Inception weights, a Hub id of the"
+            f"`feature_network` {name!r} does not exist. Pass a folder, a file of Inception weights, a Hub id of the"
             " form owner/name, or `inception`."
         )
     if name.endswith(".pth"):
@@ -170,11 +170,11 @@ def load_feature_network(name: str) -> FeatureNetwork:
 
 
 class ClipScore(nn.Module):
-    """How well images fit texts: 100 times the cosine of their CLIP embeddings, not below 0 (Hessel et al., 2021,
+    """How well images match texts: 100 times the cosine of their CLIP embeddings, at least 0 (Hessel et al., 2021,
     https://arxiv.org/abs/2104.08718).
 
     Args:
-        name: CLIP model of Transformers, folder or Hub id.
+        name: folder or Hub id of a CLIP model of Transformers.
     """
 
     def __init__(self, name: str):
@@ -189,7 +189,7 @@ class ClipScore(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: Tensor, texts: list[str]) -> Tensor:
-        """Return the score (B,) of images (B, 3, R, R) uint8 with B texts."""
+        """Return the scores (B,) of images (B, 3, R, R) uint8 for B texts."""
         device = self.mean.device
         size = (self.input_size, self.input_size)
         images = F.interpolate(pixels.to(device).float() / 255, size, mode="bicubic", antialias=True).clamp(0, 1)

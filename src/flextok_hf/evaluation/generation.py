@@ -1,8 +1,8 @@
 """Measure generation: prompts or classes become images from several numbers of tokens.
 
-Whether an image is the one that was asked for is measured on sets of prompts; whether images are as real and as
-varied as real ones, on the first set. Reconstructions of real images, judged in the same way, bound from above what
-a perfect prior could reach with the tokenizer; shuffled prompts bound from below.
+Adherence to the condition is measured on every set of prompts; realism and diversity on the first set only.
+Reconstructions of real images, scored in the same way, are the upper bound that a perfect prior could reach with the
+tokenizer; shuffled prompts are the lower bound.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ BOUND, SHUFFLED = "reconstructions", "_shuffled"
 
 
 class Generation(ConditionedMeasurement):
-    """Generation from options to a record."""
+    """Generation, from options to a record."""
 
     options: GenerationOptions
 
@@ -53,9 +53,9 @@ class Generation(ConditionedMeasurement):
             self.sets = self.prompt_sets()
             in_split = [row for row in self.all_rows if row["split"] == "train"]
         else:
-            raise ValueError(f"{options.data!r} has no sets of prompts: name its `caption_column` or `class_column`.")
+            raise ValueError(f"{options.data!r} has no sets of prompts: specify `caption_column` or `class_column`.")
         if self.reference is None and self.network is None:
-            raise ValueError("Nothing to measure: name `attributes`, or a `feature_network`.")
+            raise ValueError("Nothing to measure: specify `attributes` or a `feature_network`.")
         self.first_set = next(iter(self.sets))
         self.jobs = [(key, index) for key, conditions in self.sets.items() for index in range(len(conditions))]
         self.to_reconstruct = self.draw(in_split)
@@ -67,14 +67,14 @@ class Generation(ConditionedMeasurement):
         if self.network is not None:
             if not self.reference_rows:
                 raise ValueError(
-                    f"The reference set is missing: `reference_split` {options.reference_split!r} is empty."
+                    f"`reference_split` {options.reference_split!r} of {options.data!r} is missing or empty."
                 )
             self.check_distribution(len(self.reference_rows), "`reference_split`")
             self.check_distribution(len(self.sets[self.first_set]), "`max_prompts`")
             self.protocol["reference"] = f"{len(self.reference_rows)} images of {options.reference_split}"
 
     def real_accumulators(self, num_features: int) -> nn.ModuleDict:
-        """Return the sums over the reference set."""
+        """Return the running sums over the reference set."""
         return nn.ModuleDict(
             {
                 "checksum": Checksum(),
@@ -84,7 +84,7 @@ class Generation(ConditionedMeasurement):
         )
 
     def set_accumulators(self, with_distribution: bool) -> nn.ModuleDict:
-        """Return the sums of one set of prompts at one token count."""
+        """Return the running sums of one set of prompts at one token count."""
         sums: dict[str, nn.Module] = {}
         if self.checks:
             sums["adherence"] = AdherenceScore(self.checks)
@@ -101,7 +101,7 @@ class Generation(ConditionedMeasurement):
         return nn.ModuleDict(sums)
 
     def build_accumulators(self, names: Sequence[str]) -> nn.ModuleDict:
-        """Return the sums of a pass that draws sets of images."""
+        """Return the running sums of a pass over the sets `names`."""
         sets = nn.ModuleDict()
         for name in names:
             with_distribution = name == self.first_set
@@ -121,12 +121,12 @@ class Generation(ConditionedMeasurement):
         return images.skipped
 
     def measure_prompts(self, sums: Any, sampling: Sampling, samples: list[int]) -> dict[int, str]:
-        """Draw images for prompts and add them to the sums of their sets."""
+        """Generate images for prompts and add them to the sums of their sets."""
         jobs = [self.jobs[sample] for sample in samples]
         indices = [index for _, index in jobs]
         conditions = [self.sets[key][index]["condition"] for key, index in jobs]
-        draw = partial(generate, self.pipe, conditions, self.counts, indices, self.options.seed, sampling)
-        for column, (count, images) in enumerate(zip(self.counts, sums["cost"].draw(draw), strict=True)):
+        make = partial(generate, self.pipe, conditions, self.counts, indices, self.options.seed, sampling)
+        for column, (count, images) in enumerate(zip(self.counts, sums["cost"].track(make), strict=True)):
             for key in self.sets:
                 chosen = [position for position, (name, _) in enumerate(jobs) if name == key]
                 if chosen:
@@ -137,11 +137,11 @@ class Generation(ConditionedMeasurement):
         return {}
 
     def measure_bound(self, sums: Any, samples: list[int]) -> dict[int, str]:
-        """Reconstruct real images and judge them like drawn ones."""
+        """Reconstruct real images and score them like generated ones."""
         found, originals = self.originals.read(samples)
         if found and self.reference is not None:
-            draw = partial(reconstruct, self.pipe, originals, self.counts, found, self.options.seed, self.samplings[0])
-            for count, images in zip(self.counts, sums["cost"].draw(draw), strict=True):
+            make = partial(reconstruct, self.pipe, originals, self.counts, found, self.options.seed, self.samplings[0])
+            for count, images in zip(self.counts, sums["cost"].track(make), strict=True):
                 wanted = [self.attributes_of(self.to_reconstruct[index]) for index in found]
                 answer = self.reference.answer(self.checks, images, wanted)
                 sums["sets"][BOUND][str(count)]["adherence"].update(*answer, found)
@@ -155,7 +155,7 @@ class Generation(ConditionedMeasurement):
         if self.reference is not None:
             sums["adherence"].update(*self.reference.answer(self.checks, images, wanted), indices)
             if key == self.first_set:
-                # neighboring prompts may share a name; half the list away they do not
+                # neighboring prompts may share a name; prompts half the list apart do not
                 others = [conditions[(index + len(conditions) // 2) % len(conditions)] for index in indices]
                 answer = self.reference.answer(self.checks, images, others)
                 sets[key + SHUFFLED][str(count)]["adherence"].update(*answer, indices)
@@ -174,7 +174,7 @@ class Generation(ConditionedMeasurement):
     def add_classes(
         sums: Any, log_probabilities: Tensor, class_names: list[str], wanted: list[Condition], indices: list[int]
     ) -> None:
-        """Add what a classifier (B, C) says of images: its score, and whether it sees the class asked for."""
+        """Add the classifier's output (B, C) to its score, and whether it predicts the class asked for."""
         if "score" in sums:
             sums["score"].update(log_probabilities, indices)
         chosen = [position for position, row in enumerate(wanted) if row.get("name") in class_names]

@@ -1,17 +1,17 @@
-"""Records of generation and complexity as pages for reading."""
+"""Records of generation as Markdown pages."""
 
 from ..utils.tables import markdown_table, measure_title
 from .results import interval_text, protocol_lines
 
 
 def title_of(record: dict, key: str) -> str:
-    """Return the heading of a figure; a distance or score says whose features it is in."""
+    """Return the title of a figure; for a distance or score, with the name of its feature network."""
     network = record["protocol"]["feature_network"]
     return measure_title(key, network and network["name"])
 
 
 def keys_of(results: dict) -> list[str]:
-    """Return the figures with intervals in the sets of a result, in order."""
+    """Return the keys of all figures with intervals in a result, in order."""
     keys: dict[str, None] = {}
     for by_count in results.values():
         for figures in by_count.values():
@@ -20,7 +20,7 @@ def keys_of(results: dict) -> list[str]:
 
 
 def results_table(record: dict, results: dict) -> str:
-    """Return sets and token counts as rows, figures as columns."""
+    """Return a table with sets and token counts as rows and figures as columns."""
     keys = keys_of(results)
     rows = [
         [
@@ -52,12 +52,12 @@ def panels_of(record: dict) -> dict[str, dict[str, list]]:
 
 
 def feature_space_tables(space: dict) -> list[str]:
-    """Return what the color and shape space tells apart as tables."""
+    """Return tables of what the color and shape space can tell apart."""
     lines = [
-        "## What the neighbor search tells apart",
+        "## What the neighbor search can tell apart",
         "",
-        "Blurred CIE Lab colors and histograms of oriented gradients, equally weighted; 1 is the mean distance (root"
-        " mean square) of two different real images. Damaged real images, searched among all real images:",
+        "Features: blurred CIE Lab colors and histograms of oriented gradients, equally weighted. A distance of 1 is"
+        " the root mean square over pairs of different real images. Damaged images, searched among all real images:",
         "",
     ]
     tables = [("damage", space["distorted"])]
@@ -66,7 +66,7 @@ def feature_space_tables(space: dict) -> list[str]:
     for number, (title, scores) in enumerate(tables):
         keys = keys_of({"": scores})
         if number == 1:
-            lines += ["", "Real images with their own entry left out, so that only other styles can be found:", ""]
+            lines += ["", "Real images with their own entry excluded, so that only other styles can be found:", ""]
         rows = [
             [
                 name,
@@ -81,20 +81,20 @@ def feature_space_tables(space: dict) -> list[str]:
 
 
 def make_markdown(record: dict) -> str:
-    """Return a record of generation as tables for reading."""
+    """Return a record of generation as a Markdown page."""
     lines = ["# Generation", "", *protocol_lines(record), ""]
     if "names" in record:
         lines += [
-            f"{record['real_images']} real images of {record['names']} names are searched; chance is"
+            f"The search covers {record['real_images']} real images of {record['names']} names; the chance level is"
             f" {1 / record['names']:.2%} per name.",
             "",
         ]
     lines += [
-        "Attributes: share of images whose nearest real image, by color and shape, has what was asked for (95%"
-        " Wilson intervals). Trained and held out: prompts with a style. Everyday and plain: without, of everyday"
-        " names and of all names. Reconstructions of real images bound what a perfect prior could reach; shuffled"
-        " prompts show the floor. Distances between sets (95% jackknife intervals) are larger for smaller sets:"
-        " compare equal numbers only. Recognized: the feature network's class is the one asked for.",
+        "Attributes: share of images whose nearest real image by color and shape has the requested attributes (95%"
+        " Wilson intervals). Trained and held out: prompts with a style. Everyday and plain: without a style, for"
+        " everyday names and for all names. Reconstructions are the upper bound for a perfect prior, shuffled prompts"
+        " the lower bound. Distances between sets (95% jackknife intervals) are larger for smaller sets: compare only"
+        " sets of equal size. Recognized: the feature network predicts the requested class.",
         "",
         results_table(record, record["results"]),
     ]

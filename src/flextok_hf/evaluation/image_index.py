@@ -1,4 +1,4 @@
-"""Images -> the most similar real ones, by color and shape; nothing here was learned or needs weights.
+"""Images -> the most similar real images by color and shape, without learned weights.
 
 Letters: B batch, H W image sides, N reference images, F features. Images are RGB, (B, 3, H, W), in
 [0, 1] or uint8.
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 FEATURE_RESOLUTION = 48  # side in pixels at which images are compared
 COLOR_BLUR, COLOR_STRIDE = 2.0, 2
 SHAPE_BLUR, SHAPE_CELL, SHAPE_ORIENTATIONS = 1.0, 8, 8
-CHUNK = 256  # reference images described at a time
+CHUNK = 256  # reference images processed at a time
 SPARE_CANDIDATES = 16
 
 
 def gaussian_blur(images: Tensor, blur: float) -> Tensor:
-    """Blur (B, C, H, W) with a Gaussian of standard deviation `blur` in pixels; borders repeat their last pixel."""
+    """Blur (B, C, H, W) with a Gaussian of standard deviation `blur` in pixels; borders are replicated."""
     radius = math.ceil(3 * blur)
     weights = torch.exp(-(torch.arange(-radius, radius + 1, dtype=images.dtype) ** 2) / (2 * blur**2))
     weights = (weights / weights.sum()).to(images.device)
@@ -43,15 +43,15 @@ def rgb_to_lab(images: Tensor) -> Tensor:
 
 
 def oriented_gradients(images: Tensor, cell: int, orientations: int = SHAPE_ORIENTATIONS) -> Tensor:
-    """Describe shapes by histograms of oriented gradients (Dalal and Triggs, 2005, doi:10.1109/CVPR.2005.177).
+    """Return histograms of oriented gradients (Dalal and Triggs, 2005, doi:10.1109/CVPR.2005.177).
 
-    Gradients are taken of the color channel where they are strongest; a gradient is shared between its two nearest
-    orientations; cells are normalized in blocks of 2 x 2 (clipped at 0.2, then again).
+    Gradients are taken from the color channel where they are strongest and split between the two nearest orientations;
+    cells are normalized in blocks of 2 x 2 (clipped at 0.2, then normalized again).
 
     Args:
         images: (B, 3, H, W) in [0, 1].
         cell: side of a cell in pixels.
-        orientations: number of directions over half a turn.
+        orientations: number of bins over 180 degrees.
 
     Returns:
         (B, F).
@@ -72,27 +72,27 @@ def oriented_gradients(images: Tensor, cell: int, orientations: int = SHAPE_ORIE
 
 
 def color_features(images: Tensor) -> Tensor:
-    """Describe where which color is: Lab, blurred so that small shifts do not matter, every other pixel. (B, F)."""
+    """Return the layout of colors, (B, F): Lab, blurred so that small shifts do not matter, every other pixel."""
     return gaussian_blur(rgb_to_lab(images), COLOR_BLUR)[:, :, ::COLOR_STRIDE, ::COLOR_STRIDE].flatten(1)
 
 
 def shape_features(images: Tensor) -> Tensor:
-    """Describe outlines whatever their color: oriented gradients after a light blur against noise. (B, F)."""
+    """Return outlines regardless of color, (B, F): oriented gradients after a light blur against noise."""
     return oriented_gradients(gaussian_blur(images, SHAPE_BLUR), SHAPE_CELL)
 
 
 class ImageIndex(nn.Module):
     """Reference images, searched by color and shape together.
 
-    Color and shape count the same: each is scaled so that the mean squared distance between two reference images
-    is 1. Distances are thus in units of "two unrelated images": 0 is the same image, 1 is no resemblance.
+    Color and shape have equal weight and are scaled so that the mean squared distance between two reference images
+    is 1: a distance of 0 means the same image, and 1 two unrelated images.
     `adherence.measure_feature_space` measures what this space can and cannot tell apart.
 
     Args:
         images: (N, 3, H, W), uint8 or in [0, 1], N at least 2.
 
     Raises:
-        ValueError: if there are fewer than 2 images, or all are the same.
+        ValueError: if there are fewer than 2 images, or all are identical.
     """
 
     BLOCKS = (color_features, shape_features)
@@ -105,7 +105,7 @@ class ImageIndex(nn.Module):
         # Mean squared distance between two different rows = 2 * total variance (with N - 1 in the denominator).
         self.scales = [(2 * block.var(dim=0).sum()).sqrt().item() * math.sqrt(len(raw)) for block in raw]
         if min(self.scales) == 0:
-            raise ValueError("All `images` are the same; an index needs different ones.")
+            raise ValueError("All `images` are the same; an index needs different images.")
         features = torch.cat([block / scale for block, scale in zip(raw, self.scales)], dim=1)
         self.register_buffer("features", features, persistent=False)
 
@@ -118,7 +118,7 @@ class ImageIndex(nn.Module):
         return F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
 
     def describe(self, images: Tensor) -> Tensor:
-        """Return the features of images (B, 3, H, W) as (B, F); their Euclidean distances are ours."""
+        """Return features (B, F) of images (B, 3, H, W); distances are Euclidean in these features."""
         resized = self._resize(images)
         return torch.cat([block(resized) / scale for block, scale in zip(self.BLOCKS, self.scales)], dim=1)
 
@@ -128,13 +128,13 @@ class ImageIndex(nn.Module):
         Args:
             images: (B, 3, H, W).
             count: neighbors per image, at most N.
-            leave_out: per image, the index of one reference image that must not be found, (B,).
+            leave_out: per image, the index of a reference image to exclude, (B,).
 
         Returns:
-            Distances (B, count), nearest first, and the numbers of the reference images (B, count).
+            Distances (B, count), nearest first, and the indices of the reference images (B, count).
         """
         described = self.describe(images)  # (B, F)
-        # A matrix product is fast but cancels for near-identical images: it only chooses the candidates.
+        # The matmul form is fast but inaccurate for near-identical images: it only selects candidates.
         distances = torch.cdist(described, self.features, compute_mode="use_mm_for_euclid_dist")
         if leave_out is not None:
             distances.scatter_(1, leave_out.view(-1, 1), math.inf)

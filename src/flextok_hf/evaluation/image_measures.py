@@ -1,4 +1,4 @@
-"""Images and their originals -> how close each one is. Letters: B batch, H W image sides."""
+"""Images and their originals -> similarity of each pair. Letters: B batch, H W image sides."""
 
 from collections.abc import Callable
 
@@ -13,15 +13,15 @@ from ..utils.measures import peak_signal_to_noise
 ImageMeasure = Callable[[Tensor, Tensor], Tensor]
 
 IS_LOWER_BETTER = {"mae", "perceptual_distance", "lpips", "dreamsim"}
-SSIM_BORDER = 5  # half of the window
+SSIM_BORDER = 5  # half the window
 
 
 def measure_ssim(images: Tensor, originals: Tensor) -> Tensor:
     """Return the structural similarity of each image, (B,), 1 for equal images.
 
     Wang et al., 2004 (doi:10.1109/TIP.2003.819861), with its Gaussian window of 11 x 11 pixels, standard deviation
-    1.5, per color channel, over the pixels whose window lies inside the image; torchmetrics' own mean also takes
-    the border, where a mirrored part fills the window.
+    1.5, per color channel, over the pixels whose window lies inside the image; torchmetrics' own mean also
+    includes the border, where the window extends into reflected padding.
     """
     _, similarity = structural_similarity_index_measure(
         images, originals, data_range=1.0, reduction="none", return_full_image=True
@@ -38,7 +38,7 @@ def load_lpips(device: str) -> ImageMeasure:
     """Return LPIPS with AlexNet (Zhang et al., 2018, https://arxiv.org/abs/1801.03924).
 
     Raises:
-        ImportError: if torchvision, which brings AlexNet, is missing.
+        ImportError: if torchvision, which provides AlexNet, is missing.
     """
     try:
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
@@ -49,7 +49,7 @@ def load_lpips(device: str) -> ImageMeasure:
 
     def measure(images: Tensor, originals: Tensor) -> Tensor:
         scores = metric(images.to(device), originals.to(device))
-        metric.reset()  # its own memory would grow with every image
+        metric.reset()  # otherwise its state grows with every image
         return scores.cpu()
 
     return measure
@@ -59,12 +59,12 @@ def load_dreamsim(device: str) -> ImageMeasure:
     """Return DreamSim (Fu et al., 2023, https://arxiv.org/abs/2306.09344), 0 for equal images.
 
     Raises:
-        ImportError: if its package is missing.
+        ImportError: if the package `dreamsim` is missing.
     """
     try:
         from dreamsim import dreamsim
     except ImportError as error:
-        raise ImportError("The measure `dreamsim` needs its package: `pip install dreamsim`.") from error
+        raise ImportError("The measure `dreamsim` needs the package: `pip install dreamsim`.") from error
     network, _ = dreamsim(pretrained=True, device=device)
     size = (224, 224)
 
@@ -88,15 +88,15 @@ def check_images(images: Tensor, originals: Tensor) -> None:
             f" and {tuple(originals.shape)}. Resize one of them first."
         )
     if min(images.shape[-2:]) <= 2 * SSIM_BORDER:
-        raise ValueError(f"SSIM needs images of 11 pixels or more, got {images.shape[-2]} x {images.shape[-1]}.")
+        raise ValueError(f"SSIM needs images of at least 11 x 11 pixels, got {images.shape[-2]} x {images.shape[-1]}.")
 
 
 def measure_images(measures: dict[str, ImageMeasure], images: Tensor, originals: Tensor) -> dict[str, Tensor]:
-    """Apply each measure to images and originals, both (B, 3, H, W) in [0, 1]; returns values (B,) by name."""
+    """Return the values (B,) of each measure by name, for images and originals (B, 3, H, W) in [0, 1]."""
     check_images(images, originals)
     with torch.no_grad():
         return {name: measure(images, originals).reshape(len(images)) for name, measure in measures.items()}
 
 
 PLAIN_MEASURES: dict[str, ImageMeasure] = {"psnr_db": peak_signal_to_noise, "ssim": measure_ssim, "mae": measure_mae}
-ALL_MEASURES = (*PLAIN_MEASURES, "perceptual_distance", *EXTRA_MEASURES)  # of single images
+ALL_MEASURES = (*PLAIN_MEASURES, "perceptual_distance", *EXTRA_MEASURES)  # per image

@@ -1,4 +1,4 @@
-"""Rows of a data set -> images to measure: cut in one way, rounded to 8 bits, the unreadable ones counted by name.
+"""Dataset rows -> images to measure: all cropped the same way, 8 bits, unreadable ones recorded with the reason.
 
 Letters: B batch, R side of the square images.
 """
@@ -23,21 +23,21 @@ CROP = "center square, then Lanczos (Pillow, antialiased)"  # what `resize_and_c
 
 
 def load_split(source: str | Sequence[str], split: str, image_column: str = "image") -> datasets.Dataset:
-    """Load one split with its images undecoded.
+    """Load one split without decoding its images.
 
     Args:
-        source: "synthetic", a folder, parquet files or a Hub name, as in `load_rows`.
-        split: its name.
-        image_column: holds the images.
+        source: "synthetic", a folder, parquet files or a Hub id, as in `load_rows`.
+        split: name of the split.
+        image_column: column of the images.
 
     Raises:
-        FileNotFoundError: if there is no such source.
-        ValueError: if it has no such split, no such column, or no row.
+        FileNotFoundError: if the source does not exist.
+        ValueError: if it has no such split or column, or no rows.
     """
     try:
         rows = load_rows(source, split)
     except ValueError as error:
-        raise ValueError(f"`data` {source!r} cannot be read as split {split!r}: {error}") from error
+        raise ValueError(f"Split {split!r} of `data` {source!r} cannot be loaded: {error}") from error
     if image_column not in rows.column_names:
         raise ValueError(f"`image_column` is {image_column!r}, but {source!r} has {', '.join(rows.column_names)}.")
     if len(rows) == 0:
@@ -46,21 +46,21 @@ def load_split(source: str | Sequence[str], split: str, image_column: str = "ima
 
 
 def draw_rows(items: Sequence, count: int | None, seed: int) -> list:
-    """Return `count` items drawn at random, in their order; all of them if `count` is `None` or not less."""
+    """Return `count` items drawn at random, in their original order; all of them if `count` is `None` or too large."""
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
     return [items[index] for index in sorted(order[:count])]
 
 
 class EvaluationImages:
-    """Images found by their row, each cut to R x R pixels of 8 bits.
+    """Images by row, each cropped and resized to R x R pixels of 8 bits.
 
     Args:
-        rows: a data set from `load_split`, or a list of dictionaries with undecoded images.
+        rows: a dataset from `load_split`, or a list of dictionaries with undecoded images.
         resolution: R.
-        image_column: holds the images.
+        image_column: column of the images.
 
     Attributes:
-        skipped: reasons by row, for the rows that could not be read.
+        skipped: reason by row, for rows that could not be read.
     """
 
     def __init__(self, rows: Any, resolution: int, image_column: str = "image"):
@@ -73,7 +73,7 @@ class EvaluationImages:
         return len(self.rows)
 
     def read(self, indices: Sequence[int]) -> tuple[list[int], Tensor]:
-        """Read images.
+        """Read the images of the rows `indices`.
 
         Returns:
             The rows that could be read, and their images (B, 3, R, R) uint8.
@@ -91,40 +91,40 @@ class EvaluationImages:
         return found, torch.stack(images) if images else empty
 
     def read_all(self) -> Tensor:
-        """Read every image, (N, 3, R, R) uint8, for a reference set that is searched as a whole.
+        """Read all images, (N, 3, R, R) uint8, for a reference set that is searched as a whole.
 
         Raises:
-            ValueError: if one cannot be read; a reference set has to be complete.
+            ValueError: if one cannot be read; a reference set must be complete.
         """
         _, pixels = self.read(range(len(self)))
         if self.skipped:
             row, reason = next(iter(self.skipped.items()))
             raise ValueError(
                 f"{len(self.skipped)} images of the reference set cannot be read, the first in row {row}: {reason}"
-                " Repair or remove them."
+                " Fix or remove them."
             )
         return pixels
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:
-    """Turn uint8 into float32 in [0, 1], the form that all measures take."""
+    """Convert uint8 to float32 in [0, 1], the range that all measures expect."""
     return pixels.float() / 255
 
 
 def round_to_8_bits(images: Tensor) -> Tensor:
-    """Round images in [0, 1] to uint8 on the CPU, as a file would hold them; figures are of what a user can see."""
+    """Round images in [0, 1] to uint8 on the CPU, as a file stores them, so that figures describe what a user sees."""
     return (images.float() * 255).round().clamp(0, 255).to("cpu", torch.uint8)
 
 
 def to_pil(pixels: Tensor) -> Image.Image:
-    """Return an image (3, H, W) uint8 as PIL."""
+    """Return an image (3, H, W) uint8 as a PIL image."""
     return Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
 
 
 def image_checksums(pixels: Tensor) -> Tensor:
     """Return 63 bits of the SHA-256 of each image (B, 3, H, W) uint8, as int64 (B,).
 
-    Their sum names a set of images whatever its order: another crop or another resize filter gives another sum.
+    Their sum identifies a set of images regardless of order; another crop or resize filter changes it.
     """
     digests = [hashlib.sha256(image.contiguous().numpy().tobytes()).digest() for image in pixels]
     return torch.tensor([int.from_bytes(digest[:8], "big") >> 1 for digest in digests], dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""What the three measurements share: model, data, saved sums, and the frame of the record that comes out."""
+"""What the three measurements share: model, data, saved sums, and the common fields of the record."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ SPLITS = ("train", "validation")
 
 
 class Cost(Accumulator):
-    """Images drawn, and floating-point operations of those batches that were counted."""
+    """Number of generated images, and floating-point operations where they were counted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,8 +46,8 @@ class Cost(Accumulator):
         """Return the three sums, (3,)."""
         return torch.stack([self.images, self.flops, self.flop_images])
 
-    def draw(self, make: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Call `make`, which draws batches of images, and count them; operations in the first batch only."""
+    def track(self, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """Call `make`, return its batches of images and count them; count operations in the first call only."""
         if self.images > 0:
             batches = make()
             self.update(sum(map(len, batches)))
@@ -62,7 +62,7 @@ class Measurement:
     """Model, data and processes of one evaluation.
 
     Args:
-        name: of the measurement and of its result files.
+        name: name of the measurement and its result files.
         options: its options.
     """
 
@@ -95,14 +95,14 @@ class Measurement:
         self.passes: list[Evaluation] = []
 
     def images(self, rows: Any) -> EvaluationImages:
-        """Return the images of rows at the resolution of the model."""
+        """Return the images of `rows` at the resolution of the model."""
         return EvaluationImages(rows, self.pipe.resolution, self.options.image_column)
 
     def load_all_splits(self) -> list[dict]:
-        """Return the rows of train and validation as dictionaries with the images undecoded, `split` among them.
+        """Return the rows of train and validation as dictionaries with undecoded images and their `split`.
 
         Raises:
-            ValueError: if the data has none of these splits.
+            ValueError: if the data has neither split.
         """
         rows, errors = [], []
         for split in SPLITS:
@@ -117,7 +117,7 @@ class Measurement:
         return rows
 
     def check_distribution(self, num_samples: int, what: str) -> None:
-        """Refuse early what could not be computed in the end: too few images for the feature network."""
+        """Raise a ValueError before any work if there are too few images for the feature network."""
         if self.network is not None:
             try:
                 check_sample_count(num_samples, self.network.description.num_features)
@@ -131,7 +131,7 @@ class Measurement:
         num_samples: int,
         measure: Callable[[list[int]], dict[int, str]],
     ) -> None:
-        """Measure samples 0 to `num_samples` - 1 in batches over all processes; see `Evaluation`."""
+        """Measure samples 0 to `num_samples` - 1 in batches split over all processes; see `Evaluation`."""
         folder = Path(self.options.output) / f".{self.name}-begun"
         known = self.protocol | {"weights_sha256": self.model["weights_sha256"]}
         evaluation = Evaluation(name, accumulators, num_samples, self.options.batch_size, known, folder, self.state)
@@ -141,7 +141,7 @@ class Measurement:
         self.passes.append(evaluation)
 
     def finish(self, make_record: Callable[[], dict], costs: Sequence[Cost], write: Callable[[dict], None]) -> dict:
-        """Let the main process, which has all sums, make the record, complete and write it; then forget the sums.
+        """Make, complete and write the record on the main process, which has all sums; then delete the saved sums.
 
         Returns:
             The record, empty on other processes.

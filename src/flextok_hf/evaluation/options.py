@@ -1,4 +1,4 @@
-"""Options of the three measurements: one dataclass each, read from flags and a YAML file like those of training."""
+"""Options of the three measurements: one dataclass each, read from flags and a YAML file as in training."""
 
 from dataclasses import dataclass, field
 
@@ -13,23 +13,23 @@ NO_NETWORK = "none"
 class EvaluationOptions:
     """Options that all measurements share."""
 
-    data: str = field(metadata={"help": "Folder, parquet file or Hub name of real images, or `synthetic`."})
-    output: str = field(metadata={"help": "Folder for the results; made if missing."})
+    data: str = field(metadata={"help": "Real images: a folder, parquet file or Hub id, or `synthetic`."})
+    output: str = field(metadata={"help": "Folder for the results; created if missing."})
     model: str | None = field(default=None, metadata={"help": "Folder or Hub id; by default the embedded model."})
-    model_name: str | None = field(default=None, metadata={"help": "What the results call it; by default `model`."})
-    device: str | None = field(default=None, metadata={"help": "Where to run it; by default the best device."})
+    model_name: str | None = field(default=None, metadata={"help": "Model name in results; by default `model`."})
+    device: str | None = field(default=None, metadata={"help": "Device to run on; by default the best available."})
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
     token_counts: list[int] | None = field(
-        default=None, metadata={"help": "Tokens per image; by default 1, 2, 4, ... all."}
+        default=None, metadata={"help": "Numbers of tokens to measure; by default 1, 2, 4, ... all."}
     )
-    batch_size: int = field(default=16, metadata={"help": "Samples drawn at a time; figures do not depend on it."})
-    seed: int = field(default=0, metadata={"help": "Sample i is drawn with seed + i; also draws the samples."})
+    batch_size: int = field(default=16, metadata={"help": "Samples per batch; results do not depend on it."})
+    seed: int = field(default=0, metadata={"help": "Sample i uses seed + i; also selects random subsets."})
     feature_network: str = field(
         default=NO_NETWORK,
         metadata={"help": "For distances between sets: `inception`, its .pth file, a vision model, or `none`."},
     )
     num_inference_steps: int = field(default=20, metadata={"help": "Steps of the flow decoder."})
-    guidance: str = field(default="apg", metadata={"help": "Rule of the decoder's guidance, `apg` or `cfg`."})
+    guidance: str = field(default="apg", metadata={"help": "Guidance method of the decoder, `apg` or `cfg`."})
     sheet_rows: int = field(default=12, metadata={"help": "Rows of the contact sheet."})
 
     def __post_init__(self):
@@ -41,16 +41,16 @@ class EvaluationOptions:
 
 @dataclass(kw_only=True)
 class ReconstructionOptions(EvaluationOptions):
-    """Images -> tokens -> images: how close, and how real as a set, for each number of tokens."""
+    """Images -> tokens -> images: closeness to the originals and realism as a set, per number of tokens."""
 
     split: str = field(default="validation", metadata={"help": "Split to reconstruct."})
-    max_images: int | None = field(default=None, metadata={"help": "Draw this many images at random."})
-    guidance_scale: float | None = field(default=None, metadata={"help": "By default that of the model."})
+    max_images: int | None = field(default=None, metadata={"help": "Random subset of this many images."})
+    guidance_scale: float | None = field(default=None, metadata={"help": "Decoder guidance; default: the model's."})
     extra_measures: list[str] = field(
         default_factory=list, metadata={"help": "`lpips`, `dreamsim`; their packages must be installed."}
     )
-    group_column: str = field(default="style", metadata={"help": "Means by its values, if the data has it."})
-    sheet_group: str | None = field(default=None, metadata={"help": "Show images of this group only."})
+    group_column: str = field(default="style", metadata={"help": "Also report means per value of this column."})
+    sheet_group: str | None = field(default=None, metadata={"help": "Group to show on the contact sheet."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -59,7 +59,7 @@ class ReconstructionOptions(EvaluationOptions):
             raise ValueError(f"`extra_measures` must be among {', '.join(EXTRA_MEASURES)}, got {wrong}.")
 
     def sampling(self) -> Sampling:
-        """Return how images are drawn."""
+        """Return the sampling settings."""
         return Sampling(
             num_inference_steps=self.num_inference_steps, guidance=self.guidance, guidance_scale=self.guidance_scale
         )
@@ -67,43 +67,39 @@ class ReconstructionOptions(EvaluationOptions):
 
 @dataclass(kw_only=True)
 class ConditionOptions(EvaluationOptions):
-    """Options of measurements that draw from prompts or classes."""
+    """Options of measurements that generate from prompts or classes."""
 
-    max_prompts: int | None = field(default=None, metadata={"help": "Draw this many prompts of each set at random."})
+    max_prompts: int | None = field(default=None, metadata={"help": "Random subset of this many prompts per set."})
     attributes: list[str] = field(
         default_factory=list,
-        metadata={"help": "Columns that the nearest real image must share; default: name and style, where known."},
+        metadata={"help": "Columns that the nearest real image must match; default: name and style, if present."},
     )
-    top_k: int = field(default=0, metadata={"help": "Best ids that the prior chooses among; 0: all."})
-    top_p: float = field(default=1.0, metadata={"help": "Probability of the ids that it chooses among."})
+    top_k: int = field(default=0, metadata={"help": "Number of most likely ids to sample from; 0: all."})
+    top_p: float = field(default=1.0, metadata={"help": "Total probability of the most likely ids to sample from."})
 
 
 @dataclass(kw_only=True)
 class GenerationOptions(ConditionOptions):
-    """Prompts or classes -> images: as asked for, and real as a set, per number of tokens, guidance, temperature."""
+    """Prompts or classes -> images: adherence and realism as a set, per number of tokens, guidance, temperature."""
 
-    split: str = field(default="validation", metadata={"help": "Split of the prompts, unless the data has sets."})
-    reference_split: str = field(default="train", metadata={"help": "Split that images are compared with as a set."})
-    caption_column: str | None = field(default=None, metadata={"help": "Prompts, for data without prompt columns."})
-    class_column: str | None = field(default=None, metadata={"help": "Classes instead of prompts."})
-    guidance_scale: list[float] = field(
-        default_factory=list, metadata={"help": "Values to try; by default that of the model."}
-    )
-    prior_guidance_scale: list[float] = field(
-        default_factory=list, metadata={"help": "Values to try; by default that of the model."}
-    )
+    split: str = field(default="validation", metadata={"help": "Split of the caption or class column."})
+    reference_split: str = field(default="train", metadata={"help": "Reference split for distances between sets."})
+    caption_column: str | None = field(default=None, metadata={"help": "Column of prompts; default: prompt sets."})
+    class_column: str | None = field(default=None, metadata={"help": "Column of classes, instead of prompts."})
+    guidance_scale: list[float] = field(default_factory=list, metadata={"help": "Values; default: the model's."})
+    prior_guidance_scale: list[float] = field(default_factory=list, metadata={"help": "Values; default: the model's."})
     temperature: list[float] = field(default_factory=lambda: [1.0], metadata={"help": "Values to try."})
     clip_model: str | None = field(default=None, metadata={"help": "CLIP model for the CLIP score, folder or Hub id."})
 
     def __post_init__(self):
         super().__post_init__()
         if self.caption_column is not None and self.class_column is not None:
-            raise ValueError("Name `caption_column` or `class_column`, not both.")
+            raise ValueError("Pass `caption_column` or `class_column`, not both.")
         if not self.temperature:
-            raise ValueError("`temperature` is empty: name at least one value.")
+            raise ValueError("`temperature` is empty: pass at least one value.")
 
     def samplings(self) -> list[Sampling]:
-        """Return how images are drawn, one for each combination of the values to try."""
+        """Return the sampling settings, one for each combination of the values to try."""
         default: list[float | None] = [None]
         return [
             Sampling(
@@ -123,18 +119,20 @@ class GenerationOptions(ConditionOptions):
 
 @dataclass(kw_only=True)
 class ComplexityOptions(ConditionOptions):
-    """How many tokens a condition needs: adherence of prompts of growing detail, and where it stops growing."""
+    """How many tokens a condition needs: adherence to prompts of increasing detail, and where it saturates."""
 
     split: str = field(default="train", metadata={"help": "Split of the prompts."})
     levels: list[str] = field(
         default_factory=lambda: ["prompt=name", "styled_prompt=name,style"],
-        metadata={"help": "Column of prompts and what they ask for, from little detail to much."},
+        metadata={"help": "Prompt column and the attributes it asks for, from least to most detailed."},
     )
-    guidance_scale: float | None = field(default=None, metadata={"help": "By default that of the model."})
-    prior_guidance_scale: float | None = field(default=None, metadata={"help": "By default that of the model."})
-    temperature: float = field(default=1.0, metadata={"help": "Of the prior."})
+    guidance_scale: float | None = field(default=None, metadata={"help": "Decoder guidance; default: the model's."})
+    prior_guidance_scale: float | None = field(
+        default=None, metadata={"help": "Prior guidance; default: the model's."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the prior."})
     saturation: float = field(
-        default=0.95, metadata={"help": "Adherence counts as full from this share of its largest value on."}
+        default=0.95, metadata={"help": "Adherence counts as saturated from this share of its maximum."}
     )
 
     def __post_init__(self):
@@ -142,17 +140,17 @@ class ComplexityOptions(ConditionOptions):
         if not 0 < self.saturation <= 1:
             raise ValueError(f"`saturation` must lie in (0, 1], got {self.saturation}.")
         if not self.levels:
-            raise ValueError("`levels` is empty: name at least one, such as prompt=name.")
+            raise ValueError("`levels` is empty: pass at least one, such as prompt=name.")
         for level in self.levels:
             if "=" not in level or not all(level.partition("=")[::2]):
-                raise ValueError(f"`levels` has {level!r}; each must read column=attribute,attribute.")
+                raise ValueError(f"`levels` has {level!r}; each must have the form column=attribute,attribute.")
 
     def parsed_levels(self) -> list[tuple[str, tuple[str, ...]]]:
-        """Return the column of the prompts and the attributes asked for, per level."""
+        """Return the prompt column and the attributes asked for, per level."""
         return [(level.partition("=")[0], tuple(level.partition("=")[2].split(","))) for level in self.levels]
 
     def sampling(self) -> Sampling:
-        """Return how images are drawn."""
+        """Return the sampling settings."""
         return Sampling(
             num_inference_steps=self.num_inference_steps,
             guidance=self.guidance,

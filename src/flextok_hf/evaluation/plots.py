@@ -1,4 +1,4 @@
-"""Figures over the number of tokens, as small curves with their intervals."""
+"""Plots of figures and their intervals over the number of tokens."""
 
 from pathlib import Path
 
@@ -6,19 +6,19 @@ from ..utils.files import write_atomically
 from .results import point
 
 
-Curves = dict[str, dict[str, list[dict]]]  # title of a panel -> name of a curve -> figures with `low` and `high`
+Curves = dict[str, dict[str, list[dict]]]  # panel title -> curve name -> figures with `low` and `high`
 
 
 def plot_curves(counts: list[int], panels: Curves, x_title: str, path: Path) -> None:
-    """Draw one panel per title, each with its curves over `counts`, as a PNG.
+    """Plot one panel per title, with its curves over `counts`, as a PNG file.
 
     Args:
         counts: numbers of tokens.
-        panels: what to draw; every curve has one figure per count, or `None` where there is none.
-        x_title: of the horizontal axes.
-        path: of the image.
+        panels: curves by panel title; every curve has one figure per count, `None` if missing.
+        x_title: label of the horizontal axes.
+        path: file to write.
     """
-    from matplotlib.figure import Figure  # a figure without pyplot leaves no global state and needs no display
+    from matplotlib.figure import Figure  # without pyplot: no global state, no display needed
 
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
@@ -31,11 +31,11 @@ def plot_curves(counts: list[int], panels: Curves, x_title: str, path: Path) -> 
             line = axes.plot(x, [point(value) for _, value in known], marker="o", markersize=3, label=name)[0]
             low, high = ([value[key] for _, value in known] for key in ("low", "high"))
             axes.fill_between(x, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
-        axes.set_xticks(range(len(counts)), [str(count) for count in counts])  # evenly, as counts double
+        axes.set_xticks(range(len(counts)), [str(count) for count in counts])  # evenly spaced, as counts double
         axes.set_xlabel(x_title)
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
         if any(curves):
-            axes.legend(fontsize=7, loc="upper left")  # the search for the best place is slow
+            axes.legend(fontsize=7, loc="upper left")  # loc="best" is slow
     figure.subplots_adjust(0.06, 0.08, 0.98, 0.94, 0.2, 0.4)
     write_atomically(path, lambda name: figure.savefig(name, dpi=100, bbox_inches="tight"))

@@ -1,7 +1,7 @@
-"""Run a measurement over samples: in batches, over processes, saved on the way and resumed.
+"""Run a measurement over samples: in batches, split over processes, saved regularly and resumable.
 
-Process p of n measures the samples p, p + n, p + 2n, ... Each keeps its sums in a file of its own; at the end the main
-process merges the files. There is nothing to gather while measuring, and a killed evaluation goes on where it was.
+Process p of n measures the samples p, p + n, p + 2n, ... Each saves its sums to its own file; at the end the main
+process merges the files. Nothing is gathered while measuring, and a killed evaluation resumes from its last save.
 """
 
 import json
@@ -19,7 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..utils.files import write_atomically
-from .accumulators import STRUNG_STATES, Accumulator
+from .accumulators import CONCATENATED_STATES, Accumulator
 
 
 SAVE_SECONDS = 30.0
@@ -29,16 +29,16 @@ class Evaluation:
     """Samples 0 to N - 1 measured into accumulators.
 
     Args:
-        name: of this pass over the samples, and of its files.
-        accumulators: what the samples are added to; nested `ModuleDict`s of metrics.
+        name: name of this pass over the samples, and of its files.
+        accumulators: running sums; nested `ModuleDict`s of metrics.
         num_samples: N.
         batch_size: samples measured at a time; results do not depend on it.
-        protocol: what the figures depend on; saved sums of another protocol are refused.
-        folder: where sums are saved; removed by `discard`.
-        state: the processes.
+        protocol: everything that results depend on; saved sums of another protocol are refused.
+        folder: where sums are saved; deleted by `discard`.
+        state: process index and number of processes.
 
     Attributes:
-        skipped: reasons by sample, for those that could not be measured.
+        skipped: reason by sample, for samples that could not be measured.
         seconds: time spent measuring, over all runs and summed over processes.
     """
 
@@ -71,10 +71,10 @@ class Evaluation:
         return self.folder / f"{self.name}-{process_index + 1}-of-{self.state.num_processes}.safetensors"
 
     def run(self, measure: Callable[[list[int]], dict[int, str]]) -> None:
-        """Measure what is left, and merge the sums of all processes.
+        """Measure the remaining samples, and merge the sums of all processes.
 
         Args:
-            measure: adds the samples of a batch to the accumulators and returns those it had to skip, with reasons.
+            measure: adds a batch of samples to the accumulators and returns the skipped ones with reasons.
         """
         last_save = time.monotonic()
         is_main = self.state.is_main_process
@@ -97,7 +97,7 @@ class Evaluation:
         self.state.wait_for_everyone()
 
     def save(self) -> None:
-        """Write the sums and the place of this process, whole or not at all."""
+        """Write the sums and the position of this process atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().clone() for name, tensor in self.accumulators.state_dict().items()}
         metadata = {
@@ -109,14 +109,14 @@ class Evaluation:
         write_atomically(self.path(self.state.process_index), lambda path: save_file(tensors, path, metadata))
 
     def load(self, process_index: int) -> dict[str, str]:
-        """Load the sums of one process; returns what was saved beside them."""
+        """Load the sums of one process and return the metadata saved with them."""
         path = self.path(process_index)
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
         if metadata["protocol"] != self.protocol_hash:
             raise ValueError(
-                f"{path} holds the begun evaluation of another model, data set or protocol. To go on with it, use its"
-                " options; to forget it, remove the folder."
+                f"{path} holds an unfinished evaluation of another model, dataset or protocol. Resume it with its own"
+                " options, or delete the folder to start over."
             )
         self.accumulators.load_state_dict(load_file(path))
         for module in self.accumulators.modules():
@@ -125,13 +125,13 @@ class Evaluation:
         return metadata
 
     def resume(self) -> None:
-        """Go on from the file of this process, if there is one."""
-        others = sorted(self.folder.glob(f"{self.name}-*-of-*.safetensors"))
-        strange = [path for path in others if not path.stem.endswith(f"-of-{self.state.num_processes}")]
-        if strange:
+        """Resume from the file of this process, if there is one."""
+        files = sorted(self.folder.glob(f"{self.name}-*-of-*.safetensors"))
+        mismatched = [path for path in files if not path.stem.endswith(f"-of-{self.state.num_processes}")]
+        if mismatched:
             raise ValueError(
-                f"{strange[0]} was begun with another number of processes than {self.state.num_processes}. Use as many"
-                " as before, or remove the folder to start again."
+                f"{mismatched[0]} was not written by {self.state.num_processes} process(es). Use the same number of"
+                " processes as before, or delete the folder to start over."
             )
         if self.path(self.state.process_index).is_file():
             metadata = self.load(self.state.process_index)
@@ -140,7 +140,7 @@ class Evaluation:
             self.seconds = float(metadata["seconds"])
 
     def merge(self) -> None:
-        """Add up the sums of all processes in the accumulators of this one."""
+        """Add up the sums of all processes in the accumulators of this process."""
         total: dict[str, torch.Tensor] = {}
         skipped: dict[int, str] = {}
         seconds = 0.0
@@ -151,7 +151,7 @@ class Evaluation:
             for name, tensor in self.accumulators.state_dict().items():
                 if name not in total:
                     total[name] = tensor.clone()
-                elif name.rpartition(".")[2] in STRUNG_STATES:
+                elif name.rpartition(".")[2] in CONCATENATED_STATES:
                     total[name] = torch.cat([total[name], tensor])
                 else:
                     total[name] += tensor
@@ -159,7 +159,7 @@ class Evaluation:
         self.skipped, self.seconds = dict(sorted(skipped.items())), seconds
 
     def discard(self) -> None:
-        """Remove the saved sums; called once the results are written."""
+        """Delete the saved sums; called once the results are written."""
         self.state.wait_for_everyone()
         if self.state.is_main_process:
             shutil.rmtree(self.folder, ignore_errors=True)

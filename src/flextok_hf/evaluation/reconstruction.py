@@ -1,4 +1,4 @@
-"""Measure reconstruction: every image is encoded once and drawn from several numbers of tokens."""
+"""Measure reconstruction: every image is encoded once and decoded from several numbers of tokens."""
 
 from functools import partial
 from pathlib import Path
@@ -55,7 +55,7 @@ class Reconstruction(Measurement):
         self.accumulators = self.build_accumulators()
 
     def build_measures(self) -> dict[str, ImageMeasure]:
-        """Return the measures of single images by name."""
+        """Return the per-image measures by name."""
         measures = dict(PLAIN_MEASURES)
         if self.reference is not None:
             measures["perceptual_distance"] = self.reference.index.distance_between
@@ -80,18 +80,18 @@ class Reconstruction(Measurement):
         return nn.ModuleDict(shared)
 
     def shown_rows(self) -> list[int]:
-        """Return the rows on the contact sheet, spread over all, or over those of `sheet_group`."""
+        """Return the rows on the contact sheet, evenly spaced over all rows or those of `sheet_group`."""
         wanted, number = self.options.sheet_group, self.options.sheet_rows
         if wanted is None:
             rows = list(range(len(self.rows)))
         else:
             rows = [row for row, group in enumerate(self.groups or []) if group == wanted]
         if not rows:
-            raise ValueError(f"`sheet_group` {wanted!r} is no value of `group_column` among the images drawn.")
+            raise ValueError(f"`sheet_group` {wanted!r} is not a value of `group_column` in the selected images.")
         return rows[:: max(1, len(rows) // number)][:number]
 
     def measure_batch(self, samples: list[int]) -> dict[int, str]:
-        """Add samples to the running sums; returns those that could not be read."""
+        """Add samples to the running sums and return those that could not be read, with reasons."""
         found, originals = self.originals.read(samples)
         skipped = {sample: self.originals.skipped[sample] for sample in samples if sample not in found}
         if not found:
@@ -101,8 +101,8 @@ class Reconstruction(Measurement):
         sums["kept"].update(0, originals, found)
         if self.network is not None:
             sums["features"].update(self.network(originals)[0], found)
-        draw = partial(reconstruct, self.pipe, originals, self.counts, found, self.options.seed, self.sampling)
-        for column, (count, images) in enumerate(zip(self.counts, sums["cost"].draw(draw), strict=True), start=1):
+        make = partial(reconstruct, self.pipe, originals, self.counts, found, self.options.seed, self.sampling)
+        for column, (count, images) in enumerate(zip(self.counts, sums["cost"].track(make), strict=True), start=1):
             sums["kept"].update(column, images, found)
             self.add_images(sums["counts"][str(count)], images, originals, found)
         return skipped
@@ -146,7 +146,7 @@ class Reconstruction(Measurement):
         """Return the figures of all token counts."""
         num_measured = int(self.accumulators["checksum"].count)
         if num_measured == 0:
-            raise ValueError(f"None of the {len(self.rows)} images could be read; the first: {self.first_skipped()}")
+            raise ValueError(f"None of the {len(self.rows)} images could be read; first error: {self.first_skipped()}")
         self.check_distribution(num_measured, "readable images")
         self.protocol["checksum_of_images"] = self.accumulators["checksum"].compute()
         results = {str(count): self.summarize(self.accumulators["counts"][str(count)]) for count in self.counts}
@@ -154,7 +154,7 @@ class Reconstruction(Measurement):
 
     def first_skipped(self) -> str:
         """Return the reason why the first image was skipped."""
-        return next(iter(self.skipped.values()), "no reason is known")
+        return next(iter(self.skipped.values()), "unknown")
 
     def write(self, record: dict) -> None:
         """Write record, page, curves and contact sheet."""
@@ -171,19 +171,19 @@ class Reconstruction(Measurement):
 
 
 def measured_keys(record: dict) -> list[str]:
-    """Return the figures with intervals that a record has per token count."""
+    """Return the keys of the figures with intervals per token count."""
     first = next(iter(record["results"].values()))
     return [key for key, value in first.items() if "low" in value]
 
 
 def column_title(record: dict, key: str) -> str:
-    """Return the heading of a figure; a Frechet distance says whose features it is in."""
+    """Return the title of a figure; for a Frechet distance, with the name of its feature network."""
     network = record["protocol"]["feature_network"]
     return "rFID" if key == "fid" else measure_title(key, network and network["name"])
 
 
 def make_markdown(record: dict) -> str:
-    """Return the record as tables for reading."""
+    """Return the record as a Markdown page."""
     keys = measured_keys(record)
     titles = [column_title(record, key) for key in keys]
     results = record["results"]
@@ -200,16 +200,16 @@ def make_markdown(record: dict) -> str:
         "",
         *protocol_lines(record),
         "",
-        "Means with 95% bootstrap intervals over images. Distances between sets, with 95% jackknife intervals, are"
-        " larger for smaller sets: compare equal numbers only. Perceptual distance: color and shape, 0 the same"
-        " image, 1 two unrelated ones. Name: the nearest real image has the original's name (Wilson interval).",
+        "Means with 95% bootstrap intervals over images. Distances between sets (95% jackknife intervals) are larger"
+        " for smaller sets: compare only sets of equal size. Perceptual distance: color and shape, 0 for the same"
+        " image, 1 for two unrelated ones. Name found: the nearest real image has the same name (Wilson interval).",
         "",
         markdown_table(
             ["tokens", *titles],
             [[count, *(interval_text(figures[key]) for key in keys)] for count, figures in results.items()],
         ),
         "",
-        f"Better with every step in tokens: {ordered}.",
+        f"Improves with every increase in tokens: {ordered}.",
     ]
     group = next((key for key in next(iter(results.values())) if key.startswith("by_")), None)
     if group is not None:

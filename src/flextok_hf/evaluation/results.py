@@ -1,7 +1,7 @@
-"""Records of an evaluation: what was measured and how, as JSON and Markdown; and two of them compared.
+"""Records of an evaluation: what was measured and how, as JSON and Markdown; comparison of two records.
 
-A record holds `protocol`, everything that a figure depends on beside the model: images, crop, sampling, feature
-network, seeds. Two records may only be compared if their protocols agree.
+The `protocol` of a record holds everything that its figures depend on besides the model: images, crop, sampling,
+feature network, seeds. Two records can be compared only if their protocols agree.
 """
 
 import json
@@ -19,18 +19,18 @@ from ..utils.measures import weights_hash
 
 
 PACKAGES = ("torch", "transformers", "diffusers", "torchmetrics")
-# May differ between records that are compared: the model is what one compares, the counts are compared where shared.
+# May differ between compared records; the token counts that both have are compared.
 FREE_PROTOCOL_KEYS = ("token_counts",)
 
 
 def public_name(name: str) -> str:
-    """Return what a result file calls a model, network or data set: a Hub id as it is, of a folder its last part."""
+    """Return the name of a model, network or dataset in result files: a Hub id as is, or the last part of a path."""
     path = Path(name).expanduser()
     return path.resolve().name if path.exists() else name
 
 
 def describe_model(pipe: Any, name: str) -> dict[str, Any]:
-    """Return what a reader needs to know the model: its name, the hash of its weights, parameters per component."""
+    """Return what identifies the model: its name, the hash of its weights, and the parameters per component."""
     modules = {key: module for key, module in pipe.components.items() if isinstance(module, nn.Module)}
     return {
         "model": name,
@@ -40,7 +40,7 @@ def describe_model(pipe: Any, name: str) -> dict[str, Any]:
 
 
 def describe_machine(device: str | torch.device, num_processes: int) -> dict[str, Any]:
-    """Return where the record was made and with which versions."""
+    """Return the hardware, the processes and threads, and the package versions behind a record."""
     is_cuda = str(device).startswith("cuda")
     return {
         "device": torch.cuda.get_device_name() if is_cuda else platform.machine(),
@@ -51,7 +51,7 @@ def describe_machine(device: str | torch.device, num_processes: int) -> dict[str
 
 
 def write_record(folder: Path, name: str, record: dict, markdown: str) -> None:
-    """Write `name`.json and `name`.md to a folder, each as a whole or not at all."""
+    """Write `name`.json and `name`.md to a folder, each atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = {".json": json.dumps(record, indent=2, allow_nan=False) + "\n", ".md": markdown.rstrip() + "\n"}
     for ending, text in texts.items():
@@ -63,26 +63,26 @@ def read_record(path: str | Path) -> dict:
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it is no JSON, or not a record with a protocol.
+        ValueError: if it is not JSON, or not a record with a protocol.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no result file {str(path)!r}.")
     record = read_json(path)
     if not isinstance(record, dict) or not {"protocol", "results"} <= set(record):
-        raise ValueError(f"{str(path)!r} is no result file: it has no `protocol` and `results`. Make it again.")
+        raise ValueError(f"{str(path)!r} is not a result file: it has no `protocol` or no `results`. Measure again.")
     return record
 
 
 def protocol_differences(first: Any, second: Any, path: str = "") -> list[str]:
-    """Return in words where two protocols differ."""
+    """Return one line per difference between two protocols."""
     if isinstance(first, dict) and isinstance(second, dict):
         lines = []
         for key in sorted({*first, *second}):
             if path == "" and key in FREE_PROTOCOL_KEYS:
                 continue
             name = f"{path}.{key}" if path else key
-            lines += protocol_differences(first.get(key, "nothing"), second.get(key, "nothing"), name)
+            lines += protocol_differences(first.get(key, "missing"), second.get(key, "missing"), name)
         return lines
     return [] if first == second else [f"{path}: {first!r} and {second!r}"]
 
@@ -99,7 +99,7 @@ def figures(results: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[st
 
 
 def point(figure: dict[str, float]) -> float:
-    """Return the value of a figure with an interval, whatever it is called."""
+    """Return the point estimate of a figure: its mean, share or value."""
     return next(figure[key] for key in ("mean", "share", "value") if key in figure)
 
 
@@ -107,16 +107,14 @@ def compare_records(first: dict, second: dict) -> list[list[Any]]:
     """Compare all figures that two records share.
 
     Returns:
-        Rows of path, first value, second value, difference, and whether the 95% intervals are apart.
+        Rows of path, first value, second value, difference, and whether the 95% intervals are disjoint.
 
     Raises:
-        ValueError: if the protocols differ, or the records share no figure.
+        ValueError: if the protocols differ, or the records have no figure in common.
     """
     differences = protocol_differences(first["protocol"], second["protocol"])
     if differences:
-        raise ValueError(
-            "These results cannot be compared, they were measured differently:\n- " + "\n- ".join(differences)
-        )
+        raise ValueError("These results cannot be compared: their protocols differ.\n- " + "\n- ".join(differences))
     theirs = dict(figures(second["results"]))
     rows: list[list[Any]] = []
     for path, ours in figures(first["results"]):
@@ -125,7 +123,7 @@ def compare_records(first: dict, second: dict) -> list[list[Any]]:
             are_apart = ours["high"] < other["low"] or other["high"] < ours["low"]
             rows.append([" / ".join(path), point(ours), point(other), point(other) - point(ours), are_apart])
     if not rows:
-        raise ValueError("These results share no figure: they are of different numbers of tokens.")
+        raise ValueError("These results have no figure in common: their token counts differ.")
     return rows
 
 
@@ -137,7 +135,7 @@ def interval_text(figure: dict[str, float], digits: int = 3) -> str:
 
 
 def rounded(value: Any, digits: int = 4) -> Any:
-    """Round every float in nested dictionaries and lists, as result files keep them."""
+    """Round every float in nested dictionaries and lists, for result files."""
     if isinstance(value, float):
         return round(value, digits)
     if isinstance(value, dict):
@@ -148,7 +146,7 @@ def rounded(value: Any, digits: int = 4) -> Any:
 
 
 def protocol_lines(record: dict) -> list[str]:
-    """Return the model, the protocol and the cost of a record as lines of a list, for the top of a page."""
+    """Return the model, the protocol and the cost of a record as list items for the top of a page."""
     protocol, cost = record["protocol"], record["cost"]
     lines = [f"- model {record['model']}, weights SHA-256 {record['weights_sha256'][:16]}"]
     for key, value in protocol.items():
@@ -158,8 +156,8 @@ def protocol_lines(record: dict) -> list[str]:
     if skipped:
         lines.append(f"- {len(skipped)} images could not be read: {json.dumps(skipped)}")
     lines.append(
-        f"- {record['wall_time_s']:.0f} s on {record['device']}, {record['num_processes']} process(es) of"
-        f" {record['num_threads']} threads: {cost['images_per_s']:.2f} images/s;"
-        f" {cost['tflop_per_image']:.4f} TFLOP each"
+        f"- {record['wall_time_s']:.0f} s on {record['device']}, {record['num_processes']} process(es) with"
+        f" {record['num_threads']} thread(s): {cost['images_per_s']:.2f} images/s,"
+        f" {cost['tflop_per_image']:.4f} TFLOP per image"
     )
     return lines

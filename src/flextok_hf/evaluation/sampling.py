@@ -1,5 +1,5 @@
-"""Images or prompts -> images from 1, 2, 4, ... tokens. Every sample has a generator of its own, so that neither
-batches nor processes change it, and all its token counts start from the same noise and the same tokens.
+"""Images or prompts -> images from 1, 2, 4, ... tokens. Every sample has its own generator, so that it does
+not depend on batches or processes, and all its token counts start from the same noise and the same tokens.
 
 Letters: B batch, R side of the square images.
 """
@@ -15,12 +15,12 @@ from ..pipelines.pipeline_flextok import FlexTokPipeline
 from .images import round_to_8_bits
 
 
-ASSUMED_FLOPS = 3.5e14  # per second and H100-class accelerator: 35% of its dense bfloat16 peak
+ASSUMED_FLOPS = 3.5e14  # per second on an H100-class accelerator: 35% of its dense bfloat16 peak
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How images are drawn; `None` is the default of the model. Names as in `FlexTokPipeline.__call__`."""
+    """Sampling settings, named as in `FlexTokPipeline.__call__`; `None` is the default of the model."""
 
     num_inference_steps: int = 20
     guidance_scale: float | None = None
@@ -31,7 +31,7 @@ class Sampling:
     top_p: float = 1.0
 
     def resolved(self, pipe: FlexTokPipeline) -> "Sampling":
-        """Return the same with the defaults of the model written out, as a protocol needs them."""
+        """Return the same settings with the defaults of the model filled in, for the protocol."""
         values = asdict(self)
         for name in ("guidance_scale", "prior_guidance_scale"):
             if values[name] is None:
@@ -57,14 +57,14 @@ def seeded_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator
 def reconstruct(
     pipe: FlexTokPipeline, pixels: Tensor, counts: Sequence[int], indices: Sequence[int], seed: int, sampling: Sampling
 ) -> list[Tensor]:
-    """Encode images once and draw them from each number of tokens.
+    """Encode images once and decode them from each number of tokens.
 
     Args:
         pixels: (B, 3, R, R) uint8.
         counts: numbers of tokens.
-        indices: of the samples, for their generators.
-        seed: of the evaluation.
-        sampling: settings.
+        indices: sample indices, added to `seed` for the generators.
+        seed: seed of the evaluation.
+        sampling: sampling settings.
 
     Returns:
         For each count, images (B, 3, R, R) uint8.
@@ -84,16 +84,16 @@ def generate(
     seed: int,
     sampling: Sampling,
 ) -> list[Tensor]:
-    """Write tokens for prompts or classes once and draw each number of them.
+    """Generate tokens for prompts or classes once and decode each number of them.
 
-    The images are those of `pipe(prompt, max_tokens=count, generator=...)`, at the cost of one run of the prior.
+    The images equal those of `pipe(prompt, max_tokens=count, generator=...)`, at the cost of one run of the prior.
 
     Args:
         conditions: B prompts, or B classes.
         counts: numbers of tokens.
-        indices: of the samples, for their generators.
-        seed: of the evaluation.
-        sampling: settings, with the defaults of the model written out.
+        indices: sample indices, added to `seed` for the generators.
+        seed: seed of the evaluation.
+        sampling: sampling settings, with the defaults of the model filled in.
 
     Returns:
         For each count, images (B, 3, R, R) uint8.
@@ -102,7 +102,7 @@ def generate(
     generators = seeded_generators(seed, indices)
     no_prefix = pipe.encode_prefix(None, None, None)
     writer = pipe.token_writer(prompts, classes, 1, max(counts), no_prefix, generator=generators, **sampling.writing)
-    noise = pipe.prepare_latents(len(writer.counts), generators)  # before the tokens, as in calling the pipeline
+    noise = pipe.prepare_latents(len(writer.counts), generators)  # before the tokens, as the pipeline does
     token_ids = writer.write(max(counts))  # (B, longest)
     columns = [
         pipe.detokenize(token_ids[:, :count], latents=noise, output_type="pt", **sampling.decoding).images
@@ -112,13 +112,13 @@ def generate(
 
 
 def cost_of(num_images: int, seconds: float, flops: float, num_flop_images: int) -> dict[str, Any]:
-    """Say what a protocol cost here and would cost at full size.
+    """Return the measured cost, and the projected cost at full size.
 
     Args:
-        num_images: images drawn, all token counts counted.
+        num_images: images generated, over all token counts.
         seconds: summed over processes.
-        flops: operations counted in a part of the run.
-        num_flop_images: images drawn in that part.
+        flops: operations counted in part of the run.
+        num_flop_images: images generated in that part.
     """
     flop_per_image = flops / max(1, num_flop_images)
     return {
