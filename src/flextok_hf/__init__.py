@@ -30,7 +30,7 @@ __all__ = [
     "embedded_model",
 ]
 
-# Where the public classes are; they are imported on first use, because the libraries under them take seconds to load.
+# Modules of the public classes, imported on first use because their dependencies take seconds to load.
 _MODULES = {
     "FlexTokEncoder": "models.modeling_encoder",
     "FlexTokEncoderConfig": "models.configuration_encoder",
@@ -47,7 +47,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     importlib.import_module(".auto_classes", __name__)
     value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
-    globals()[name] = value  # the next look-up does not come here
+    globals()[name] = value  # cached: the next lookup skips this function
     return value
 
 
@@ -55,7 +55,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# `AutoModel` and its like know our models once this package is imported. Only the command `flextok` goes without, so
-# that its help and its complaints about arguments need not wait for PyTorch; it imports the classes it uses by itself.
+# Importing this package registers our models with `AutoModel` and the other Auto classes. Only the `flextok` command
+# skips this, so that its help and argument errors need not wait for PyTorch; it imports what it uses on its own.
 if Path(next(iter(getattr(sys, "argv", [])), "")).stem != "flextok":
     importlib.import_module(".auto_classes", __name__)

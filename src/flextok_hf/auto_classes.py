@@ -1,4 +1,4 @@
-"""Makes the models known to Transformers' Auto classes; importing this module is all it takes."""
+"""Registers the models with Transformers' Auto classes on import."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""Opt-in shortcuts: they change results a little, do less work, and leave nothing behind."""
+"""Opt-in approximations change results slightly, do less work and leave no state behind."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ STEPS = 8
 
 @pytest.fixture
 def pipe():
-    """A pipeline whose velocity changes gently; fresh time embeddings would make it jump between noise levels."""
+    """A pipeline with a smooth velocity; untrained time embeddings would make it jump between noise levels."""
     pipe = make_pipeline()
     with torch.no_grad():
         pipe.decoder.velocity_proj.weight.mul_(0.3)
@@ -34,7 +34,7 @@ def pipe():
 
 @pytest.fixture
 def block_calls(monkeypatch):
-    """Names the rows of every call of a decoder block that does its work."""
+    """Number of rows in every decoder block call that is not skipped."""
     calls = []
     forward = DecoderBlock.forward
 
@@ -46,7 +46,7 @@ def block_calls(monkeypatch):
     return calls
 
 
-def draw(pipe, num_inference_steps=STEPS, guidance_scale=3.0, count=NUM_REGISTERS):
+def sample(pipe, num_inference_steps=STEPS, guidance_scale=3.0, count=NUM_REGISTERS):
     noise = pipe.prepare_latents(2, torch.Generator().manual_seed(1))
     options = {"guidance": "cfg", "latents": noise, "output_type": "latent"}
     return pipe.detokenize(TOKEN_IDS[:, :count], num_inference_steps, guidance_scale, **options).images
@@ -64,44 +64,44 @@ OFTEN = [
 
 @pytest.mark.parametrize("config", NEVER, ids=lambda config: type(config).__name__)
 def test_a_cache_that_never_skips_changes_nothing(pipe, config):
-    expected = draw(pipe)
+    expected = sample(pipe)
     pipe.decoder.enable_cache(config)
-    torch.testing.assert_close(draw(pipe), expected)
+    torch.testing.assert_close(sample(pipe), expected)
 
 
 @pytest.mark.parametrize("config", OFTEN, ids=lambda config: type(config).__name__)
-def test_a_cache_skips_blocks_and_starts_anew_in_every_run(pipe, config, block_calls):
-    expected = draw(pipe)
+def test_a_cache_skips_blocks_and_starts_fresh_in_every_run(pipe, config, block_calls):
+    expected = sample(pipe)
     num_calls = len(block_calls)
     pipe.decoder.enable_cache(config)
-    first = draw(pipe)
+    first = sample(pipe)
     assert len(block_calls) - num_calls < 0.8 * num_calls
     assert not torch.allclose(first, expected, atol=1e-3)
-    draw(pipe, count=2)
-    torch.testing.assert_close(draw(pipe), first)
+    sample(pipe, count=2)
+    torch.testing.assert_close(sample(pipe), first)
     pipe.decoder.disable_cache()
-    torch.testing.assert_close(draw(pipe), expected)
+    torch.testing.assert_close(sample(pipe), expected)
 
 
-def test_a_cache_forgets_a_run_that_was_interrupted(pipe):
+def test_a_cache_forgets_an_interrupted_run(pipe):
     pipe.decoder.enable_cache(OFTEN[0])
-    expected = draw(pipe)
+    expected = sample(pipe)
 
     def interrupt(pipe, step, timestep, tensors):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         pipe.detokenize(TOKEN_IDS[:1], 2, 3.0, callback_on_step_end=interrupt)
-    torch.testing.assert_close(draw(pipe), expected)
+    torch.testing.assert_close(sample(pipe), expected)
 
 
-def test_guidance_in_an_interval_leaves_out_the_unconditional_rows_elsewhere(pipe, block_calls):
-    draw(pipe, 4)
+def test_guidance_in_an_interval_skips_the_unconditional_rows_elsewhere(pipe, block_calls):
+    sample(pipe, 4)
     always = sum(block_calls)
     block_calls.clear()
-    inside = draw(pipe, 4, guidance_interval(3.0, 0.4, 0.8))  # levels 1, 0.75, 0.5, 0.25: two of four
+    inside = sample(pipe, 4, guidance_interval(3.0, 0.4, 0.8))  # levels 1, 0.75, 0.5, 0.25: two of four
     assert sum(block_calls) == 0.75 * always
-    torch.testing.assert_close(inside, draw(pipe, 4, lambda sigma: 3.0 if sigma in (0.75, 0.5) else 1.0))
+    torch.testing.assert_close(inside, sample(pipe, 4, lambda sigma: 3.0 if sigma in (0.75, 0.5) else 1.0))
 
 
 @pytest.mark.parametrize(
@@ -115,22 +115,22 @@ def test_guidance_in_an_interval_leaves_out_the_unconditional_rows_elsewhere(pip
     ids=lambda scheduler: type(scheduler).__name__,
 )
 def test_other_solvers_and_grids_follow_the_same_path(pipe, scheduler):
-    expected = draw(pipe, 200)
+    expected = sample(pipe, 200)
     pipe.scheduler = scheduler
-    distances = [(draw(pipe, steps) - expected).square().mean().sqrt() / expected.std() for steps in (2, 40)]
+    distances = [(sample(pipe, steps) - expected).square().mean().sqrt() / expected.std() for steps in (2, 40)]
     assert distances[1] < 0.01
     assert distances[1] < distances[0] / 4
 
 
 def test_a_solver_of_second_order_needs_a_quarter_of_the_steps(pipe):
-    expected = draw(pipe, 400)
-    euler = (draw(pipe, 40) - expected).square().mean()
+    expected = sample(pipe, 400)
+    euler = (sample(pipe, 40) - expected).square().mean()
     pipe.scheduler = UniPCMultistepScheduler(**FLOW)
-    assert (draw(pipe, 10) - expected).square().mean() < euler
+    assert (sample(pipe, 10) - expected).square().mean() < euler
 
 
 def test_a_scheduler_for_other_models_is_refused(pipe):
     for scheduler in (DDIMScheduler(), DPMSolverMultistepScheduler()):
         pipe.scheduler = scheduler
         with pytest.raises(ValueError, match=f"`scheduler` is a {type(scheduler).__name__}.*use_flow_sigmas"):
-            draw(pipe)
+            sample(pipe)

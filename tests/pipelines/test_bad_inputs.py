@@ -1,4 +1,4 @@
-"""What does not fit is refused, with the name of the argument and what to do about it."""
+"""Invalid arguments raise errors that name the argument and say how to fix it."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ IMAGE = torch.zeros(3, 16, 16)
 
 CALLS = {
     "no prompts": (lambda pipe: pipe([]), ValueError, "`prompt`", "at least one"),
-    "a prompt that is no text": (lambda pipe: pipe(3), TypeError, "`prompt`", "a string or a list"),
+    "a prompt that is not text": (lambda pipe: pipe(3), TypeError, "`prompt`", "a string or a list"),
     "neither prompt nor classes": (lambda pipe: pipe(), ValueError, "`prompt`", "Pass either"),
     "classes for a text prior": (lambda pipe: pipe(class_labels=1), ValueError, "`class_labels`", "Pass a `prompt`"),
     "no tokens": (lambda pipe: pipe("a", max_tokens=0), ValueError, "`max_tokens`", "1 or more"),
@@ -35,7 +35,7 @@ CALLS = {
     "ids without a batch": (lambda pipe: pipe.detokenize(IDS[0]), ValueError, "`token_ids`", r"token_ids\[None\]"),
     "no ids": (lambda pipe: pipe.detokenize(IDS[:, :0]), ValueError, "`token_ids", f"1 to {NUM_REGISTERS}"),
     "no sequences": (lambda pipe: pipe.detokenize([]), ValueError, "`token_ids`", "at least one"),
-    "too many ids": (lambda pipe: pipe.detokenize(IDS.repeat(1, 3)), ValueError, "`token_ids", "Cut"),
+    "too many ids": (lambda pipe: pipe.detokenize(IDS.repeat(1, 3)), ValueError, "`token_ids", "Truncate"),
     "noise of another shape": (
         lambda pipe: pipe.detokenize(IDS, latents=torch.zeros(2, 3, 16, 16)), ValueError, "`latents`", r"\(1, 3,"
     ),
@@ -55,23 +55,21 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_bad_argument_is_named_with_its_remedy(tiny_pipeline, name):
+def test_the_error_names_a_bad_argument_and_its_remedy(tiny_pipeline, name):
     call, error, argument, remedy = CALLS[name]
     with pytest.raises(error, match=f"(?s)^{argument}.*{remedy}|{remedy}.*{argument}"):
         call(tiny_pipeline)
 
 
 def test_bad_sampling_options_are_found_before_the_prior_runs(tiny_pipeline, monkeypatch):
-    monkeypatch.setattr(
-        tiny_pipeline.prior, "generate", lambda **options: pytest.fail("the prior was already at work")
-    )
+    monkeypatch.setattr(tiny_pipeline.prior, "generate", lambda **options: pytest.fail("the prior has already run"))
     with pytest.raises(ValueError, match="`guidance`"):
         tiny_pipeline("a", guidance="agp")
     with pytest.raises(ValueError, match="`latents`"):
         tiny_pipeline("a", latents=torch.zeros(2, 3, 16, 16))
 
 
-def test_a_text_file_is_no_image(tiny_pipeline, tmp_path):
+def test_a_text_file_is_not_an_image(tiny_pipeline, tmp_path):
     path = tmp_path / "image.png"
     path.write_text("not an image")
     with pytest.raises(ValueError, match="image.png"):

@@ -10,19 +10,19 @@ from flextok_hf.pipelines.bulk_tokenization import read_ahead, tokenize_batches
 
 
 @pytest.mark.parametrize("depth", [1, 2, 50])
-def test_items_arrive_in_their_order(depth):
+def test_items_arrive_in_order(depth):
     assert list(read_ahead(range(20), depth)) == list(range(20))
     assert list(read_ahead([], depth)) == []
 
 
-def test_the_next_items_are_made_while_one_is_in_use():
+def test_the_next_items_are_prepared_while_one_is_in_use():
     made = []
     items = read_ahead((made.append(number) or number for number in range(10)), depth=2)
     assert next(items) == 0
     deadline = time.monotonic() + 5
     while len(made) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert len(made) == 4  # the one in use, two that wait, one that does not fit
+    assert len(made) == 4  # one in use, two in the queue, one that does not fit
 
 
 def test_an_error_arrives_after_what_came_before_it():

@@ -1,4 +1,4 @@
-"""Every saving that is on by default gives the numbers of the plain path, which does all the work (float32, 1e-5)."""
+"""Every optimization that is on by default matches the plain path, which does all the work (float32, 1e-5)."""
 
 import itertools
 from importlib import import_module
@@ -62,7 +62,7 @@ def test_merged_registers_give_the_gradients_of_separate_ones():
     assert gradients[0]["mask_token"].any() and gradients[0]["null_token"].any()
 
 
-def test_the_weight_of_merged_registers_is_their_number():
+def test_the_weight_of_merged_registers_is_their_count():
     bias = merged_tail_bias(torch.tensor([0, 2, 3]), num_slots=4, length=torch.tensor([10, 10, 10]))
     weights = torch.where(bias == 0, 0.0, bias.exp())  # the kept ones have no bias
     torch.testing.assert_close(weights.sum(dim=1), torch.tensor([10.0, 8.0, 7.0]))
@@ -74,7 +74,7 @@ def test_a_bias_in_more_head_dimensions_is_a_bias_on_the_logits(dtype):
     bias = torch.rand(2, 5, generator=seeded(3)) * 6
     context = attend(*append_bias_dimensions(query, key, bias, scale=0.5), value, scale=0.5)
     expected = attend(query.float(), key.float(), value.float(), scale=0.5, key_bias=bias)
-    # rounding the bias itself to bfloat16 would be wrong by up to 2%; its two halves leave the rounding of the result
+    # a bias rounded to bfloat16 would be off by up to 2%; split in two parts, only the rounding of the result remains
     torch.testing.assert_close(context.float(), expected, atol=1e-5 if dtype == torch.float32 else 8e-3, rtol=0)
 
 
@@ -94,7 +94,7 @@ def test_a_modulation_computed_in_advance_changes_nothing(tiny_decoder):
 
 @pytest.mark.parametrize("call_cost", [0, 3, 10_000])
 @torch.no_grad()
-def test_groups_of_rows_give_the_velocity_of_the_whole_batch(tiny_decoder, monkeypatch, call_cost):
+def test_grouped_rows_give_the_velocity_of_the_whole_batch(tiny_decoder, monkeypatch, call_cost):
     monkeypatch.setitem(length_groups.CALL_COST, "cpu", call_cost)
     groups = LengthGroups(tiny_decoder, CODES, MIXED, UNCONDITIONAL)
     assert len(groups.groups) == {0: 4, 3: 2, 10_000: 1}[call_cost]
@@ -121,7 +121,7 @@ def test_no_other_grouping_of_neighbors_is_cheaper(seed):
 
 
 @pytest.mark.parametrize("num_tokens", [1, 4, NUM_REGISTERS])
-def test_images_are_those_of_the_plain_path(num_tokens):
+def test_images_match_the_plain_path(num_tokens):
     pipe = make_pipeline()
     token_ids = torch.randint(0, CODEBOOK_SIZE, (3, num_tokens), generator=seeded())
     noise = LATENTS[:3]
@@ -130,7 +130,7 @@ def test_images_are_those_of_the_plain_path(num_tokens):
 
 
 @torch.no_grad()
-def test_features_are_those_of_the_plain_path(tiny_encoder):
+def test_features_match_the_plain_path(tiny_encoder):
     expected = plain.features(tiny_encoder, LATENTS)
     for num_tokens in (1, 4, NUM_REGISTERS):
         assert_same(tiny_encoder.compute_features(LATENTS, num_tokens), expected[:, :num_tokens])
@@ -138,20 +138,20 @@ def test_features_are_those_of_the_plain_path(tiny_encoder):
 
 
 @pytest.mark.parametrize("kind", ["text", "class"])
-def test_the_prior_writes_the_tokens_of_the_plain_path(kind):
+def test_the_prior_generates_the_tokens_of_the_plain_path(kind):
     text, no_text = torch.randn(2, 3, 32, generator=seeded()), torch.randn(1, 3, 32, generator=seeded(1))
     conditions = {"encoder_hidden_states": text} if kind == "text" else {"class_labels": torch.tensor([0, 2])}
     negative = {"encoder_hidden_states": no_text} if kind == "text" else {"class_labels": torch.tensor([-1])}
     prior = make_prior(text_hidden_size=32) if kind == "text" else make_prior(text_hidden_size=None, num_classes=3)
     expected = plain.generate(prior, NUM_REGISTERS, conditions, negative, guidance_scale=2.0)
     for_text = {"negative_encoder_hidden_states": no_text} if kind == "text" else {}
-    written = prior.generate(**conditions, **for_text, guidance_scale=2.0, generator=seeded())
-    assert written[:, 1:].equal(expected)
+    generated = prior.generate(**conditions, **for_text, guidance_scale=2.0, generator=seeded())
+    assert generated[:, 1:].equal(expected)
     assert expected.unique().numel() > 3
 
 
 @torch.no_grad()
-def test_the_vae_gives_the_same_with_channels_last():
+def test_the_vae_gives_the_same_result_with_channels_last():
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     vae = AutoencoderKL(**blocks, block_out_channels=(8, 16), norm_num_groups=4, latent_channels=3).eval()
@@ -162,8 +162,8 @@ def test_the_vae_gives_the_same_with_channels_last():
     assert pixel_values.is_contiguous()
 
 
-def test_the_plain_path_itself_depends_on_what_it_should():
-    """Otherwise the tests above would compare constants."""
+def test_the_plain_path_depends_on_its_inputs():
+    """Otherwise, the tests above would compare constants."""
     decoder = make_decoder()
     whole = plain_velocity(decoder, MIXED, UNCONDITIONAL)
     assert not torch.allclose(whole, plain_velocity(decoder, MIXED.clamp(max=2), UNCONDITIONAL), atol=1e-2)

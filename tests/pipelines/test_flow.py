@@ -45,6 +45,6 @@ def test_stratified_draws_fill_every_part_of_the_range_once():
     assert (sigma * 10).long().sort().values.tolist() == list(range(10))
 
 
-def test_an_unknown_distribution_is_refused_by_name():
+def test_an_unknown_distribution_is_named_in_the_error():
     with pytest.raises(ValueError, match="`distribution`.*'normal'"):
         sample_sigma(4, "normal")

@@ -17,7 +17,7 @@ def test_classifier_free_guidance_extrapolates():
     assert (Guidance("cfg")(conditional, unconditional, 2.5) == 1 + 2.5 * 2).all()
 
 
-def test_the_projected_update_is_at_right_angles_to_the_conditional_velocity():
+def test_the_projected_update_is_orthogonal_to_the_conditional_velocity():
     update, direction = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
 
     product = (remove_projection(update, direction) * direction).sum(dim=(1, 2, 3))
@@ -25,7 +25,7 @@ def test_the_projected_update_is_at_right_angles_to_the_conditional_velocity():
     torch.testing.assert_close(product, torch.zeros(3), atol=1e-4, rtol=0)
 
 
-def test_long_updates_are_shortened_and_short_ones_left_alone():
+def test_long_updates_are_clipped_and_short_ones_kept():
     long, short = torch.full((1, 1, 10, 10), 1.0), torch.full((1, 1, 10, 10), 0.01)
 
     clipped = clip_norm(torch.cat([long, short]), 2.5)
@@ -42,7 +42,7 @@ def test_equal_velocities_give_no_update_and_no_nan():
 
 def test_momentum_makes_the_second_step_differ_from_the_first():
     conditional = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    unconditional = conditional + torch.linspace(-0.1, 0.1, 32).view(1, 2, 4, 4)  # so short that nothing is clipped
+    unconditional = conditional + torch.linspace(-0.1, 0.1, 32).view(1, 2, 4, 4)  # too short to be clipped
     guide = Guidance("apg")
 
     first, second = (guide(conditional, unconditional, 3.0) for _ in range(2))
@@ -59,6 +59,6 @@ def test_samples_of_a_batch_do_not_mix():
     torch.testing.assert_close(together[2:3], alone)
 
 
-def test_an_unknown_method_is_refused_by_name():
+def test_an_unknown_method_is_named_in_the_error():
     with pytest.raises(ValueError, match="`guidance`.*'cgf'"):
         Guidance("cgf")

@@ -1,4 +1,4 @@
-"""Loading by name from a Hub and from its cache, and from folders with damaged weights."""
+"""Loading by name from a Hub and its cache, pushing, and loading folders with damaged weights."""
 
 import base64
 import hashlib
@@ -28,13 +28,13 @@ from flextok_hf.pipelines.pipeline_flextok import FlexTokPipeline
 
 T5_FOLDER = FIXTURES / "prior" / "t2i" / "text_encoder"
 
-# What a fresh process does, with a Hub and later without: prints a line of results
+# Runs in a fresh process, first online and then offline; prints one line of results
 LOADS = """
 import json, logging
 import torch
 from flextok_hf import FlexTokPipeline
 
-def draw(pipe, **condition):
+def run(pipe, **condition):
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     output = pipe(**condition, num_inference_steps=1, generator=generator, output_type="latent")
@@ -43,12 +43,12 @@ def draw(pipe, **condition):
 plain = FlexTokPipeline.from_pretrained("user/tiny")
 older = FlexTokPipeline.from_pretrained("user/tiny", revision="older")
 half = FlexTokPipeline.from_pretrained("user/tiny", variant="fp16", dtype=torch.float16)
-results = [draw(pipe, prompt="a red circle") for pipe in (plain, older)]
+results = [run(pipe, prompt="a red circle") for pipe in (plain, older)]
 results.append(half.encoder.register_tokens.double().sum().item())
 text = FlexTokPipeline.from_original("user/official", "user/text-prior")
 classes = FlexTokPipeline.from_original("user/official", "user/class-prior", revision="older", prior_revision="older")
 other = FlexTokPipeline.from_original("user/official", "user/text-prior", text_encoder="user/other-t5")
-results += [draw(text, prompt="two flamingos"), draw(classes, class_labels=[2]), draw(other, prompt="two flamingos")]
+results += [run(text, prompt="two flamingos"), run(classes, class_labels=[2]), run(other, prompt="two flamingos")]
 print(json.dumps(results))
 """
 
@@ -64,16 +64,16 @@ pipe.save_pretrained("again", push_to_hub=True, repo_id="user/pushed", token="hf
 
 
 class HubHandler(http.server.BaseHTTPRequestHandler):
-    """Answers as the Hub does for `server.repositories`: names -> revisions -> folders; there is always a `main`."""
+    """Mimics the Hub for `server.repositories`: names -> revisions -> folders; there is always a `main`."""
 
-    def do_HEAD(self):  # noqa: N802, the name that http.server looks for
+    def do_HEAD(self):  # noqa: N802, the name that http.server expects
         self.answer(with_body=False)
 
     def do_GET(self):  # noqa: N802
         self.answer(with_body=True)
 
     def do_POST(self):  # noqa: N802
-        """Take what `push_to_hub` sends: a new repository, a card to validate, the files of a commit."""
+        """Handle the requests of `push_to_hub`: a new repository, a card to validate, the files of a commit."""
         path = unquote(urlsplit(self.path).path)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.server.requests.append(path)
@@ -97,7 +97,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
 
     @staticmethod
     def validate(card):
-        """Check a card's metadata as the Hub does: readable, and of the right types."""
+        """Check that a card's metadata is readable and has the right types, as the Hub does."""
         data = ModelCard(card).data.to_dict()
         errors = [key for key in ("license", "library_name", "pipeline_tag") if not isinstance(data.get(key, ""), str)]
         errors += [tag for tag in data.get("tags", []) if not isinstance(tag, str)]
@@ -142,7 +142,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def content(self, path, repository, commit, parts, files):
-        """A file, the list of files, or the description of a repository; `None` for what is not there."""
+        """A file, the list of files, or the description of a repository; `None` if it does not exist."""
         if not path.startswith("/api/"):
             name = "/".join(parts[4:])
             return files[name].read_bytes() if name in files else None
@@ -165,7 +165,7 @@ def commit_of(repository, revision):
 
 @pytest.fixture
 def hub(tmp_path):
-    """A Hub on this machine, empty at first."""
+    """A local Hub, initially empty."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
     server.repositories, server.requests, server.commits = {}, [], []
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -175,8 +175,8 @@ def hub(tmp_path):
 
 
 def fill(hub, folder, tiny_pipeline):
-    """Put pipelines of ours and official checkpoints on the Hub; returns their folders."""
-    for name, pipe in (("main", tiny_pipeline), ("older", make_pipeline_of_other_weights(tiny_pipeline))):
+    """Put our pipelines and official checkpoints on the Hub."""
+    for name, pipe in (("main", tiny_pipeline), ("older", make_pipeline_with_other_weights(tiny_pipeline))):
         pipe.save_pretrained(folder / "tiny" / name)
     half = FlexTokPipeline.from_pretrained(folder / "tiny" / "main", dtype=torch.float16)
     half.save_pretrained(folder / "tiny" / "main", variant="fp16")
@@ -202,7 +202,7 @@ def fill(hub, folder, tiny_pipeline):
     hub.repositories["user/t5"] = {"main": T5_FOLDER}
 
 
-def make_pipeline_of_other_weights(pipe):
+def make_pipeline_with_other_weights(pipe):
     components = {**pipe.components, "decoder": make_decoder()}
     with torch.no_grad():
         components["decoder"].velocity_proj.bias.add_(1.0)
@@ -210,7 +210,7 @@ def make_pipeline_of_other_weights(pipe):
 
 
 def run_program(program, folder, endpoint, **environment):
-    """Run Python in a fresh process with its own cache; returns its last line."""
+    """Run Python in a fresh process with its own cache; return its last line of output."""
     variables = {
         "HF_HOME": str(folder / "home"),
         "HF_ENDPOINT": endpoint,
@@ -263,7 +263,7 @@ def test_pipelines_and_official_checkpoints_load_by_name_from_the_hub_and_then_o
 
 
 @pytest.mark.slow
-def test_what_is_not_on_the_hub_or_not_in_the_cache_is_named(hub, tmp_path):
+def test_what_is_missing_on_the_hub_or_in_the_cache_is_named(hub, tmp_path):
     hub.repositories["user/empty"] = {"main": tmp_path / "empty"}
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "pytorch_model.bin").write_bytes(b"pickle")
@@ -292,12 +292,12 @@ print(json.dumps(messages))
         "FileNotFoundError",
         "LocalEntryNotFoundError",
     ]
-    assert "has no `model.safetensors`, the only kind of weights that is read" in messages[2]
+    assert "has no `model.safetensors`, the only" in messages[2]
     assert not any(path.endswith("pytorch_model.bin") for path in hub.requests)
 
 
 @pytest.mark.slow
-def test_a_pipeline_is_pushed_with_a_valid_card_of_its_own(hub, tiny_pipeline, tmp_path):
+def test_a_pipeline_is_pushed_with_its_own_valid_card(hub, tiny_pipeline, tmp_path):
     tiny_pipeline.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "model_card.yaml").write_text("title: A tiny model\nlicense: mit\n")
     hub.repositories["user/pushed"] = {"main": tmp_path / "empty"}
@@ -314,7 +314,7 @@ def test_a_pipeline_is_pushed_with_a_valid_card_of_its_own(hub, tiny_pipeline, t
 
 
 @pytest.mark.slow
-def test_a_card_that_somebody_wrote_on_the_hub_stays(hub, tiny_pipeline, tmp_path):
+def test_an_existing_card_on_the_hub_is_kept(hub, tiny_pipeline, tmp_path):
     tiny_pipeline.save_pretrained(tmp_path / "model")
     hub.repositories["user/pushed"] = {"main": tmp_path / "pushed"}
     (tmp_path / "pushed").mkdir()
@@ -341,7 +341,7 @@ def test_a_decoder_without_its_weight_file_is_refused(folder):
         FlexTokPipeline.from_pretrained(folder)
 
 
-def test_a_decoder_with_a_cut_off_weight_file_is_refused(folder):
+def test_a_decoder_with_a_truncated_weight_file_is_refused(folder):
     content = (folder / "decoder" / WEIGHTS).read_bytes()
     (folder / "decoder" / WEIGHTS).write_bytes(content[: len(content) // 2])
     with pytest.raises(OSError, match=f"{WEIGHTS}|checkpoint file"):
@@ -349,7 +349,7 @@ def test_a_decoder_with_a_cut_off_weight_file_is_refused(folder):
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
-def test_a_decoder_with_missing_weights_is_refused_by_name(folder, low_cpu_mem_usage):
+def test_missing_decoder_weights_are_named(folder, low_cpu_mem_usage):
     weights = load_file(folder / "decoder" / WEIGHTS)
     del weights["velocity_proj.weight"], weights["mask_token"]
     save_file(weights, folder / "decoder" / WEIGHTS, metadata={"format": "pt"})

@@ -18,7 +18,7 @@ def photo(width=R, height=R, seed=0):
 
 
 def as_bytes_values(image):
-    """The uint8 pixels (3, R, R) that a PIL image of the right size must become."""
+    """The expected uint8 pixels (3, R, R) of a PIL image of the right size."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
@@ -101,13 +101,13 @@ def test_sixteen_bits_are_scaled_to_the_nearest_eight(tmp_path):
 
 def test_float_pil_images_are_scaled_from_0_to_1():
     assert (prepare_images(Image.new("F", (R, R), 1.0), R) == 1).all()
-    with pytest.raises(ValueError, match="beyond 0 to 1 of mode F"):
+    with pytest.raises(ValueError, match="mode F allows 0 to 1"):
         prepare_images(Image.new("F", (R, R), 100.0), R)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_images_are_turned_upright(tmp_path, orientation):
-    # The stored image, shown upright, has its red half as this table says.
+    # The side with the red half once the stored image is upright.
     red_side = {1: "top", 2: "top", 3: "bottom", 4: "bottom", 5: "left", 6: "right", 7: "right", 8: "left"}[
         orientation
     ]
@@ -123,7 +123,7 @@ def test_images_are_turned_upright(tmp_path, orientation):
     assert darkest == red_side
 
 
-def test_the_shorter_side_is_resized_and_the_middle_is_cut_out():
+def test_the_shorter_side_is_resized_and_the_center_is_cropped():
     resized = photo(60, 20).resize((30, 10), Image.Resampling.LANCZOS)
     assert torch.equal(prepare_images(photo(60, 20), 10), prepare_images(resized.crop((10, 0, 20, 10)), 10))
 
@@ -137,7 +137,7 @@ def test_shrinking_averages_fine_patterns():
 def test_floats_and_bytes_are_resized_alike():
     array = np.array(photo(50, 37))
     difference = prepare_images(array, R) - prepare_images(array.astype(np.float64) / 255, R)
-    assert difference.abs().max() <= 2 * 2 / 255  # two levels: the byte form is rounded after each of its two passes
+    assert difference.abs().max() <= 2 * 2 / 255  # two levels: bytes are rounded after each of the two passes
 
 
 def test_a_single_pixel_fills_the_image():
@@ -147,7 +147,7 @@ def test_a_single_pixel_fills_the_image():
     assert prepare_images(photo(1, 300), R).shape == (1, 3, R, R)
 
 
-def test_a_photo_of_60_megapixels_is_reduced(tmp_path):
+def test_a_photo_of_60_megapixels_is_downscaled(tmp_path):
     Image.new("RGB", (9000, 6700), RED).save(tmp_path / "large.jpg")
     values = prepare_images(tmp_path / "large.jpg", R)
     assert (values[0, :, 0, 0] / 2 + 0.5) * 255 == pytest.approx(torch.tensor(RED), abs=3)
@@ -173,15 +173,15 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp", "tiff", "bmp"])
-def test_cut_off_files_are_refused(tmp_path, suffix):
+def test_truncated_files_are_refused(tmp_path, suffix):
     path = tmp_path / f"cut.{suffix}"
     photo(64, 64).save(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match=f"cut.{suffix}' is (damaged or cut off|not an image)"):
+    with pytest.raises(ValueError, match=f"cut.{suffix}' is (damaged or truncated|not an image)"):
         load_image(path)
 
 
-def test_what_the_system_cannot_read_is_not_called_damaged(tmp_path, monkeypatch):
+def test_a_file_that_the_system_cannot_read_is_not_called_damaged(tmp_path, monkeypatch):
     photo().save(tmp_path / "whole.png")
 
     def too_many_files(*args):
@@ -192,7 +192,7 @@ def test_what_the_system_cannot_read_is_not_called_damaged(tmp_path, monkeypatch
         load_image(tmp_path / "whole.png")
 
 
-def test_a_cut_off_file_opened_by_the_caller_is_refused(tmp_path):
+def test_a_truncated_file_opened_by_the_caller_is_refused(tmp_path):
     path = tmp_path / "cut.png"
     photo(64, 64).save(path)
     path.write_bytes(path.read_bytes()[:2000])
@@ -205,8 +205,8 @@ def test_a_cut_off_file_opened_by_the_caller_is_refused(tmp_path):
     [
         ([], ValueError, "`images` is empty"),
         (np.zeros((0, 4, 4, 3), dtype=np.uint8), ValueError, "`images` is empty"),
-        (torch.full((3, R, R), float("nan")), ValueError, "`images` holds NaN or infinity"),
-        (torch.full((3, R, R), float("inf")), ValueError, "`images` holds NaN or infinity"),
+        (torch.full((3, R, R), float("nan")), ValueError, "`images` contains NaN or infinity"),
+        (torch.full((3, R, R), float("inf")), ValueError, "`images` contains NaN or infinity"),
         (torch.full((3, R, R), -1.0), ValueError, "images / 2 \\+ 0.5"),
         (np.full((R, R, 3), 255.0), ValueError, "divide by 255"),
         (np.full((R, R, 3), 1.001), ValueError, "clip\\(0, 1\\)"),
@@ -235,19 +235,19 @@ def test_a_wrong_resolution_is_refused(resolution):
 
 
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
-def test_outputs_can_be_put_in_again(output_type):
+def test_outputs_can_be_passed_back_in(output_type):
     values = prepare_images([photo(seed=1), photo(seed=2)], R)
     outputs = to_output(values, output_type)
     torch.testing.assert_close(prepare_images(outputs, R), values, rtol=0, atol=1e-6)
 
 
-def test_outputs_beyond_the_range_are_cut_at_its_ends():
+def test_outputs_out_of_range_are_clipped():
     outputs = to_output(torch.tensor([-1.5, 1.5]).view(2, 1, 1, 1).expand(2, 3, 4, 4), "pt")
     assert outputs.unique().tolist() == [0.0, 1.0]
 
 
 def test_outputs_that_are_not_finite_are_refused():
-    with pytest.raises(ValueError, match="hold NaN or infinity"):
+    with pytest.raises(ValueError, match="contain NaN or infinity"):
         to_output(torch.full((1, 3, 4, 4), float("nan")))
     with pytest.raises(ValueError, match="`output_type` must be one of pil, np, pt"):
         to_output(torch.zeros(1, 3, 4, 4), "jpeg")

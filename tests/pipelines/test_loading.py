@@ -1,4 +1,4 @@
-"""Damaged and incomplete weights are refused, and never filled with noise."""
+"""Damaged and incomplete weights are refused and never filled with random values."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_a_missing_weight_is_named(saved):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
-def test_a_cut_off_weight_file_is_refused(saved, share):
+def test_a_truncated_weight_file_is_refused(saved, share):
     kind, folder, path, _ = saved
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
@@ -54,7 +54,7 @@ def test_a_missing_weight_file_is_named(saved):
         kind.from_pretrained(folder)
 
 
-def test_a_report_of_loading_can_be_had(saved):
+def test_loading_info_is_available(saved):
     kind, folder, _, _ = saved
     model, report = kind.from_pretrained(folder, output_loading_info=True)
     assert isinstance(model, kind) and not report["missing_keys"]
@@ -69,7 +69,7 @@ def test_a_pipeline_with_a_missing_weight_is_refused(tiny_tokenizer_pipeline, tm
         FlexTokPipeline.from_pretrained(tmp_path)
 
 
-def test_a_pipeline_with_a_vae_comes_back_with_every_bit(tmp_path):
+def test_a_pipeline_with_a_vae_is_restored_bit_for_bit(tmp_path):
     pipe = FlexTokPipeline.from_original(str(FIXTURES / "tokenizer" / "pub_a_base"))
     pipe.save_pretrained(tmp_path)
     loaded = FlexTokPipeline.from_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""The public door: prompt or image -> token ids -> image."""
+"""The pipeline's public calls: prompt or image -> token ids -> image."""
 
 import copy
 import json
@@ -102,33 +102,33 @@ def test_token_ids_are_whole_numbers_of_the_codebook(tiny_pipeline):
     assert token_ids.min() >= 0 and token_ids.max() < V
 
 
-def test_images_of_one_prompt_lie_next_to_each_other(tiny_pipeline):
+def test_images_of_one_prompt_are_adjacent(tiny_pipeline):
     generators = [[seeded(i) for i in range(4)] for _ in range(2)]
     several = tiny_pipeline(["a star", "a circle"], [2, 5], num_images_per_prompt=2, generator=generators[0], **FAST)
-    written_out = tiny_pipeline(
+    spelled_out = tiny_pipeline(
         ["a star", "a star", "a circle", "a circle"], [2, 2, 5, 5], generator=generators[1], **FAST
     )
     assert [len(sequence) for sequence in several.token_ids] == [2, 2, 5, 5]
-    assert torch.equal(several.images, written_out.images)
+    assert torch.equal(several.images, spelled_out.images)
 
 
-def test_any_prefix_gives_a_finite_image_of_its_own(tiny_tokenizer_pipeline):
+def test_every_prefix_gives_a_different_finite_image(tiny_tokenizer_pipeline):
     pipe, token_ids = tiny_tokenizer_pipeline, ids([3, 14, 0, 7, 9, 1])
     noise = pipe.prepare_latents(1, seeded(0))
-    drawn = [pipe.detokenize(token_ids[:, :count], latents=noise, **FAST).images for count in range(1, K + 1)]
-    assert all(torch.isfinite(latents).all() for latents in drawn)
-    assert all(not torch.allclose(one, other) for one, other in zip(drawn[:-1], drawn[1:], strict=True))
+    outputs = [pipe.detokenize(token_ids[:, :count], latents=noise, **FAST).images for count in range(1, K + 1)]
+    assert all(torch.isfinite(latents).all() for latents in outputs)
+    assert all(not torch.allclose(one, other) for one, other in zip(outputs[:-1], outputs[1:], strict=True))
 
 
-# Forms of the output
+# Output types
 
 
-def test_each_output_type_has_its_form(tiny_tokenizer_pipeline):
-    def draw(output_type):
+def test_each_output_type_has_its_format(tiny_tokenizer_pipeline):
+    def decode(output_type):
         options = {"num_inference_steps": 1, "generator": seeded(0), "output_type": output_type}
         return tiny_tokenizer_pipeline.detokenize(ids([1, 2], [3, 4]), **options).images
 
-    pil, array, tensor, latents = draw("pil"), draw("np"), draw("pt"), draw("latent")
+    pil, array, tensor, latents = decode("pil"), decode("np"), decode("pt"), decode("latent")
     assert [(image.mode, image.size) for image in pil] == [("RGB", (R, R))] * 2
     assert array.shape == (2, R, R, 3) and array.dtype == np.float32 and 0 <= array.min() and array.max() <= 1
     assert np.array_equal(array, tensor.permute(0, 2, 3, 1).numpy())
@@ -146,14 +146,14 @@ def test_output_is_an_object_or_a_tuple(tiny_pipeline):
 # Sampling
 
 
-def test_noise_can_be_given(tiny_tokenizer_pipeline):
+def test_noise_can_be_passed(tiny_tokenizer_pipeline):
     noise = torch.randn(1, 3, R, R, generator=seeded(3))
     given = tiny_tokenizer_pipeline.detokenize(ids([1, 2]), latents=noise, generator=seeded(9), **FAST).images
     drawn = tiny_tokenizer_pipeline.detokenize(ids([1, 2]), generator=seeded(3), **FAST).images
     assert torch.equal(given, drawn)
 
 
-def test_given_noise_is_not_changed(tiny_tokenizer_pipeline):
+def test_noise_that_is_passed_is_not_changed(tiny_tokenizer_pipeline):
     noise = torch.randn(1, 3, R, R, generator=seeded(3))
     before = noise.clone()
     tiny_tokenizer_pipeline.detokenize(ids([1, 2]), latents=noise, **FAST)
@@ -174,8 +174,8 @@ def test_a_callback_can_replace_the_latents(tiny_tokenizer_pipeline):
     def blank(pipe, step, timestep, tensors):
         return {"latents": torch.full_like(tensors["latents"], 0.5)} if step == 1 else None
 
-    drawn = tiny_tokenizer_pipeline.detokenize(ids([1, 2]), callback_on_step_end=blank, **FAST).images
-    assert torch.equal(drawn, torch.full_like(drawn, 0.5))
+    output = tiny_tokenizer_pipeline.detokenize(ids([1, 2]), callback_on_step_end=blank, **FAST).images
+    assert torch.equal(output, torch.full_like(output, 0.5))
 
 
 def test_guidance_can_be_a_function_of_the_noise_level(tiny_tokenizer_pipeline):
@@ -225,7 +225,7 @@ def test_reconstruct_gives_a_batch_per_length_from_the_same_noise(tiny_tokenizer
         assert torch.equal(batch, expected.images)
 
 
-def test_reconstruct_goes_through_powers_of_two_by_itself(tiny_tokenizer_pipeline):
+def test_reconstruct_uses_powers_of_two_by_default(tiny_tokenizer_pipeline):
     batches = tiny_tokenizer_pipeline.reconstruct(images(1), num_inference_steps=1)
     assert [len(batch) for batch in batches] == [1, 1, 1, 1]  # 1, 2, 4 and all 6 tokens
 
@@ -233,7 +233,7 @@ def test_reconstruct_goes_through_powers_of_two_by_itself(tiny_tokenizer_pipelin
 # Classes
 
 
-def test_a_class_pipeline_draws_from_labels(tiny_class_pipeline):
+def test_a_class_pipeline_generates_from_labels(tiny_class_pipeline):
     output = tiny_class_pipeline(class_labels=[0, 2], max_tokens=[3, 6], generator=[seeded(0), seeded(1)], **FAST)
     assert [len(sequence) for sequence in output.token_ids] == [3, 6]
     single = tiny_class_pipeline(class_labels=2, generator=seeded(1), **FAST)
@@ -241,7 +241,7 @@ def test_a_class_pipeline_draws_from_labels(tiny_class_pipeline):
     torch.testing.assert_close(single.images[0], output.images[1], atol=1e-4, rtol=1e-4)
 
 
-def test_the_class_decides_what_is_drawn(tiny_class_pipeline):
+def test_the_class_determines_the_tokens(tiny_class_pipeline):
     labels = torch.tensor([0, 1, 2])
     token_ids = tiny_class_pipeline(class_labels=labels, generator=[seeded(0) for _ in labels], **FAST).token_ids
     assert len(token_ids.unique(dim=0)) > 1
@@ -251,7 +251,7 @@ def test_the_class_decides_what_is_drawn(tiny_class_pipeline):
 
 
 @pytest.mark.parametrize("fixture", ["tiny_pipeline", "tiny_class_pipeline", "tiny_tokenizer_pipeline"])
-def test_saving_and_loading_changes_no_bit(fixture, request, tmp_path):
+def test_saving_and_loading_is_bit_exact(fixture, request, tmp_path):
     pipe = request.getfixturevalue(fixture)
     pipe.save_pretrained(tmp_path)
     loaded = FlexTokPipeline.from_pretrained(tmp_path)
@@ -262,11 +262,11 @@ def test_saving_and_loading_changes_no_bit(fixture, request, tmp_path):
     assert torch.equal(*outputs)
     condition = {"tiny_pipeline": {"prompt": "a star"}, "tiny_class_pipeline": {"class_labels": 1}}.get(fixture)
     if condition is not None:
-        drawn = [p(**condition, generator=seeded(0), **FAST) for p in (pipe, loaded)]
-        assert torch.equal(drawn[0].token_ids, drawn[1].token_ids) and torch.equal(drawn[0].images, drawn[1].images)
+        first, second = (p(**condition, generator=seeded(0), **FAST) for p in (pipe, loaded))
+        assert torch.equal(first.token_ids, second.token_ids) and torch.equal(first.images, second.images)
 
 
-def test_the_model_index_names_the_package(tiny_pipeline, tmp_path):
+def test_the_model_index_refers_to_the_package(tiny_pipeline, tmp_path):
     tiny_pipeline.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     classes = {"encoder": "FlexTokEncoder", "decoder": "FlexTokFlowDecoder", "prior": "FlexTokPriorForCausalLM"}
@@ -274,8 +274,8 @@ def test_the_model_index_names_the_package(tiny_pipeline, tmp_path):
     assert index["vae"] == [None, None]
 
 
-def test_weights_that_come_for_a_call_only_draw_the_same(tiny_pipeline):
-    """As `enable_sequential_cpu_offload` has it, which wants an accelerator."""
+def test_offloaded_weights_give_the_same_result(tiny_pipeline):
+    """Like `enable_sequential_cpu_offload`, which requires an accelerator."""
     options = {"num_inference_steps": MIN_CALLS, "output_type": "pt"}
     expected = tiny_pipeline("a star", generator=seeded(0), **options)
     offloaded = FlexTokPipeline(**{name: copy.deepcopy(part) for name, part in tiny_pipeline.components.items()})
@@ -306,7 +306,7 @@ def test_a_prompt_without_a_prior_is_refused(tiny_tokenizer_pipeline):
         tiny_tokenizer_pipeline("a star")
 
 
-def test_a_prompt_for_a_prior_of_classes_is_refused(tiny_class_pipeline):
+def test_a_prompt_for_a_class_prior_is_refused(tiny_class_pipeline):
     with pytest.raises(ValueError, match="`prompt`"):
         tiny_class_pipeline("a star")
 
@@ -316,12 +316,12 @@ def test_prompt_and_class_together_are_refused(tiny_pipeline):
         tiny_pipeline("a star", class_labels=1)
 
 
-def test_a_prompt_that_is_too_long_is_cut_with_a_warning(tiny_pipeline, caplog):
+def test_a_prompt_that_is_too_long_is_truncated_with_a_warning(tiny_pipeline, caplog):
     tiny_pipeline("a red circle", 1, **FAST)
     assert not caplog.records
     tiny_pipeline(["a cross", "very " * 500 + "red"], 1, **FAST)
     limit = tiny_pipeline.tokenizer.model_max_length
-    assert [f"only the first {limit} are read" in record.getMessage() for record in caplog.records] == [True]
+    assert [f"only the first {limit} are used" in record.getMessage() for record in caplog.records] == [True]
 
 
 def test_neither_prompt_nor_class_is_refused(tiny_pipeline):
@@ -351,7 +351,7 @@ def test_neither_prompt_nor_class_is_refused(tiny_pipeline):
         ({"class_labels": 1, "prompt": None}, ValueError, "`class_labels`"),
     ],
 )
-def test_a_wrong_argument_is_refused_by_name(tiny_pipeline, arguments, error, names):
+def test_the_error_names_a_wrong_argument(tiny_pipeline, arguments, error, names):
     with pytest.raises(error, match=names):
         tiny_pipeline(**{"prompt": "a star", "num_inference_steps": 1, **arguments})
 
@@ -359,23 +359,23 @@ def test_a_wrong_argument_is_refused_by_name(tiny_pipeline, arguments, error, na
 @pytest.mark.parametrize(
     ("labels", "error"), [(3, ValueError), (-1, ValueError), ([], ValueError), (1.0, TypeError), (True, TypeError)]
 )
-def test_a_wrong_class_is_refused_by_name(tiny_class_pipeline, labels, error):
+def test_the_error_names_wrong_class_labels(tiny_class_pipeline, labels, error):
     with pytest.raises(error, match="`class_labels`"):
         tiny_class_pipeline(class_labels=labels)
 
 
-def test_a_class_can_be_named(named_class_pipeline):
+def test_a_class_can_be_passed_by_name(named_class_pipeline):
     by_name = named_class_pipeline(class_labels=["dog", "red panda"], generator=[seeded(0), seeded(1)], **FAST)
     by_number = named_class_pipeline(class_labels=[1, 2], generator=[seeded(0), seeded(1)], **FAST)
     assert torch.equal(torch.stack([*by_name.token_ids]), torch.stack([*by_number.token_ids]))
 
 
 def test_an_unknown_class_is_refused_with_similar_names(named_class_pipeline):
-    with pytest.raises(ValueError, match="'cats', which is none of the 3 classes, such as cat"):
+    with pytest.raises(ValueError, match="'cats', not one of the 3 classes, such as cat"):
         named_class_pipeline(class_labels="cats")
 
 
-def test_a_name_without_names_is_refused(tiny_class_pipeline):
+def test_a_class_name_is_refused_if_classes_have_no_names(tiny_class_pipeline):
     with pytest.raises(ValueError, match="have no names"):
         tiny_class_pipeline(class_labels="cat")
 
@@ -396,19 +396,19 @@ def test_a_name_without_names_is_refused(tiny_class_pipeline):
         (7, TypeError),
     ],
 )
-def test_wrong_token_ids_are_refused_by_name(tiny_tokenizer_pipeline, token_ids, error):
+def test_the_error_names_wrong_token_ids(tiny_tokenizer_pipeline, token_ids, error):
     with pytest.raises(error, match="`token_ids"):
         tiny_tokenizer_pipeline.detokenize(token_ids, num_inference_steps=1)
 
 
 @pytest.mark.parametrize("max_tokens", [0, -1, 1.5, [1, 2]])
-def test_tokenizing_to_a_wrong_length_is_refused_by_name(tiny_tokenizer_pipeline, max_tokens):
+def test_tokenizing_to_a_wrong_length_is_refused(tiny_tokenizer_pipeline, max_tokens):
     with pytest.raises(ValueError, match="`max_tokens`"):
         tiny_tokenizer_pipeline.tokenize(images(1), max_tokens=max_tokens)
 
 
 @pytest.mark.parametrize("max_tokens", [0, [], [1, 0]])
-def test_reconstructing_from_a_wrong_length_is_refused_by_name(tiny_tokenizer_pipeline, max_tokens):
+def test_reconstructing_from_a_wrong_length_is_refused(tiny_tokenizer_pipeline, max_tokens):
     with pytest.raises(ValueError, match="`max_tokens`"):
         tiny_tokenizer_pipeline.reconstruct(images(1), max_tokens=max_tokens)
 

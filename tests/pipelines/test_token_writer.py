@@ -1,4 +1,4 @@
-"""Images while they are written, and variations that keep the first tokens of an image."""
+"""Streamed images, and variations that keep the first tokens of an image."""
 
 import threading
 
@@ -24,7 +24,7 @@ def image(shade=40):
 
 
 class Work:
-    """Counts what prior and decoder are asked to do, and lets them do it."""
+    """Counts the work of prior and decoder."""
 
     def __init__(self, pipe):
         self.prior_positions, self.prior_rows, self.decoder_calls = 0, 0, 0
@@ -52,15 +52,15 @@ class Work:
 @pytest.mark.parametrize("prior_guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("has_generator", [True, False])
 @pytest.mark.parametrize("counts", [None, [6], [1, 2, 3, 4, 5, 6], [5, 256]])
-def test_the_last_image_is_the_whole_one_bit_for_bit(tiny_pipeline, counts, has_generator, prior_guidance_scale):
+def test_the_last_image_is_bit_identical_to_the_full_one(tiny_pipeline, counts, has_generator, prior_guidance_scale):
     options = {**FEW_STEPS, "prior_guidance_scale": prior_guidance_scale}
 
-    def draw(call):
+    def generate(call):
         torch.manual_seed(7)
         return call(generator=seeded() if has_generator else None, **options)
 
-    whole = draw(lambda **given: tiny_pipeline("a red circle", **given)).images[0]
-    shown = draw(lambda **given: list(tiny_pipeline.stream("a red circle", counts, **given)))
+    whole = generate(lambda **given: tiny_pipeline("a red circle", **given)).images[0]
+    shown = generate(lambda **given: list(tiny_pipeline.stream("a red circle", counts, **given)))
     assert torch.equal(shown[-1][1], whole)
     assert [count for count, _ in shown] == {None: [1, 2, 4, 6], 5: [5, 6]}.get(counts and counts[0], counts)
 
@@ -73,7 +73,7 @@ def test_every_image_is_a_prefix_of_the_same_tokens_from_the_same_noise(tiny_pip
         assert torch.equal(image, prefix)
 
 
-def test_streaming_costs_its_decodes_and_one_pass_of_the_prior(tiny_pipeline):
+def test_streaming_costs_one_decode_per_image_and_one_pass_of_the_prior(tiny_pipeline):
     counts = [1, 3, 4, 6]
     with Work(tiny_pipeline) as whole:
         tiny_pipeline("a red circle", generator=seeded(), **FEW_STEPS)
@@ -83,7 +83,7 @@ def test_streaming_costs_its_decodes_and_one_pass_of_the_prior(tiny_pipeline):
     assert streamed.decoder_calls == len(counts) * whole.decoder_calls
 
 
-def test_an_image_is_shown_before_the_next_tokens_are_written(tiny_pipeline):
+def test_an_image_is_shown_before_the_next_tokens_are_generated(tiny_pipeline):
     with Work(tiny_pipeline) as work:
         images = tiny_pipeline.stream("a red circle", [2, 6], generator=seeded(), **FEW_STEPS)
         assert (work.prior_positions, work.decoder_calls) == (0, 0)
@@ -93,7 +93,7 @@ def test_an_image_is_shown_before_the_next_tokens_are_written(tiny_pipeline):
     assert work.prior_positions == 2
 
 
-def test_two_streams_in_turns_do_not_disturb_each_other(tiny_pipeline):
+def test_two_interleaved_streams_do_not_affect_each_other(tiny_pipeline):
     prompts = ("a red circle", "a blue square on white")
     alone = [list(tiny_pipeline.stream(prompt, generator=seeded(), **FEW_STEPS)) for prompt in prompts]
     streams = [tiny_pipeline.stream(prompt, generator=seeded(), **FEW_STEPS) for prompt in prompts]
@@ -104,18 +104,18 @@ def test_two_streams_in_turns_do_not_disturb_each_other(tiny_pipeline):
 
 
 @pytest.mark.skipif(not can_pack([torch.zeros(1, 1)]), reason="this machine has no kernels for packed weights")
-def test_short_parts_use_the_packed_weights_that_the_whole_does(tiny_pipeline, monkeypatch):
+def test_short_parts_use_the_same_packed_weights_as_the_whole(tiny_pipeline, monkeypatch):
     monkeypatch.setattr(packed_linear, "MIN_CALLS", tiny_pipeline.num_registers)
     head, is_packed = tiny_pipeline.prior.head, []
     handle = head.register_forward_pre_hook(lambda *_: is_packed.append(head.packed_weight is not None))
     streams = [tiny_pipeline.stream("a red circle", [1, 2, 6], generator=seeded(), **FEW_STEPS) for _ in range(2)]
     for _ in zip(*streams, strict=True):
-        assert head.packed_weight is None  # between the parts the model is as it was
+        assert head.packed_weight is None  # the model is unchanged between parts
     handle.remove()
     assert is_packed == [True] * 2 * tiny_pipeline.num_registers
 
 
-def test_a_stream_with_a_static_cache_ends_with_the_whole_image(tiny_pipeline, monkeypatch):
+def test_a_stream_with_a_static_cache_ends_with_the_full_image(tiny_pipeline, monkeypatch):
     monkeypatch.setattr(tiny_pipeline, "prior_options", {"cache_implementation": "static"})
     whole = tiny_pipeline("a red circle", generator=seeded(), **FEW_STEPS).images[0]
     streams = [tiny_pipeline.stream("a red circle", [1, 3, 6], generator=seeded(), **FEW_STEPS) for _ in range(2)]
@@ -123,7 +123,7 @@ def test_a_stream_with_a_static_cache_ends_with_the_whole_image(tiny_pipeline, m
     assert all(torch.equal(image, whole) for _, image in last)
 
 
-def test_a_stream_may_be_read_in_another_thread_without_gradients(tiny_pipeline):
+def test_a_stream_can_be_read_in_another_thread_without_gradients(tiny_pipeline):
     stream = tiny_pipeline.stream("a red circle", generator=seeded(), **FEW_STEPS)
     shown = []
     thread = threading.Thread(target=lambda: shown.extend(stream))
@@ -175,7 +175,7 @@ def test_variations_keep_the_first_tokens_of_an_image_and_differ_afterwards(tiny
     assert output.images.shape == (8, 3, 16, 16)
 
 
-def test_a_variation_goes_on_as_the_prior_would_from_these_tokens(tiny_pipeline):
+def test_a_variation_continues_as_the_prior_would_from_these_tokens(tiny_pipeline):
     whole = tiny_pipeline("a red circle", prior_guidance_scale=1.0, top_k=1, generator=seeded(), **FEW_STEPS)
     for kept in (1, 5):
         varied = tiny_pipeline(
@@ -183,7 +183,7 @@ def test_a_variation_goes_on_as_the_prior_would_from_these_tokens(tiny_pipeline)
             token_ids=whole.token_ids,
             keep_tokens=kept,
             prior_guidance_scale=1.0,
-            top_k=1,  # the best token each time: nothing is left to chance
+            top_k=1,  # always the most likely token, so nothing is random
             generator=seeded(),
             **FEW_STEPS,
         )
@@ -191,7 +191,7 @@ def test_a_variation_goes_on_as_the_prior_would_from_these_tokens(tiny_pipeline)
         torch.testing.assert_close(varied.images, whole.images)
 
 
-def test_keeping_all_tokens_asks_nothing_of_the_prior(tiny_pipeline):
+def test_keeping_all_tokens_does_not_run_the_prior(tiny_pipeline):
     with Work(tiny_pipeline) as work:
         output = tiny_pipeline("", image=image(), keep_tokens=6, generator=seeded(), **FEW_STEPS)
     assert work.prior_positions == 0
@@ -199,7 +199,7 @@ def test_keeping_all_tokens_asks_nothing_of_the_prior(tiny_pipeline):
     assert torch.equal(output.images, again)
 
 
-def test_images_go_to_their_prompts(tiny_pipeline):
+def test_images_are_matched_to_their_prompts(tiny_pipeline):
     prompts, images = ["a red circle", "a blue square on white"], [image(), image(200)]
     output = tiny_pipeline(prompts, image=images, keep_tokens=2, num_images_per_prompt=2, **FEW_STEPS)
     kept = tiny_pipeline.tokenize(images, 2)
@@ -227,7 +227,7 @@ def test_a_stream_starts_with_the_kept_tokens(tiny_pipeline):
 RAGGED = [torch.tensor([1]), torch.tensor([2, 3, 4])]
 
 
-def test_rows_of_different_lengths_go_on_from_what_all_of_them_have(tiny_pipeline):
+def test_rows_of_different_lengths_continue_from_their_common_length(tiny_pipeline):
     output = tiny_pipeline(["a red circle"] * 2, token_ids=RAGGED, keep_tokens=1, **FEW_STEPS)
     assert output.token_ids[:, 0].tolist() == [1, 2]
 
@@ -246,7 +246,7 @@ def test_rows_of_different_lengths_go_on_from_what_all_of_them_have(tiny_pipelin
         ({"token_ids": torch.zeros(1, 2, dtype=torch.long), "keep_tokens": 3}, "from 1 to 2"),
         ({"token_ids": torch.full((1, 2), 15)}, "codebook"),
         ({"token_ids": RAGGED}, "rows of 1 to 3 ids"),
-        ({"token_ids": RAGGED, "keep_tokens": 2}, "from 1 to 1 \\(the shortest row"),
+        ({"token_ids": RAGGED, "keep_tokens": 2}, "from 1 to 1 \\(the length of the shortest row"),
         ({"token_ids": torch.zeros(1, 7, dtype=torch.long)}, "1 to 6 ids"),
     ],
 )
@@ -255,7 +255,7 @@ def test_wrong_variations_are_refused(tiny_pipeline, arguments, words):
         tiny_pipeline(["a red circle", "a small green star"], **arguments, **FEW_STEPS)
 
 
-def test_numbers_of_numpy_are_numbers(tiny_pipeline):
+def test_numpy_numbers_are_accepted(tiny_pipeline):
     options = {"num_inference_steps": np.int64(1), "guidance_scale": np.float32(2), "output_type": "pt"}
     output = tiny_pipeline("a red circle", max_tokens=np.int64(3), **options)
     assert output.token_ids.shape == (1, 3)
@@ -265,7 +265,7 @@ def test_numbers_of_numpy_are_numbers(tiny_pipeline):
         tiny_pipeline.stream("a star", generator=0)
 
 
-def test_the_pipeline_keeps_its_calls_when_it_is_loaded_again(tiny_pipeline, tmp_path):
+def test_a_loaded_pipeline_can_stream(tiny_pipeline, tmp_path):
     tiny_pipeline.save_pretrained(tmp_path)
     pipe = FlexTokPipeline.from_pretrained(tmp_path)
     pipe.set_progress_bar_config(disable=True)

@@ -1,4 +1,4 @@
-"""Many images to tokens: reading, copying and computing at the same time.
+"""Bulk tokenization: reading, copying and computing overlap.
 
 Letters: B batch, R resolution, K registers, k tokens kept.
 """
@@ -16,15 +16,15 @@ from .pipeline_flextok import FlexTokPipeline
 
 
 Item = TypeVar("Item")
-MANY_CALLS = 1000  # a stream is expected to be long
+MANY_CALLS = 1000  # streams are assumed to be long
 
 
 def read_ahead(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
-    """Yield `items` in their order, while a thread already makes the next ones.
+    """Yield `items` in order while a background thread prepares the next ones.
 
     Args:
-        items: its errors arrive at the caller, at their place in the order.
-        depth: how many finished items may wait.
+        items: an error that it raises reaches the caller after the items before it.
+        depth: maximum number of prepared items to queue.
     """
     ready: queue.Queue = queue.Queue(depth)
     is_closed = threading.Event()
@@ -44,7 +44,7 @@ def read_ahead(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
                 if is_closed.is_set():
                     return
             put((end, None))
-        except BaseException as error:  # whatever it is, the caller has to know
+        except BaseException as error:  # any error is passed on to the caller
             put((end, error))
 
     thread = threading.Thread(target=work, daemon=True)
@@ -65,13 +65,13 @@ def read_ahead(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
 def tokenize_batches(
     pipe: FlexTokPipeline, batches: Iterable[Tensor], max_tokens: int | None = None
 ) -> Iterator[Tensor]:
-    """Turn batches of images into token ids; the next batch is read and copied while one is computed.
+    """Tokenize batches of images; the next batch is read and copied while the current one is computed.
 
     Args:
-        pipe: on any device; it computes in its own precision.
+        pipe: pipeline on any device and in any precision.
         batches: pixels, (B, 3, R, R) uint8, or float32 in [-1, 1]; R is the pipeline's resolution. A `DataLoader` with
-            workers reads several at a time.
-        max_tokens: most tokens per image.
+            workers reads several in parallel.
+        max_tokens: maximum number of tokens per image.
 
     Yields:
         Token ids of each batch, (B, k) int64 on the CPU.
@@ -83,14 +83,14 @@ def tokenize_batches(
         if copies is None:
             return pixels.to(device), None
         with torch.cuda.stream(copies):
-            uploaded = pixels.pin_memory().to(device, non_blocking=True)
-            return uploaded, copies.record_event()
+            on_device = pixels.pin_memory().to(device, non_blocking=True)
+            return on_device, copies.record_event()
 
-    waiting: tuple[Tensor, torch.cuda.Event | None] | None = None  # ids that are still computed or on their way
+    waiting: tuple[Tensor, torch.cuda.Event | None] | None = None  # ids still being computed or copied
     with packed_weights(pipe.encoder, MANY_CALLS):
-        for pixels, is_there in read_ahead(map(upload, batches)):
-            if is_there is not None:
-                torch.cuda.current_stream(device).wait_event(is_there)
+        for pixels, uploaded in read_ahead(map(upload, batches)):
+            if uploaded is not None:
+                torch.cuda.current_stream(device).wait_event(uploaded)
                 pixels.record_stream(torch.cuda.current_stream(device))
             started = download(pipe.tokenize_pixels(pixels, max_tokens))
             if waiting is not None:
@@ -101,7 +101,7 @@ def tokenize_batches(
 
 
 def download(token_ids: Tensor) -> tuple[Tensor, "torch.cuda.Event | None"]:
-    """Start to copy ids to the CPU; returns where they arrive and what tells that they did."""
+    """Start copying ids to the CPU; return the destination and its completion event, `None` without CUDA."""
     if token_ids.device.type != "cuda":
         return token_ids.cpu(), None
     host = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
@@ -109,8 +109,8 @@ def download(token_ids: Tensor) -> tuple[Tensor, "torch.cuda.Event | None"]:
     return host, torch.cuda.current_stream(token_ids.device).record_event()
 
 
-def finish_download(host: Tensor, is_there: "torch.cuda.Event | None") -> Tensor:
-    """Wait for what `download` started."""
-    if is_there is not None:
-        is_there.synchronize()
+def finish_download(host: Tensor, downloaded: "torch.cuda.Event | None") -> Tensor:
+    """Wait for a copy started by `download` and return it."""
+    if downloaded is not None:
+        downloaded.synchronize()
     return host

@@ -1,6 +1,6 @@
 """Rectified flow: noise levels, the straight path between data and noise, and its velocity.
 
-Liu et al., 2022, https://arxiv.org/abs/2209.03003. Sigma is the share of noise: 0 is data, 1 is noise.
+Liu et al., 2022, https://arxiv.org/abs/2209.03003. Sigma is the fraction of noise: 0 is data, 1 is noise.
 """
 
 import math
@@ -45,7 +45,7 @@ def sample_sigma(
     if distribution == "mode":
         return mode_warp(uniform, mode_scale)
     if distribution == "logit_normal":
-        # keep away from the ends, where the inverse normal distribution is infinite
+        # avoid the ends, where the inverse normal CDF is infinite
         normal = math.sqrt(2) * torch.erfinv(2 * uniform.clamp(1e-6, 1 - 1e-6) - 1)
         return torch.sigmoid(logit_mean + logit_std * normal)
     raise ValueError(f"`distribution` must be one of {', '.join(SIGMA_DISTRIBUTIONS)}, got {distribution!r}.")
@@ -57,7 +57,7 @@ def mode_warp(uniform: Tensor, scale: float) -> Tensor:
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """Go from latents (B, C, h, w) towards noise of the same shape by a share `sigma`, (B,)."""
+    """Interpolate from latents (B, C, h, w) towards noise of the same shape by the fraction `sigma`, (B,)."""
     return torch.lerp(latents, noise, sigma.to(latents).view(-1, 1, 1, 1))
 
 
@@ -69,7 +69,7 @@ def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
 def euler_sigmas(num_inference_steps: int) -> list[float]:
     """Noise levels at which Euler's method evaluates the velocity: uniform from 1 down to 1 / N.
 
-    Diffusers' own default grid ends at 0.001 instead, so these are handed to its scheduler explicitly.
+    Diffusers' default grid ends at 0.001 instead, so these are passed to its scheduler explicitly.
     """
     return [step / num_inference_steps for step in range(num_inference_steps, 0, -1)]
 
@@ -78,15 +78,15 @@ def set_noise_levels(scheduler: SchedulerMixin, num_inference_steps: int, device
     """Prepare a scheduler for a run.
 
     Args:
-        scheduler: `FlowMatchEulerDiscreteScheduler`, or another one of Diffusers' that integrates flows.
-        num_inference_steps: steps to take; some schedulers evaluate the velocity twice in a step.
-        device: where its timesteps are to lie.
+        scheduler: `FlowMatchEulerDiscreteScheduler`, or another Diffusers scheduler that supports flow matching.
+        num_inference_steps: number of steps; some schedulers evaluate the velocity twice per step.
+        device: device of the timesteps.
 
     Returns:
         The noise level of each evaluation, on the CPU.
 
     Raises:
-        ValueError: if the scheduler is made for other models.
+        ValueError: if the scheduler does not support flow matching, or is not configured for it.
     """
     config = scheduler.config
     is_converted = getattr(config, "use_flow_sigmas", False) and config.prediction_type == "flow_prediction"
@@ -96,8 +96,8 @@ def set_noise_levels(scheduler: SchedulerMixin, num_inference_steps: int, device
         scheduler.set_timesteps(num_inference_steps, device=device)
     else:
         raise ValueError(
-            f"`scheduler` is a {type(scheduler).__name__} that does not integrate a flow. Use"
-            " `FlowMatchEulerDiscreteScheduler()`, or for instance `UniPCMultistepScheduler(use_flow_sigmas=True,"
+            f"`scheduler` is a {type(scheduler).__name__} that is not set up for flow matching. Use"
+            " `FlowMatchEulerDiscreteScheduler()` or, for example, `UniPCMultistepScheduler(use_flow_sigmas=True,"
             ' prediction_type="flow_prediction")`.'
         )
     return scheduler.sigmas[: len(scheduler.timesteps)].cpu()

@@ -10,18 +10,18 @@ GUIDANCE_METHODS = ("apg", "cfg")
 
 
 def check_guidance(method: str) -> None:
-    """Raise a ValueError if there is no such rule of guidance."""
+    """Raise a ValueError if `method` is not a known guidance method."""
     if method not in GUIDANCE_METHODS:
         raise ValueError(f"`guidance` must be one of {', '.join(GUIDANCE_METHODS)}, got {method!r}.")
 
 
 class Guidance:
-    """One guidance rule for a whole sampling run.
+    """Guidance for one sampling run.
 
     "cfg" is classifier-free guidance (Ho and Salimans, 2022, https://arxiv.org/abs/2207.12598). "apg" is adaptive
     projected guidance (Sadat et al., 2024, https://arxiv.org/abs/2410.02416, algorithm 1): the updates are accumulated
-    with negative momentum, their norm is capped, and only the part at right angles to the conditional velocity counts,
-    which avoids oversaturation at high scales. With both a scale of 1 means no guidance.
+    with negative momentum, their norm is capped, and only the part orthogonal to the conditional velocity is used,
+    which avoids oversaturation at high scales. With either method, a scale of 1 means no guidance.
     """
 
     momentum = -0.5
@@ -33,7 +33,7 @@ class Guidance:
         self.running_update: Tensor | float = 0.0
 
     def __call__(self, conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
-        """Combine two velocities (B, C, h, w) of the same step; call it once a step, in order."""
+        """Combine two velocities (B, C, h, w) of the same step; call it once per step, in order."""
         update = conditional - unconditional
         if self.method == "cfg":
             return unconditional + guidance_scale * update
@@ -43,7 +43,7 @@ class Guidance:
 
 
 def guidance_interval(guidance_scale: float, low: float, high: float) -> Callable[[float], float]:
-    """Guide at noise levels from `low` to `high` only, which halves the work of the other steps.
+    """Guide only at noise levels from `low` to `high`, which halves the cost of the other steps.
 
     Guidance does little for the image at the lowest and highest levels (Kynkaanniemi et al., 2024,
     https://arxiv.org/abs/2404.07724). Pass the result as `guidance_scale` to the pipeline.
@@ -52,14 +52,14 @@ def guidance_interval(guidance_scale: float, low: float, high: float) -> Callabl
 
 
 def clip_norm(update: Tensor, threshold: float) -> Tensor:
-    """Shorten every sample of (B, C, h, w) to a Euclidean norm of `threshold` at most."""
+    """Clip every sample of (B, C, h, w) to a Euclidean norm of at most `threshold`."""
     norm = update.norm(p=2, dim=(1, 2, 3), keepdim=True)
     return update * torch.clamp(threshold / norm, max=1.0)
 
 
 def remove_projection(update: Tensor, direction: Tensor) -> Tensor:
     """Remove from every sample of (B, C, h, w) its component along `direction`."""
-    # float64 as the official code, where the device has it: the projection subtracts nearly equal numbers
+    # float64 like the official code, where the device supports it: the projection subtracts nearly equal numbers
     dtype = torch.float32 if update.device.type == "mps" else torch.float64
     unit = torch.nn.functional.normalize(direction.to(dtype), dim=(1, 2, 3))
     component = (update.to(dtype) * unit).sum(dim=(1, 2, 3), keepdim=True)

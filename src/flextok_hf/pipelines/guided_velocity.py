@@ -18,13 +18,13 @@ GuidanceScale = float | Callable[[float], float]
 
 
 class GuidedVelocity:
-    """Guided velocity of one sampling run; call it once a step, in order.
+    """Guided velocity of one sampling run; call it once per step, in order.
 
     Args:
-        decoder: the model.
+        decoder: the flow decoder.
         sigmas: the noise levels of all steps, (T,).
         codes: (B, k, Q), on the decoder's device.
-        num_tokens: codes to use per sample, (B,) in [1, k]; on the CPU, where it is read.
+        num_tokens: number of codes to use per sample, (B,) in [1, k]; on the CPU, where it is read.
         guidance_scale: weight of the conditional velocity, 1 is no guidance; or a function of sigma.
         guidance: "apg" or "cfg".
     """
@@ -39,7 +39,7 @@ class GuidedVelocity:
         guidance: str = "apg",
     ):
         if decoder.is_cache_enabled:
-            decoder._reset_stateful_cache()  # nothing of a run that was interrupted
+            decoder._reset_stateful_cache()  # clear what an interrupted run left
         self.decoder = decoder
         self.sigmas = sigmas.to(codes.device)
         self.codes = codes
@@ -48,11 +48,11 @@ class GuidedVelocity:
         self.scales = [guidance_scale(level) if callable(guidance_scale) else guidance_scale for level in levels]
         self.guide = Guidance(guidance)
         self.groups = {is_guided: self.group_rows(is_guided) for is_guided in {scale != 1 for scale in self.scales}}
-        # What depends on the noise level alone is computed once, unless offloading brings the weights for a call only.
+        # Depends only on the noise level: computed once, unless offloading loads the weights only during a call.
         self.modulation = None if is_offloaded(decoder) else decoder.compute_modulation(self.sigmas)
 
     def group_rows(self, is_guided: bool) -> LengthGroups:
-        """Divide a step's rows among decoder calls: the samples, and with guidance the same without tokens."""
+        """Split a step's rows into decoder calls: the samples and, with guidance, the same samples without tokens."""
         copies = 2 if is_guided else 1
         batch_size = self.codes.shape[0]
         is_unconditional = torch.arange(copies * batch_size) >= batch_size

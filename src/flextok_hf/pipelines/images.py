@@ -1,6 +1,6 @@
 """Images of any kind -> `pixel_values` (B, 3, R, R) in [-1, 1], and back to PIL, numpy or torch.
 
-Letters: B batch, R resolution (side of the square image), H W the side lengths that arrive.
+Letters: B batch, R resolution (side of the square image), H W input height and width.
 """
 
 import errno
@@ -20,25 +20,25 @@ from torch import Tensor
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 WHITE = (255, 255, 255)
-# What Pillow raises for files that are no images, are cut off or are damaged; each format has its own habits.
+# What Pillow raises for files that are not images, or are truncated or damaged; it varies by format.
 PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, OverflowError, struct.error, zlib.error)
-SYSTEM_ERRORS = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # which say nothing about the file
+SYSTEM_ERRORS = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # not caused by the file's content
 PILLOW_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 def load_image(source: str | Path | bytes) -> Image.Image:
-    """Read an image file, upright and in RGB; of an animation, the first frame.
+    """Read an image file as upright RGB; from an animation, the first frame.
 
-    Large JPEG files are decoded at full size on purpose: the decoder's own reduction gives slightly different pixels,
-    so that the tokens of an image would depend on how it was handed over.
+    Large JPEG files are deliberately decoded at full size: the decoder's own downscaling gives slightly different
+    pixels, so the tokens of an image would depend on how it was passed.
 
     Args:
-        source: path of an image file, or the bytes of one.
+        source: path or bytes of an image file.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        OSError: if the system cannot read now, whatever the file holds.
-        ValueError: if the file is not an image, is cut off, or is too large to decode safely.
+        OSError: if the system cannot read the file, regardless of its content.
+        ValueError: if the file is not an image, is truncated or damaged, or is too large to decode safely.
     """
     file: str | Path | BytesIO
     if isinstance(source, (str, Path)):
@@ -46,7 +46,7 @@ def load_image(source: str | Path | bytes) -> Image.Image:
         if not Path(source).is_file():
             kind = "a folder" if Path(source).is_dir() else "not an existing file"
             raise FileNotFoundError(
-                f"{name} is {kind}. Give the path of an image file; download images on the Web before."
+                f"{name} is {kind}. Pass the path of an image file; download images from the web first."
             )
     else:
         name, file = f"an image of {len(source)} bytes", BytesIO(source)
@@ -60,50 +60,50 @@ def load_image(source: str | Path | bytes) -> Image.Image:
     except PILLOW_ERRORS as error:
         if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
             raise OSError(error.errno, f"{name} cannot be read: {error.strerror}") from error
-        raise ValueError(f"{name} is damaged or cut off ({error}). Fetch or save the file again.") from error
+        raise ValueError(f"{name} is damaged or truncated ({error}). Download or save the file again.") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Turn a PIL image of any mode upright (EXIF) and into RGB: transparency on white, 16 bits scaled to 8."""
+    """Convert a PIL image of any mode to upright (EXIF) RGB: transparency on white, 16 bits scaled to 8."""
     image.load()
     if image.mode.startswith("I") or image.mode == "F":
         image = _deep_to_gray(image)
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # the call below copies even what is upright
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # exif_transpose copies even upright images
         image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBa", "La"):  # premultiplied alpha; Pillow converts it only to its own plain form
+    if image.mode in ("RGBa", "La"):  # Pillow converts premultiplied alpha only to straight alpha
         image = image.convert({"RGBa": "RGBA", "La": "LA"}[image.mode])
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image if image.mode == "RGBA" else image.convert("RGBA")  # even a conversion to the same mode copies
+        rgba = image if image.mode == "RGBA" else image.convert("RGBA")  # convert copies even to the same mode
         image = Image.new("RGB", rgba.size, WHITE)
         image.paste(rgba, mask=rgba)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def resize_and_crop(image: Image.Image, resolution: int) -> Image.Image:
-    """Shrink or enlarge the shorter side to `resolution` (Lanczos, antialiased), then cut out the middle square."""
+    """Resize the shorter side to `resolution` (Lanczos, antialiased), then center-crop to a square."""
     if image.size == (resolution, resolution):
         return image
     width, height = image.size
     side = min(width, height)
-    # One call does both: only the part that is kept is resampled, from the region of the source that it covers.
+    # One call does both, so that only the region that is kept is resampled.
     left, top = (width - side) / 2, (height - side) / 2
     box = (left, top, left + side, top + side)
     return image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
 
 
 def prepare_images(images: Any, resolution: int, device: torch.device | str | None = None) -> Tensor:
-    """Bring one image or many to `pixel_values` (B, 3, R, R), float32 in [-1, 1].
+    """Convert one or more images to `pixel_values` (B, 3, R, R), float32 in [-1, 1].
 
     Args:
-        images: an image or a list of images, sizes and kinds may be mixed. An image is a path, a PIL image, an
+        images: an image or a list of images of any mix of sizes and types. An image is a path, a PIL image, an
             array (H, W) or (H, W, 1 | 3), or a tensor (H, W) or (1 | 3, H, W); uint8 in 0..255 or float in [0, 1].
-            Batches (B, H, W, 1 | 3) of numpy and (B, 1 | 3, H, W) of torch are taken too.
+            Batches (B, H, W, 1 | 3) of numpy and (B, 1 | 3, H, W) of torch are accepted too.
         resolution: R. Tensors and arrays of exactly this size are not resampled.
-        device: where the result lies, default the CPU.
+        device: device of the result, the CPU by default.
 
     Raises:
-        TypeError: if an image is of a kind or data type that is not listed above.
-        ValueError: if an image is damaged, empty, out of range, not finite, or has another number of channels.
+        TypeError: if an image has a type or data type not listed above.
+        ValueError: if an image is damaged, empty, out of range, not finite, or has an unsupported number of channels.
     """
     if isinstance(resolution, bool) or not isinstance(resolution, int) or resolution < 1:
         raise ValueError(f"`resolution` must be a whole number of 1 or more, got {resolution!r}.")
@@ -114,7 +114,7 @@ def prepare_images(images: Any, resolution: int, device: torch.device | str | No
     else:
         items = [images]
     if len(items) == 0:
-        raise ValueError("`images` is empty. Give at least one image.")
+        raise ValueError("`images` is empty. Pass at least one image.")
     target = torch.device("cpu" if device is None else device)
     is_single = items is not images and len(items) == 1
     names = ["`images`"] if is_single else [f"`images[{index}]`" for index in range(len(items))]
@@ -122,7 +122,7 @@ def prepare_images(images: Any, resolution: int, device: torch.device | str | No
 
 
 def pixels_to_values(pixels: Tensor) -> Tensor:
-    """Map uint8 pixels of any shape to float32 in [-1, 1], bit for bit as their [0, 1] form would be."""
+    """Map uint8 pixels of any shape to float32 in [-1, 1], bit-identical to converting their [0, 1] form."""
     return pixels.float() / 255 * 2 - 1
 
 
@@ -132,32 +132,32 @@ def image_to_pixels(image: Image.Image) -> Tensor:
 
 
 def to_output(images: Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | Tensor:
-    """Turn a model's images (B, 3, H, W) in [-1, 1] into what the caller asked for.
+    """Convert a model's images (B, 3, H, W) in [-1, 1] to the requested output type.
 
     Args:
-        images: values a little beyond [-1, 1], as a sampler leaves them, are cut at the ends.
+        images: values slightly outside [-1, 1], as samplers produce them, are clipped.
         output_type: "pil" for a list of PIL images, "np" for (B, H, W, 3) or "pt" for (B, 3, H, W), float32 in [0, 1].
 
     Raises:
-        ValueError: if `output_type` is another word or `images` holds NaN or infinity.
+        ValueError: if `output_type` is unknown or `images` contains NaN or infinity.
     """
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
     if not torch.isfinite(images).all():
         raise ValueError(
-            "The model's images hold NaN or infinity. Use a wider `dtype` (bfloat16 or float32 instead of float16),"
-            " or check that the weights were loaded in full."
+            "The model's images contain NaN or infinity. Use a `dtype` with a wider range (bfloat16 or float32 instead"
+            " of float16), or check that all weights were loaded."
         )
     return VaeImageProcessor().postprocess(images.detach().float(), output_type=output_type)
 
 
 def _prepare_one(image: Any, name: str, resolution: int) -> Tensor:
-    """Bring one image of any accepted kind to (3, R, R), float32 in [-1, 1]."""
+    """Convert one image of any accepted type to (3, R, R), float32 in [-1, 1]."""
     if isinstance(image, (str, Path)):
         image = load_image(image)
     if isinstance(image, Image.Image):
         if 0 in image.size:
-            raise ValueError(f"{name} is empty: it measures {image.size[0]} x {image.size[1]} pixels.")
+            raise ValueError(f"{name} is empty: its size is {image.size[0]} x {image.size[1]} pixels.")
         try:
             rgb = to_rgb(image)
         except PILLOW_BOMBS as error:
@@ -188,40 +188,40 @@ def _prepare_one(image: Any, name: str, resolution: int) -> Tensor:
 
 
 def _array_to_tensor(array: np.ndarray, name: str) -> Tensor:
-    """Copy a numpy array into a tensor; data types that images do not have are an error."""
+    """Copy a numpy array into a tensor; raise a TypeError for data types that images do not have."""
     if array.dtype not in (np.uint8, np.float16, np.float32, np.float64):
         raise TypeError(_dtype_message(name, array.dtype))
-    # A copy where torch could not view: reversed or read-only memory, or the other byte order.
+    # Copied because torch cannot view reversed or read-only memory, or the other byte order.
     return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
 
 
 def _check_shape(shape: Sequence[int], allowed: Sequence[str], channel_axis: int, name: str, kind: str) -> None:
-    """Raise a ValueError if an array or tensor of this shape is no image."""
+    """Raise a ValueError if an array or tensor of this shape is not an image."""
     if 0 in shape:
         raise ValueError(f"{name} is empty: its shape is {tuple(shape)}.")
     if len(shape) == 2 or (len(shape) == 3 and shape[channel_axis] in (1, 3)):
         return
-    remedy = "Choose one image, with one (gray) or three (RGB) channels."
+    remedy = "Pass one image, with one (gray) or three (RGB) channels."
     if len(shape) == 3 and shape[-1 - channel_axis] in (1, 3):
         move = "permute(2, 0, 1)" if kind == "tensor" else "transpose(1, 2, 0)"
-        remedy = f"Its channels seem to lie on the other side: call `.{move}`."
+        remedy = f"Its channels seem to be on the wrong axis: call `.{move}`."
     elif len(shape) == 3 and shape[channel_axis] in (2, 4):
-        remedy = "For a transparent image, pass a PIL image: it is laid on white. Latents cannot be passed here."
+        remedy = "For a transparent image, pass a PIL image: it is put on white. Latents cannot be passed here."
     raise ValueError(f"{name} is a {kind} of shape {tuple(shape)}; allowed are ({'), ('.join(allowed)}). {remedy}")
 
 
 def _check_values(pixels: Tensor, name: str) -> Tensor:
-    """Return `pixels` if they are uint8, or floats in [0, 1]; raise an error that names the remedy if not."""
+    """Return `pixels` if they are uint8 or floats in [0, 1]; otherwise raise an error that says how to fix them."""
     if pixels.dtype == torch.uint8:
         return pixels
     if not pixels.is_floating_point():
         raise TypeError(_dtype_message(name, pixels.dtype))
     if not torch.isfinite(pixels).all():
-        raise ValueError(f"{name} holds NaN or infinity. Repair the image, for example with `torch.nan_to_num`.")
+        raise ValueError(f"{name} contains NaN or infinity. Fix the image, for example with `torch.nan_to_num`.")
     low, high = pixels.min().item(), pixels.max().item()
     if 0 <= low and high <= 1:
         return pixels
-    remedy = "Cut it with `clip(0, 1)` if the excess is rounding."
+    remedy = "If the excess is rounding error, call `clip(0, 1)`."
     if high > 2:
         remedy = "If it is in 0..255, divide by 255 or convert it to uint8."
     elif -1 <= low and high <= 1:
@@ -230,29 +230,29 @@ def _check_values(pixels: Tensor, name: str) -> Tensor:
 
 
 def _resize_tensor(pixels: Tensor, resolution: int) -> Tensor:
-    """Resize and crop (3, H, W): uint8 as a PIL image, floats channel by channel without going through 8 bits."""
+    """Resize and crop (3, H, W): uint8 as a PIL image, floats channel by channel, without rounding to 8 bits."""
     if pixels.dtype == torch.uint8:
         image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
         return image_to_pixels(resize_and_crop(image, resolution))
     channels = [Image.fromarray(channel) for channel in pixels.float().contiguous().numpy()]
     resized = np.stack([np.array(resize_and_crop(channel, resolution)) for channel in channels])
-    return torch.from_numpy(resized).clamp(0, 1)  # Lanczos overshoots at edges; 8-bit resizing cuts it in the same way
+    return torch.from_numpy(resized).clamp(0, 1)  # Lanczos overshoots at edges; 8-bit resizing clips it too
 
 
 def _deep_to_gray(image: Image.Image) -> Image.Image:
-    """Scale a gray image of 16 bits (also as 32-bit integers) or of floats in [0, 1] to 8 bits; keep its EXIF."""
+    """Scale a gray image of 16 bits (also as 32-bit integers) or of floats in [0, 1] to 8 bits, keeping its EXIF."""
     values = np.array(image)
     low, high = values.min(), values.max()
     full = 1 if image.mode == "F" else 65535
     if not (low >= 0 and high <= full):  # also true for NaN
         raise ValueError(
-            f"its values run from {low} to {high}, beyond 0 to {full} of mode {image.mode}; scale them to 8 bits first"
+            f"its values range from {low} to {high}; mode {image.mode} allows 0 to {full}; scale them to 8 bits first"
         )
     if image.mode == "F":
         gray = np.rint(values * 255).astype(np.uint8)
     else:
         if isinstance(image.info.get("transparency"), int):
-            values[values == image.info["transparency"]] = full  # the color that stands for transparent, on white
+            values[values == image.info["transparency"]] = full  # the transparent color becomes white
         gray = ((values.astype(np.uint32) * 255 + full // 2) // full).astype(np.uint8)
     result = Image.fromarray(gray)
     result.getexif().update(image.getexif())
@@ -267,4 +267,4 @@ def _dtype_message(name: str, dtype: object) -> str:
 
 
 def _bomb_message(name: str, error: Exception) -> str:
-    return f"{name} is too large to decode safely ({error}). Reduce it, or raise `PIL.Image.MAX_IMAGE_PIXELS`."
+    return f"{name} is too large to decode safely ({error}). Downscale it, or increase `PIL.Image.MAX_IMAGE_PIXELS`."

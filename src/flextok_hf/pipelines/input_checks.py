@@ -1,4 +1,4 @@
-"""Checks at the pipeline's public door: what a caller may pass, and what to do if it was something else."""
+"""Checks of the pipeline's arguments; errors say what is allowed and how to fix the call."""
 
 import difflib
 import math
@@ -20,12 +20,12 @@ def resolve_max_tokens(max_tokens: int | Sequence[int] | None, batch_size: int, 
     """Turn `max_tokens`, an upper bound, into one token count per sample.
 
     Args:
-        max_tokens: one bound for all, one per sample, or `None` for as many tokens as there are registers.
+        max_tokens: one bound for all, one per sample, or `None` for `num_registers`.
         batch_size: number of samples.
-        num_registers: longest sequence; larger bounds mean all of it.
+        num_registers: maximum sequence length; larger bounds mean this one.
 
     Raises:
-        ValueError: if a bound is not a whole number of 1 or more, or there are more or fewer of them than samples.
+        ValueError: if a bound is not a whole number of 1 or more, or their number differs from `batch_size`.
     """
     if isinstance(max_tokens, Tensor | np.ndarray):
         max_tokens = max_tokens.tolist()
@@ -34,23 +34,23 @@ def resolve_max_tokens(max_tokens: int | Sequence[int] | None, batch_size: int, 
         bounds = [bounds] * batch_size
     if len(bounds) != batch_size:
         raise ValueError(
-            f"`max_tokens` has {len(bounds)} values for {batch_size} images or prompts. Pass one number for all of"
-            " them, or a list with one each."
+            f"`max_tokens` has {len(bounds)} values for {batch_size} images or prompts. Pass one number for all, or"
+            " a list with one each."
         )
     for bound in bounds:
         if not is_whole_number(bound) or bound < 1:
             raise ValueError(
                 f"`max_tokens` must be whole numbers of 1 or more, got {bound!r}. An image needs at least one token;"
-                f" leave `max_tokens` out to use all {num_registers}."
+                f" omit `max_tokens` to use all {num_registers}."
             )
     return [min(int(bound), num_registers) for bound in bounds]
 
 
 def check_token_counts(token_counts: Any, num_registers: int) -> list[int]:
-    """Return growing token counts, each at most `num_registers`; `None` is 1, 2, 4, ... up to all.
+    """Return increasing token counts, each at most `num_registers`; `None` means 1, 2, 4, ... up to all.
 
     Raises:
-        ValueError: if there is none, one is not a whole number of 1 or more, or they do not grow.
+        ValueError: if there are none, one is not a whole number of 1 or more, or they do not increase.
     """
     if token_counts is None:
         return token_ladder(num_registers)
@@ -66,34 +66,34 @@ def check_keep_tokens(keep_tokens: Any, limit: int, reason: str) -> None:
     """Raise a ValueError unless `keep_tokens` is a whole number from 1 to `limit`."""
     if not is_whole_number(keep_tokens) or not 1 <= keep_tokens <= limit:
         raise ValueError(
-            f"`keep_tokens` must be a whole number from 1 to {limit} ({reason}), got {keep_tokens!r}. It says how many"
-            " tokens of the image stay; the prior writes the others."
+            f"`keep_tokens` must be a whole number from 1 to {limit} ({reason}), got {keep_tokens!r}. It is the"
+            " number of image tokens to keep; the prior generates the rest."
         )
 
 
 def check_prefix_ids(token_ids: Any, keep_tokens: Any, codebook_size: int, num_registers: int) -> Tensor:
-    """Return the first `keep_tokens` of ids to go on from, (B, p); all of them if it is `None`.
+    """Return the first `keep_tokens` ids to continue from, (B, p); all of them if it is `None`.
 
     Raises:
-        ValueError: if there are fewer, or rows of different lengths and no `keep_tokens`.
+        ValueError: if there are fewer, or the rows differ in length and `keep_tokens` is `None`.
     """
     padded_ids, lengths = pad_token_ids(token_ids, codebook_size, num_registers)
     if keep_tokens is not None:
-        check_keep_tokens(keep_tokens, min(lengths), "the shortest row of `token_ids` has that many")
+        check_keep_tokens(keep_tokens, min(lengths), "the length of the shortest row of `token_ids`")
     elif min(lengths) < max(lengths):
         raise ValueError(
-            f"`token_ids` has rows of {min(lengths)} to {max(lengths)} ids, but images go on from equally many. Set"
-            f" `keep_tokens` to {min(lengths)} or fewer."
+            f"`token_ids` has rows of {min(lengths)} to {max(lengths)} ids, but all images must continue from the same"
+            f" number. Set `keep_tokens` to at most {min(lengths)}."
         )
     return padded_ids[:, :keep_tokens]
 
 
 def check_prefix_fits(prefix: Tensor, num_conditions: int, counts: Sequence[int]) -> None:
-    """Raise a ValueError if a prefix (1 or prompts, p) is not for so many prompts, or longer than an image may be."""
+    """Raise a ValueError if a prefix (1 or prompts, p) does not match the number of prompts or exceeds a count."""
     if prefix.shape[0] not in (1, num_conditions):
         raise ValueError(
-            f"{prefix.shape[0]} images or rows of `token_ids` do not fit {num_conditions} prompts or classes. Pass one"
-            " for all of them, or one each."
+            f"{prefix.shape[0]} images or rows of `token_ids` do not match {num_conditions} prompts or classes. Pass"
+            " one for all, or one each."
         )
     if prefix.shape[1] > min(counts):
         raise ValueError(
@@ -105,33 +105,33 @@ def check_prefix_fits(prefix: Tensor, num_conditions: int, counts: Sequence[int]
 def pad_token_ids(
     token_ids: Tensor | Sequence[Tensor], codebook_size: int, num_registers: int
 ) -> tuple[Tensor, list[int]]:
-    """Bring sequences of one or of different lengths into one tensor.
+    """Combine sequences of equal or different lengths into one tensor.
 
     Args:
         token_ids: (B, k) integers, or B one-dimensional tensors of different lengths.
-        codebook_size: every id is below it.
-        num_registers: longest sequence allowed.
+        codebook_size: ids must be below it.
+        num_registers: maximum sequence length.
 
     Returns:
-        Ids (B, longest), filled up with 0, and the length of each sequence.
+        Ids (B, longest), padded with 0, and the length of each sequence.
 
     Raises:
         TypeError: if they are not integer tensors.
-        ValueError: if there are none, one is too long or empty, or an id is out of range.
+        ValueError: if there are none, one is empty or too long, or an id is out of range.
     """
     if isinstance(token_ids, Tensor):
         sequences = list(token_ids) if token_ids.ndim == 2 else [token_ids]
         if token_ids.ndim != 2 or token_ids.shape[0] == 0:
             raise ValueError(
                 f"`token_ids` must have the shape (batch, num_tokens), got {tuple(token_ids.shape)}. For one image,"
-                " add the batch with `token_ids[None]`."
+                " add the batch dimension with `token_ids[None]`."
             )
     elif isinstance(token_ids, list | tuple):
         sequences = list(token_ids)
     else:
         raise TypeError(f"`token_ids` must be a tensor or a list of tensors, got {type(token_ids).__name__}.")
     if not sequences:
-        raise ValueError("`token_ids` is empty. Give at least one sequence.")
+        raise ValueError("`token_ids` is empty. Pass at least one sequence.")
     for index, sequence in enumerate(sequences):
         check_sequence(sequence, f"`token_ids[{index}]`", codebook_size, num_registers)
     return torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True), [len(sequence) for sequence in sequences]
@@ -144,19 +144,19 @@ def check_sequence(sequence: Any, name: str, codebook_size: int, num_registers: 
         raise TypeError(f"{name} must be a tensor of integers, got {kind}. Pass ids as `tokenize` returns them.")
     if sequence.ndim != 1 or not 1 <= len(sequence) <= num_registers:
         raise ValueError(
-            f"{name} must hold 1 to {num_registers} ids in one dimension, got the shape {tuple(sequence.shape)}. Cut"
-            " longer sequences with `token_ids[:, :n]`; never pad shorter ones."
+            f"{name} must contain 1 to {num_registers} ids in one dimension, got the shape {tuple(sequence.shape)}."
+            " Truncate longer sequences with `token_ids[:, :n]`; never pad shorter ones."
         )
     low, high = int(sequence.min()), int(sequence.max())
     if low < 0 or high >= codebook_size:
         raise ValueError(
             f"{name} must lie in [0, {codebook_size}), the codebook, but ranges from {low} to {high}. The ids may come"
-            " from another model, or still hold a start token."
+            " from another model, or still include a start token."
         )
 
 
 def check_prompts(prompt: Any) -> list[str]:
-    """Return the prompts as a list; an empty string is allowed and means no condition.
+    """Return the prompts as a list; an empty string is allowed and means unconditional.
 
     Raises:
         TypeError: if `prompt` is neither a string nor a list of strings.
@@ -166,7 +166,7 @@ def check_prompts(prompt: Any) -> list[str]:
     if not isinstance(prompts, list | tuple) or not all(isinstance(text, str) for text in prompts):
         raise TypeError(f"`prompt` must be a string or a list of strings, got {prompt!r}.")
     if len(prompts) == 0:
-        raise ValueError("`prompt` is an empty list. Give at least one prompt.")
+        raise ValueError("`prompt` is an empty list. Pass at least one prompt.")
     return list(prompts)
 
 
@@ -175,16 +175,14 @@ def check_class_labels(class_labels: Any, config: FlexTokPriorConfig) -> Tensor:
 
     Raises:
         TypeError: if they are neither whole numbers nor names.
-        ValueError: if there are none, one is out of range or unknown, or the prior knows no classes.
+        ValueError: if there are none, one is out of range or unknown, or the prior has no classes.
     """
     if config.num_classes is None:
-        raise ValueError(
-            "`class_labels` were given, but this model's prior knows no classes. Pass a `prompt` instead."
-        )
+        raise ValueError("`class_labels` were passed, but this model's prior has no classes. Pass a `prompt` instead.")
     labels = class_labels.tolist() if isinstance(class_labels, Tensor | np.ndarray) else class_labels
     labels = labels if isinstance(labels, list | tuple) else [labels]
     if len(labels) == 0:
-        raise ValueError("`class_labels` is empty. Give at least one class.")
+        raise ValueError("`class_labels` is empty. Pass at least one class.")
     numbers = [find_class(label, config) if isinstance(label, str) else label for label in labels]
     for label in numbers:
         if not is_whole_number(label):
@@ -197,28 +195,28 @@ def check_class_labels(class_labels: Any, config: FlexTokPriorConfig) -> Tensor:
 
 
 def find_class(name: str, config: FlexTokPriorConfig) -> int:
-    """Return the number of a class."""
+    """Return the number of the class called `name`."""
     names = config.id2label if len(config.id2label) == config.num_classes else {}
     for number, known in names.items():
         if known == name:
             return number
     if not names:
-        raise ValueError(f"The classes of this prior have no names, so {name!r} is unknown. Give their numbers.")
+        raise ValueError(f"The classes of this prior have no names, so {name!r} is unknown. Pass numbers.")
     similar = difflib.get_close_matches(name, names.values()) or list(names.values())[:10]
     raise ValueError(
-        f"`class_labels` names {name!r}, which is none of the {len(names)} classes, such as {', '.join(similar)}."
+        f"`class_labels` contains {name!r}, not one of the {len(names)} classes, such as {', '.join(similar)}."
     )
 
 
 def check_sampling(
     num_inference_steps: Any, guidance_scale: Any, guidance: str, output_type: str, output_types: Sequence[str]
 ) -> None:
-    """Raise a ValueError or TypeError unless the options of the flow decoder's sampler make sense."""
+    """Raise a ValueError or TypeError unless the sampling options of the flow decoder are valid."""
     if not is_whole_number(num_inference_steps) or num_inference_steps < 1:
         raise ValueError(f"`num_inference_steps` must be a whole number of 1 or more, got {num_inference_steps!r}.")
     is_number = isinstance(guidance_scale, Real) and not isinstance(guidance_scale, bool)
     if not callable(guidance_scale) and not (is_number and math.isfinite(guidance_scale)):
-        raise TypeError(f"`guidance_scale` must be a finite number, or a function of sigma, got {guidance_scale!r}.")
+        raise TypeError(f"`guidance_scale` must be a finite number or a function of sigma, got {guidance_scale!r}.")
     check_guidance(guidance)
     if output_type not in output_types:
         raise ValueError(f"`output_type` must be one of {', '.join(output_types)}, got {output_type!r}.")
@@ -227,10 +225,10 @@ def check_sampling(
 def spread_generators(
     generator: torch.Generator | Sequence[torch.Generator] | None, batch_size: int
 ) -> list[torch.Generator] | torch.Generator | None:
-    """Check that a list of generators has one per sample; one generator or none passes through.
+    """Check that a list of generators has one per sample; a single generator or `None` is returned as is.
 
     Raises:
-        TypeError: if they are no generators.
+        TypeError: if they are not generators.
         ValueError: if the number of generators differs from `batch_size`.
     """
     if generator is None or isinstance(generator, torch.Generator):

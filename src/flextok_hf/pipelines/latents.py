@@ -1,7 +1,7 @@
-"""Pixels <-> latents: a VAE with its scaling factor, or the identity for models that work on pixels.
+"""Pixels <-> latents: a VAE with its scaling factor, or the identity for pixel-space models.
 
-On the CPU, what goes into the VAE has its channels last in memory, which is the order that convolutions compute in
-there; on an H200 that made encoding a fifth slower (docs/speed.md).
+On the CPU, VAE inputs use the channels-last memory format, in which convolutions are computed there; on an H200 this
+made encoding a fifth slower (docs/speed.md).
 """
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 def encode_latents(vae: AutoencoderKL | None, pixel_values: Tensor) -> Tensor:
     """Encode images (B, 3, H, W) in [-1, 1] as latents (B, C, h, w) of about unit variance.
 
-    The mean of the VAE's posterior is taken, not a sample, so that tokenizing an image always gives the same ids.
+    Uses the mean of the VAE's posterior, not a sample, so that tokenizing an image always gives the same ids.
     """
     if vae is None:
         return pixel_values
@@ -21,7 +21,7 @@ def encode_latents(vae: AutoencoderKL | None, pixel_values: Tensor) -> Tensor:
 
 
 def decode_latents(vae: AutoencoderKL | None, latents: Tensor) -> Tensor:
-    """Decode latents (B, C, h, w) as images (B, 3, H, W), about [-1, 1] and not clamped."""
+    """Decode latents (B, C, h, w) as images (B, 3, H, W), roughly in [-1, 1] and not clamped."""
     if vae is None:
         return latents
     return vae.decode(_prepare(latents / vae.config.scaling_factor, vae)).sample

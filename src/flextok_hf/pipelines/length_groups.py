@@ -1,6 +1,6 @@
-"""Rows of a decoder batch in groups of similar length, because a call costs as much as its longest row makes it.
+"""Groups rows of a decoder batch by length, because the longest row of a call sets its cost.
 
-Guidance adds rows without any tokens to rows with many, and nested dropout draws very different counts.
+Guidance adds rows without tokens to rows with many, and nested dropout draws very different counts.
 
 Letters: B batch, C latent channels, h w latent grid, N patches, K registers, k codes, Q code dimensions.
 """
@@ -15,29 +15,29 @@ from torch import Tensor
 from ..models.modeling_decoder import FlexTokFlowDecoder
 
 
-# What one more call costs, in sequence positions. Cores are busy with a single row; an accelerator is not.
+# Cost of one more call, in sequence positions. A single row keeps CPU cores busy, but not an accelerator.
 CALL_COST = {"cpu": 16}
 CALL_COST_OF_ACCELERATORS = 2048
 
 
 @dataclass
 class LengthGroup:
-    """Rows that go through the decoder together, and what does not change from step to step: all on its device."""
+    """Rows of one decoder call and the inputs that stay the same in all steps, on the decoder's device."""
 
-    rows: Tensor  # (G,), places in the batch
+    rows: Tensor  # (G,), indices in the batch
     codes: Tensor  # (G, k, Q), as long as the longest row needs
     num_tokens: Tensor  # (G,)
     is_unconditional: Tensor  # (G,)
 
 
 class LengthGroups:
-    """Computes velocities of a batch in as many decoder calls as pay off; the result is that of a single call.
+    """Computes the velocities of a batch in as many decoder calls as are worth it; the result is that of one call.
 
     Args:
-        decoder: the model.
+        decoder: the flow decoder.
         codes: (B, k, Q) in [-1, 1].
-        num_tokens: codes to use per row, (B,) in [0, k]. Read here, so better not on an accelerator.
-        is_unconditional: (B,) boolean, true where the codes are to be ignored. Read here as well.
+        num_tokens: number of codes to use per row, (B,) in [0, k]; preferably on the CPU, where it is read.
+        is_unconditional: (B,) boolean, true where the codes are ignored; preferably on the CPU too.
     """
 
     def __init__(self, decoder: FlexTokFlowDecoder, codes: Tensor, num_tokens: Tensor, is_unconditional: Tensor):
@@ -52,7 +52,7 @@ class LengthGroups:
             kept_codes = codes[rows.to(device), : max(1, int(lengths[rows].max()))]
             flags = (num_tokens.cpu()[rows].to(device), is_unconditional.cpu()[rows].to(device))
             self.groups.append(LengthGroup(rows.to(device), kept_codes, *flags))
-        self.places = torch.cat([group.rows for group in self.groups]).argsort()  # (B,), where each row ends up
+        self.places = torch.cat([group.rows for group in self.groups]).argsort()  # (B,), restores the batch order
 
     def predict_velocity(
         self, noisy_latents: Tensor, sigma: Tensor | None = None, modulation: Tensor | None = None
@@ -62,7 +62,7 @@ class LengthGroups:
         for index, group in enumerate(self.groups):
             own_sigma = sigma if sigma is None or sigma.shape[0] == 1 else sigma[group.rows]
             inputs = (noisy_latents[group.rows], own_sigma, group.codes, group.num_tokens, group.is_unconditional)
-            # a cache of the decoder keeps what it knows of each call apart
+            # each call has its own state in the decoder's cache
             is_cached = self.decoder.is_cache_enabled
             context = self.decoder.cache_context(f"{len(self.places)} rows, {index}") if is_cached else nullcontext()
             with context:
@@ -71,20 +71,20 @@ class LengthGroups:
 
 
 def group_by_length(lengths: Sequence[int], num_patches: int, num_registers: int, call_cost: int) -> list[list[int]]:
-    """Divide rows among calls at the least cost, by dynamic programming over the lengths that occur.
+    """Split rows into calls at minimum total cost, by dynamic programming over the distinct lengths.
 
     Args:
-        lengths: registers that each row keeps.
-        num_patches: N, which every row has besides.
+        lengths: number of registers that each row keeps.
+        num_patches: N, in addition to the registers of every row.
         num_registers: K; a call has one slot more than its longest row keeps, at most K. 0 if all rows cost the same.
-        call_cost: cost of a call of its own, in positions.
+        call_cost: fixed cost of a call, in positions.
 
     Returns:
-        Rows of each call, the shortest first.
+        Rows of each call, shortest first.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     ends = [i + 1 for i, row in enumerate(order) if i + 1 == len(order) or lengths[order[i + 1]] != lengths[row]]
-    best = {0: (0, 0)}  # rows served -> (cost so far, where the last call began)
+    best = {0: (0, 0)}  # rows covered -> (cost so far, start of the last call)
     for end in ends:
         row_cost = num_patches + min(lengths[order[end - 1]] + 1, num_registers)
         best[end] = min((cost + call_cost + (end - start) * row_cost, start) for start, (cost, _) in best.items())

@@ -1,4 +1,4 @@
-"""A model that a user names, loaded onto a device that a user names."""
+"""Loading a model by name onto a device."""
 
 import torch
 
@@ -9,30 +9,30 @@ from .pipeline_flextok import FlexTokPipeline
 def load_pipeline(
     model: str | None = None, device: str | None = None, dtype: torch.dtype = torch.float32
 ) -> FlexTokPipeline:
-    """Load a pipeline.
+    """Load a pipeline onto a device.
 
     Args:
-        model: folder or Hub id; by default the embedded model.
-        device: by default the best one of this machine.
+        model: folder or Hub id; the embedded model by default.
+        device: the best one of this machine by default.
         dtype: of the weights.
 
     Raises:
-        ValueError: there is no such device, or the model cannot be read.
+        ValueError: if the device is not available or the model cannot be loaded.
     """
     chosen = choose_device(device)
     name = resolve_model(model)
     try:
         pipe = FlexTokPipeline.from_pretrained(name, dtype=dtype)
-    except Exception as error:  # a missing or damaged file can surface as almost anything in the libraries below
-        raise ValueError(f"`model` {name!r} cannot be loaded; fetch or save it again: {error}") from error
+    except Exception as error:  # the libraries below may raise almost anything for a missing or damaged file
+        raise ValueError(f"`model` {name!r} cannot be loaded; download or save it again: {error}") from error
     return pipe.to(chosen)
 
 
 def choose_device(name: str | None) -> torch.device:
-    """Return the device called `name`, or by default the best one of this machine.
+    """Return the device called `name`, by default the best one of this machine.
 
     Raises:
-        ValueError: PyTorch does not know such a device, or this machine has none.
+        ValueError: if PyTorch does not know the device or this machine does not have it.
     """
     if name is None:
         if torch.cuda.is_available():
@@ -43,5 +43,5 @@ def choose_device(name: str | None) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"`device` {name!r} cannot be used here; try cpu ({reason})") from error
+        raise ValueError(f"`device` {name!r} is not available; try cpu ({reason})") from error
     return device

@@ -34,8 +34,8 @@ from .latents import decode_latents, encode_latents
 from .token_writer import TokenWriter
 
 
-# Diffusers looks up how to save and load a component by the package it comes from. Without these entries a model index
-# names our modules by their full path, which loads from a folder but not from the Hub.
+# Diffusers looks up a component's save and load methods by its package. Without these entries, a model index refers to
+# our modules by their full path, which loads from a folder but not from the Hub.
 METHODS = ["save_pretrained", "from_pretrained"]
 OWN_CLASSES = dict.fromkeys(("FlexTokEncoder", "FlexTokFlowDecoder", "FlexTokPriorForCausalLM"), METHODS)
 pipeline_loading_utils.LOADABLE_CLASSES["flextok_hf"] = OWN_CLASSES
@@ -44,11 +44,11 @@ pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(OWN_CLASSES)
 
 @dataclass
 class FlexTokPipelineOutput(BaseOutput):
-    """Images and the tokens they were made from.
+    """Images and the tokens they were generated from.
 
     Attributes:
-        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): as `output_type` asks.
-        token_ids (`torch.LongTensor` of shape `(B, k)`): a list of `(k,)` tensors where the lengths differ.
+        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): format as selected by `output_type`.
+        token_ids (`torch.LongTensor` of shape `(B, k)`): a list of `(k,)` tensors if the lengths differ.
     """
 
     images: list[Image.Image] | np.ndarray | Tensor
@@ -58,19 +58,19 @@ class FlexTokPipelineOutput(BaseOutput):
 class FlexTokPipeline(CardMixin, DiffusionPipeline):
     """Images as 1 to K ordered tokens (Bachmann et al., 2025, https://arxiv.org/abs/2502.13967).
 
-    `tokenize` and `detokenize` need the encoder and the decoder only. Calling the pipeline needs a prior, and a prior
-    with text needs its text encoder. Without a VAE the latents are the pixels themselves.
+    `tokenize` and `detokenize` need only the encoder and the decoder. Calling the pipeline needs a prior, and a prior
+    with text needs its text encoder. Without a VAE, the latents are the pixels themselves.
 
     Args:
         encoder: latents to token ids.
-        decoder: token ids and noise to latents; `num_registers` and `token_layout` as those of the encoder.
-        scheduler: takes the steps from noise to latents.
+        decoder: token ids and noise to latents; `num_registers` and `token_layout` must match the encoder's.
+        scheduler: integrates from noise to latents.
         vae: pixels to latents and back.
-        prior: a condition to token ids.
-        text_encoder: prompts to the states that the prior reads.
-        tokenizer: of the text encoder.
-        default_guidance_scale: of the decoder where a call names none.
-        default_prior_guidance_scale: the same of the prior.
+        prior: prompts or classes to token ids.
+        text_encoder: prompts to the states that condition the prior.
+        tokenizer: tokenizer of the text encoder.
+        default_guidance_scale: guidance scale of the decoder for calls that do not pass one.
+        default_prior_guidance_scale: the same for the prior.
     """
 
     model_cpu_offload_seq = "text_encoder->prior->encoder->decoder->vae"
@@ -90,7 +90,7 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         default_prior_guidance_scale: float = 3.0,
     ):
         super().__init__()
-        # saved with the model, since the best strength of guidance depends on how well it was trained
+        # saved with the model, since the best guidance scale depends on how well it was trained
         self.register_to_config(
             default_guidance_scale=default_guidance_scale, default_prior_guidance_scale=default_prior_guidance_scale
         )
@@ -103,14 +103,14 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
             text_encoder=text_encoder,
             tokenizer=tokenizer,
         )
-        self.prior_options: dict[str, Any] = {}  # for the prior's `generate`; `compile` sets them
+        self.prior_options: dict[str, Any] = {}  # for the prior's `generate`; set by `compile`
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """Load a pipeline from a folder or the Hub, in float32 unless `dtype` says otherwise.
 
-        The default is set here because Transformers models would keep the precision they were stored in, and half
-        precision, which halves a download, is slow or missing on CPUs.
+        The default is set here because Transformers models would keep their stored precision, and half precision,
+        which halves the download, is slow or unsupported on CPUs.
         """
         if "dtype" not in kwargs and "torch_dtype" not in kwargs:
             kwargs["dtype"] = torch.float32
@@ -130,23 +130,23 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         token: str | bool | None = None,
         local_files_only: bool = False,
     ) -> "FlexTokPipeline":
-        """Load checkpoints in the official format; `flextok convert` makes a folder for `from_pretrained` of them.
+        """Load checkpoints in the official format; `flextok convert` turns them into a folder for `from_pretrained`.
 
         Args:
             tokenizer: Hub id, folder or safetensors file, such as "EPFL-VILAB/flextok_d18_d28_dfn".
-            prior: the same, such as "EPFL-VILAB/FlexAR-3B-T2I", trained with this tokenizer.
-            text_encoder: Hub id or folder of the prior's text encoder; `None` for the one that the prior names.
+            prior: the same for the prior, such as "EPFL-VILAB/FlexAR-3B-T2I", trained with this tokenizer.
+            text_encoder: Hub id or folder of the prior's text encoder; `None` for the one specified by the prior.
             revision: branch, tag or commit of the tokenizer on the Hub.
-            prior_revision: the same of the prior.
-            dtype: of the weights; `None` keeps what is stored.
-            ignore: names of settings to read over, if you are sure that they do not change what the model computes.
+            prior_revision: the same for the prior.
+            dtype: of the weights; `None` keeps the stored one.
+            ignore: settings to ignore, if you are sure that they do not change what the model computes.
             cache_dir, token, local_files_only: as in `from_pretrained`, for all that comes from the Hub.
 
         Raises:
             ValueError: if a checkpoint is damaged, incomplete, unknown or not supported; the message says where.
             OSError: if files are missing, or the Hub cannot be reached.
         """
-        from ..conversion.original import load_original  # the one deferred import of a room above
+        from ..conversion.original import load_original  # deferred, since `conversion` imports `pipelines`
 
         return cls(
             **load_original(
@@ -165,7 +165,7 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
 
     @property
     def num_registers(self) -> int:
-        """Longest token sequence K of an image."""
+        """Maximum number K of tokens per image."""
         return self.encoder.config.num_registers
 
     @property
@@ -175,23 +175,23 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
 
     @property
     def latent_size(self) -> int:
-        """Side of the square latents."""
+        """Side length of the square latents."""
         return self.decoder.config.grid_size * self.decoder.config.patch_size
 
     @property
     def resolution(self) -> int:
-        """Side of the square images, in pixels."""
+        """Side length of the square images, in pixels."""
         factor = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
         return self.latent_size * factor
 
     def compile(self, **options) -> None:
-        """Compile encoder, decoder and prior in place, for accelerators; the first calls that follow take a while.
+        """Compile encoder, decoder and prior in place, for accelerators; the first calls afterwards are slow.
 
-        One compilation of a block serves all blocks and numbers of tokens, and one all batch sizes above 1. The prior
-        keeps its keys and values in memory of fixed size, for which Transformers compiles its steps as CUDA graphs.
+        One compilation of a block serves all blocks and token counts, and one serves all batch sizes above 1. The
+        prior uses a static key-value cache, for which Transformers compiles its steps as CUDA graphs.
 
         Args:
-            options: of `torch.compile`, for encoder and decoder; `fullgraph=True` and `dynamic=True` unless given.
+            options: of `torch.compile`, for encoder and decoder; `fullgraph=True` and `dynamic=True` by default.
         """
         options = {"fullgraph": True, "dynamic": True, **options}
         self.decoder.compile_repeated_blocks(**options)
@@ -222,41 +222,41 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, Tensor, dict], dict] | None = None,
         return_dict: bool = True,
     ) -> FlexTokPipelineOutput | tuple:
-        """Draw images for prompts or classes, from scratch or as variations of an image.
+        """Generate images for prompts or classes, from scratch or as variations of an image.
 
         Args:
-            prompt: text or texts; an empty string is no condition.
-            max_tokens: most tokens to write, for all or per prompt; more than `num_registers` means all, below 1 is an
-                error. Few tokens give a plausible image of the general idea, more fix the details.
-            class_labels: classes instead of a prompt, for priors trained on classes: numbers, or names if it has some.
-            num_images_per_prompt: images of each prompt, next to each other in the result.
-            num_inference_steps: steps of the flow decoder.
+            prompt: one prompt or a list; an empty string means unconditional.
+            max_tokens: maximum number of tokens, for all or per prompt; above `num_registers` means all, below 1 is an
+                error. Few tokens give a plausible image of the general idea, more pin down the details.
+            class_labels: classes instead of a prompt, for a class-conditional prior: numbers, or names if it has any.
+            num_images_per_prompt: number of images per prompt, adjacent in the result.
+            num_inference_steps: number of steps of the flow decoder.
             guidance_scale: how strongly the decoder follows the tokens, 1 is no guidance; or a function of sigma.
-                `None` is the model's own default, 7.5 for the published ones.
-            prior_guidance_scale: how strongly the prior follows the prompt, 1 is no guidance. `None` is the model's
-                own default, 3 for the published ones with text.
-            temperature: of the prior; below 1 is more typical, above 1 more varied.
-            top_k: let the prior choose among this many best tokens; 0 is all.
-            top_p: let the prior choose among the best tokens of this total probability; 1 is all.
-            guidance: rule of the decoder's guidance, "apg" or "cfg".
+                `None` means the model's default, 7.5 for the published ones.
+            prior_guidance_scale: how strongly the prior follows the prompt, 1 is no guidance. `None` means the
+                model's default, 3 for the published ones with text.
+            temperature: sampling temperature of the prior; below 1 is more typical, above 1 more varied.
+            top_k: sample from this many most likely tokens only; 0 means all.
+            top_p: sample from the most likely tokens of this total probability only; 1 means all.
+            guidance: guidance method of the decoder, "apg" or "cfg".
             generator: source of randomness, PyTorch's global one by default; a list with one per image makes each
-                independent of its batch.
-            latents: noise to start from, (B, C, h, w), instead of drawing it.
-            image: image to vary, one for all prompts or a list with one each, as in `tokenize`; its first
-                `keep_tokens` tokens stay and the prior writes the others. For no wish, the prompt is "".
-            token_ids: ids to go on from instead, (1 or number of prompts, n).
-            keep_tokens: how many tokens stay, the fewer the freer; needed with `image`, all of `token_ids` otherwise.
+                image independent of its batch.
+            latents: initial noise, (B, C, h, w); drawn with `generator` by default.
+            image: image to vary, one for all or a list with one per prompt, as in `tokenize`; its first `keep_tokens`
+                tokens are kept and the prior generates the rest. Pass an empty prompt for an unconditional variation.
+            token_ids: ids to continue from instead of an image, (1 or number of prompts, n).
+            keep_tokens: number of tokens to keep, fewer vary more; required with `image`, default all of `token_ids`.
             output_type: "pil", "np" or "pt" ([0, 1]), or "latent".
             callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": latents})` after each step; may
                 return a dictionary with new latents.
-            return_dict: return a `FlexTokPipelineOutput` rather than a tuple.
+            return_dict: return a `FlexTokPipelineOutput` instead of a tuple.
 
         Returns:
             Images and their token ids.
 
         Raises:
-            ValueError: if the model has no prior, or an argument does not fit it.
-            TypeError: if an argument is of the wrong kind.
+            ValueError: if the model has no prior, or an argument is invalid.
+            TypeError: if an argument has the wrong type.
         """
         # 1. Check inputs, encode the condition
         decoding = self.check_decoding(num_inference_steps, guidance_scale, guidance, output_type)
@@ -265,7 +265,7 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         writer = self.token_writer(
             prompt, class_labels, num_images_per_prompt, max_tokens, prefix, prior_guidance_scale, **sampling
         )
-        # The noise is drawn first: a sample's generator gives the same noise however many tokens its batch needs.
+        # Drawn first, so that a sample's generator gives the same noise however many tokens its batch needs.
         latents = self.prepare_latents(len(writer.counts), generator, latents)  # (B, C, h, w)
         # 2. Condition -> token ids
         token_ids = writer.write_all()  # (B, k), or B of different lengths
@@ -289,18 +289,18 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         token_ids: Tensor | None = None,
         keep_tokens: int | None = None,
     ) -> Tensor | list[Tensor]:
-        """Write the token ids of prompts or classes without drawing images; arguments as in calling the pipeline.
+        """Generate token ids for prompts or classes without decoding them; arguments as when calling the pipeline.
 
         Returns:
-            Token ids, (B, k) int64, those that calling the pipeline with the same generator draws; a list of (k,)
-            tensors where the lengths differ.
+            Token ids, (B, k) int64, the same as calling the pipeline with the same generator; a list of (k,) tensors
+            if the lengths differ.
         """
         prefix = self.encode_prefix(image, token_ids, keep_tokens)  # (1 or prompts, p)
         sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
         writer = self.token_writer(
             prompt, class_labels, num_images_per_prompt, max_tokens, prefix, prior_guidance_scale, **sampling
         )
-        self.prepare_latents(len(writer.counts), generator)  # the call's draw, so that generators go on alike
+        self.prepare_latents(len(writer.counts), generator)  # unused: keeps generators in step with the call
         token_ids = writer.write_all()
         self.maybe_free_model_hooks()
         return token_ids
@@ -325,26 +325,26 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         keep_tokens: int | None = None,
         output_type: str = "pil",
     ) -> Iterator[tuple[int, Any]]:
-        """Draw one image, and show it while its tokens are being written.
+        """Generate one image, and show it at several token counts while its tokens are generated.
 
-        All images come from the same tokens and the same noise, so that they refine and do not jump. The last one is
-        what calling the pipeline with `max_tokens=token_counts[-1]` and the same generator gives. The prior writes
-        every token once; every count costs one run of the flow decoder.
+        All images use the same tokens and the same noise, so they refine without jumping. The last one equals the one
+        from calling the pipeline with `max_tokens=token_counts[-1]` and the same generator. The prior generates every
+        token once; every count costs one run of the flow decoder.
 
         Args:
-            prompt: one text.
-            token_counts: when to show the image, growing; more than `num_registers` means all. `None` is 1, 2, 4,
-                ... up to all tokens.
-            class_labels: one class instead of a prompt, its number or name.
+            prompt: one prompt.
+            token_counts: increasing numbers of tokens at which to show the image; more than `num_registers` means all.
+                `None` means 1, 2, 4, ... up to all tokens.
+            class_labels: one class instead of a prompt, as a number or name.
             num_inference_steps, guidance_scale, prior_guidance_scale, temperature, top_k, top_p, guidance, generator,
-                latents, image, token_ids, keep_tokens, output_type: as in calling the pipeline.
+                latents, image, token_ids, keep_tokens, output_type: as when calling the pipeline.
 
         Returns:
             An iterator over (number of tokens, image).
 
         Raises:
-            ValueError: at the call, not at the first image, if an argument does not fit; also for several prompts.
-            TypeError: if an argument is of the wrong kind.
+            ValueError: on the call, not on the first image, if an argument is invalid; also for several prompts.
+            TypeError: if an argument has the wrong type.
         """
         decoding = self.check_decoding(num_inference_steps, guidance_scale, guidance, output_type)
         counts = inputs.check_token_counts(token_counts, self.num_registers)
@@ -353,7 +353,7 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         writer = self.token_writer(prompt, class_labels, 1, counts[-1], prefix, prior_guidance_scale, **sampling)
         if len(writer.counts) != 1:
             raise ValueError(
-                f"`stream` draws one image, got {len(writer.counts)} prompts or classes. Call it for each of them."
+                f"`stream` generates one image, got {len(writer.counts)} prompts or classes. Call it once for each."
             )
         decoding["latents"] = self.prepare_latents(1, generator, latents)  # (1, C, h, w)
         return ((count, self.detokenize(writer.write(count), **decoding).images[0]) for count in counts)
@@ -364,15 +364,15 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
 
         Args:
             images: an image or a list of images: path, PIL, numpy or torch, any size (see `prepare_images`).
-            max_tokens: most tokens per image; fewer take less work and are the same as the start of all.
+            max_tokens: maximum number of tokens per image; fewer are faster and equal the start of the full sequence.
 
         Returns:
             Token ids, (B, k) int64 in [0, codebook_size), coarsest first.
 
         Raises:
-            ValueError: if an image is damaged or its values do not fit, or `max_tokens` is below 1.
-            TypeError: if an image is of the wrong kind; see `prepare_images`.
-            FileNotFoundError: if a path names no file.
+            ValueError: if an image is damaged or has invalid values, or `max_tokens` is below 1.
+            TypeError: if an image has the wrong type; see `prepare_images`.
+            FileNotFoundError: if a path is not an existing file.
         """
         token_ids = self.tokenize_pixels(prepare_images(images, self.resolution, self._execution_device), max_tokens)
         self.maybe_free_model_hooks()
@@ -382,7 +382,7 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
     def tokenize_pixels(self, pixels: Tensor, max_tokens: int | None = None) -> Tensor:
         """Turn pixels (B, 3, R, R), uint8 or float32 in [-1, 1], on the pipeline's device into ids (B, k).
 
-        What `tokenize` does once it has read the images; `serving.tokenize_batches` is faster for many batches.
+        `tokenize` calls this after reading images; `bulk_tokenization.tokenize_batches` is faster for many batches.
         """
         num_tokens = inputs.resolve_max_tokens(max_tokens, 1, self.num_registers)[0]
         pixel_values = pixels_to_values(pixels) if pixels.dtype == torch.uint8 else pixels
@@ -402,19 +402,19 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, Tensor, dict], dict] | None = None,
         return_dict: bool = True,
     ) -> FlexTokPipelineOutput | tuple:
-        """Turn token ids into images; any prefix of a sequence gives an image of the whole.
+        """Turn token ids into images; any prefix of a sequence gives a complete image.
 
         Args:
             token_ids: (B, k) integers, or a list of one-dimensional tensors of different lengths.
             num_inference_steps, guidance_scale, guidance, generator, latents, output_type, callback_on_step_end,
-                return_dict: as in calling the pipeline.
+                return_dict: as when calling the pipeline.
 
         Returns:
             Images and the token ids.
 
         Raises:
-            ValueError: if an id lies outside the codebook, or another argument does not fit.
-            TypeError: if the ids are no integer tensors.
+            ValueError: if an id lies outside the codebook, or another argument is invalid.
+            TypeError: if the ids are not integer tensors.
         """
         # 1. Check inputs
         decoding = self.check_decoding(num_inference_steps, guidance_scale, guidance, output_type)
@@ -446,22 +446,22 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
     ) -> list:
-        """Tokenize images and draw them again from prefixes of different lengths, all from the same noise.
+        """Tokenize images and reconstruct them from prefixes of different lengths, all from the same noise.
 
         Args:
             images: as in `tokenize`.
-            max_tokens: lengths of the prefixes; `None` is 1, 2, 4, ... up to all tokens.
+            max_tokens: lengths of the prefixes; `None` means 1, 2, 4, ... up to all tokens.
             num_inference_steps, guidance_scale, guidance, generator, output_type: as in `detokenize`.
 
         Returns:
-            For each length a batch of images.
+            A batch of images for each length.
         """
         if max_tokens is None:
             max_tokens = token_ladder(self.num_registers)
         lengths = list(max_tokens) if isinstance(max_tokens, Sequence | np.ndarray) else [max_tokens]
         lengths = inputs.resolve_max_tokens(lengths, len(lengths), self.num_registers)
         if not lengths:
-            raise ValueError("`max_tokens` is an empty list. Name at least one length.")
+            raise ValueError("`max_tokens` is an empty list. Pass at least one length.")
         token_ids = self.tokenize(images, max(lengths))  # (B, longest)
         generator = inputs.spread_generators(generator, token_ids.shape[0])
         noise = self.prepare_latents(token_ids.shape[0], generator)
@@ -488,7 +488,7 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         **sampling: Any,
     ) -> TokenWriter:
-        """Check and encode all that the prior needs to go on from `prefix` (1 or prompts, p); nothing is drawn yet."""
+        """Check and encode what the prior needs to continue from `prefix` (1 or prompts, p), without sampling yet."""
         num_conditions, conditions = self.encode_condition(prompt, class_labels, num_images_per_prompt)
         counts = inputs.resolve_max_tokens(max_tokens, num_conditions, self.num_registers)
         counts = [count for count in counts for _ in range(num_images_per_prompt)]
@@ -512,8 +512,8 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         """Return the number of prompts or classes, and arguments for the prior's `generate`, one row per image."""
         if self.prior is None:
             raise ValueError(
-                "This pipeline has no prior, so it cannot draw from a prompt or class. Use `tokenize`, `detokenize`"
-                " and `reconstruct`, or load it with `prior=FlexTokPriorForCausalLM.from_pretrained(...)`."
+                "This pipeline has no prior, so it cannot generate from a prompt or class. Use `tokenize`,"
+                " `detokenize` and `reconstruct`, or pass `prior=FlexTokPriorForCausalLM.from_pretrained(...)`."
             )
         if not is_whole_number(num_images_per_prompt) or num_images_per_prompt < 1:
             raise ValueError(
@@ -528,23 +528,23 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         return states.to(self.prior.dtype), mask
 
     def encode_prefix(self, image: Any, token_ids: Tensor | None, keep_tokens: int | None) -> Tensor:
-        """Return the tokens that new images begin with, (1 or prompts, p) int64; p is 0 without any."""
+        """Return the tokens that new images start with, (1 or prompts, p) int64; p is 0 if there are none."""
         if image is not None and token_ids is not None:
-            raise ValueError("Pass either `image` or `token_ids` to go on from, and not both.")
+            raise ValueError("Pass either `image` or `token_ids` to continue from, not both.")
         if image is not None:
-            inputs.check_keep_tokens(keep_tokens, self.num_registers, "the model has that many")
+            inputs.check_keep_tokens(keep_tokens, self.num_registers, "the model's number of registers")
             return self.tokenize(image, keep_tokens)
         if token_ids is not None:
             prefix = inputs.check_prefix_ids(token_ids, keep_tokens, self.codebook_size, self.num_registers)
             return prefix.to(self._execution_device).long()
         if keep_tokens is not None:
-            raise ValueError("`keep_tokens` was given, but nothing to keep them of. Pass `image` or `token_ids`.")
+            raise ValueError("`keep_tokens` was passed, but there is nothing to keep. Pass `image` or `token_ids`.")
         return torch.zeros(1, 0, dtype=torch.long, device=self._execution_device)
 
     def check_decoding(
         self, num_inference_steps: int, guidance_scale: GuidanceScale | None, guidance: str, output_type: str
     ) -> dict[str, Any]:
-        """Check the options of the flow decoder's sampler; returns them with the model's default guidance scale."""
+        """Check the sampling options of the flow decoder; return them with the default guidance scale filled in."""
         if guidance_scale is None:
             guidance_scale = self.config.default_guidance_scale
         inputs.check_sampling(num_inference_steps, guidance_scale, guidance, output_type, (*OUTPUT_TYPES, "latent"))
@@ -561,11 +561,11 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
     ) -> Tensor:
-        """Draw the noise to start from, (B, C, h, w) float32, or check the one that was given."""
+        """Draw the initial noise, (B, C, h, w) float32, or check the one that was passed."""
         channels, side = self.decoder.config.in_channels, self.latent_size
         device = self._execution_device
         if latents is None:
-            # one draw after the other also from a single generator, so that a batch starts with what one image gets
+            # a single generator also draws image by image, so that a batch starts with the noise that one image gets
             generators = [generator] * batch_size if isinstance(generator, torch.Generator) else generator
             return randn_tensor((batch_size, channels, side, side), generators, device, torch.float32)
         if latents.ndim != 4 or latents.shape[:2] != (batch_size, channels) or not latents.is_floating_point():

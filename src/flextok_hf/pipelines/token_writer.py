@@ -1,6 +1,6 @@
-"""A condition and a prefix -> token ids, at once or in parts: the one way from a prompt to tokens.
+"""A condition and a prefix -> token ids, in one go or in parts; the pipeline's only way to generate tokens.
 
-Letters: B images, p tokens given, k tokens wanted.
+Letters: B images, p tokens given, k tokens requested.
 """
 
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ from ..models.prior_cache import CACHE_NAME
 
 
 class TokenWriter:
-    """Lets the prior write sequences in parts. Each part goes on where the last one ended, with its cache, its
-    generator and its packed weights, so that parts cost what writing at once costs and give the same tokens.
+    """Generates sequences with the prior in parts. Each part continues from the last one with its cache, generator and
+    packed weights, so that parts cost the same as generating in one go and give the same tokens.
 
     Args:
         prior: the model.
-        prefix: tokens that are given, (B, p); p may be 0.
-        counts: length of each sequence in the end, B numbers of p or more.
-        conditions: texts or classes, as `prior.generate` takes them, one row per image.
-        options: of `prior.generate`: generator, guidance, temperature, filters, kind of cache.
+        prefix: given tokens, (B, p); p may be 0.
+        counts: final length of each sequence, B numbers of at least p.
+        conditions: text or class inputs of `prior.generate`, one row per image.
+        options: other arguments of `prior.generate`: generator, guidance, temperature, filters, cache type.
     """
 
     def __init__(
@@ -36,12 +36,12 @@ class TokenWriter:
         self.prior = prior
         self.token_ids = prefix
         self.counts = list(counts)
-        self.packed: PackedWeights | None = None  # from the first part to the last
-        # Log-probabilities bring the prior's own sampling loop in any case; Transformers' cannot go on from a cache.
+        self.packed: PackedWeights | None = None  # kept for all parts
+        # Log-probabilities force the prior's own sampling loop; Transformers' loop cannot continue from a cache.
         self.arguments = {**conditions, **options, "do_sample": True, "return_log_probs": True}
 
     def write(self, num_tokens: int) -> Tensor:
-        """Return the first tokens of every sequence, (B, num_tokens); the prior writes those that are missing."""
+        """Return the first tokens of every sequence, (B, num_tokens); the prior generates the missing ones."""
         missing = num_tokens - self.token_ids.shape[1]
         if missing > 0:
             if self.packed is None:
@@ -51,14 +51,14 @@ class TokenWriter:
                 output = self.prior.generate(start, max_new_tokens=missing, **self.arguments)
             self.token_ids = output.sequences[:, 1:]
             self.arguments[CACHE_NAME] = getattr(output, CACHE_NAME)
-            self.arguments.pop("cache_implementation", None)  # which is for a new cache
+            self.arguments.pop("cache_implementation", None)  # only for a new cache
             if num_tokens >= max(self.counts):
                 self.packed.free()
                 self.prior.keep_cache(self.arguments.pop(CACHE_NAME))
         return self.token_ids[:, :num_tokens]
 
     def write_all(self) -> Tensor | list[Tensor]:
-        """Return every sequence at its length: (B, k), or a list of (k,) tensors where the lengths differ."""
+        """Return every sequence at its full length: (B, k), or a list of (k,) tensors if the lengths differ."""
         token_ids = self.write(max(self.counts))  # (B, longest)
         if len(set(self.counts)) == 1:
             return token_ids
