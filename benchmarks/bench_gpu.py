@@ -1,11 +1,10 @@
-"""The whole table on an accelerator within two minutes: bfloat16, eager and compiled, against the machine's limits.
+"""All benchmarks on a GPU in two minutes: bfloat16, eager and compiled, compared with the hardware limits.
 
     python benchmarks/bench_gpu.py --results FOLDER [--budget 115] [--only eager prior]
-    python benchmarks/bench_gpu.py --device cpu --tiny --backend eager        (tries the code where there is no GPU)
+    python benchmarks/bench_gpu.py --device cpu --tiny --backend eager        (tests the code without a GPU)
 
-Weights are random and made on the device. The most important groups come first; results are written after each of
-them. A scenario that fails is recorded with its error; what no longer fits into the budget of seconds is named.
-Last line: JSON.
+Weights are random and created on the device. The most important groups come first; results are written after each
+group. A failed scenario is recorded with its error; scenarios beyond the time budget are listed. Last line: JSON.
 """
 
 import functools
@@ -22,7 +21,7 @@ import plain_path as plain
 import torch
 import torch.nn.functional as F
 from bench_prior import GUIDANCE_SCALE as PRIOR_GUIDANCE_SCALE
-from bench_prior import write
+from bench_prior import sample
 
 from flextok_hf import FlexTokPipeline, FlexTokPriorForCausalLM
 from flextok_hf.models.layers import append_bias_dimensions, attend
@@ -38,7 +37,7 @@ NUM_STEPS = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """One call in one way."""
+    """One call in one variant."""
 
     name: str
     size: str
@@ -49,7 +48,7 @@ class Scenario:
 
 @dataclass
 class Work:
-    """What to time, and what it amounts to per image."""
+    """What to time, and its FLOPs per image."""
 
     call: Callable[[], Any]
     flops: float = 0.0
@@ -66,7 +65,7 @@ def velocity_work(pipe: FlexTokPipeline, scenario: Scenario, device: str) -> Wor
         inputs = (pipe.decoder, latents.to(DTYPE), sigma, codes, num_tokens.to(device))
         flops = 2 * models.decoder_flops(pipe.decoder)
         return Work(lambda: [plain.velocity(*inputs, is_unconditional) for is_unconditional in (False, True)], flops)
-    levels = torch.tensor([0.5, 0.25])  # more than one, as in a sampling run: what is compiled then serves here too
+    levels = torch.tensor([0.5, 0.25])  # more than one, as in sampling, so that compiled code is reused
     velocity_at = GuidedVelocity(pipe.decoder, levels, codes, num_tokens, GUIDANCE_SCALE)
     flops = sum(models.decoder_flops(pipe.decoder, slots) for slots in (min(count + 1, models.NUM_REGISTERS), 1))
     return Work(lambda: velocity_at(latents, 0), flops, num_repeats=10)
@@ -93,7 +92,7 @@ def vae_work(pipe: FlexTokPipeline, scenario: Scenario, device: str) -> Work:
 
 
 def tokenize_work(pipe: FlexTokPipeline, scenario: Scenario, device: str) -> Work:
-    """Images that are on the device already to ids."""
+    """Images that are already on the device to ids."""
     pixels = torch.randint(0, 256, (scenario.batch_size, 3, 256, 256), dtype=torch.uint8, device=device)
     encoding = encode_work(pipe, scenario, device)
     flops = models.vae_flops()["encode"] + encoding.flops
@@ -127,7 +126,7 @@ WORKS = {
 
 
 def attention_rows(device: str, is_tiny: bool) -> Iterator[dict[str, Any]]:
-    """The ways to weigh merged registers, for the layout of 32 kept tokens."""
+    """Yield timings of the ways to weight merged registers, for the layout of 32 kept tokens."""
     batch_size, heads, length = (2, 2, 17) if is_tiny else (64, 12, 289)
     query, key, value = (torch.randn(batch_size, length, heads, 64, device=device, dtype=DTYPE) for _ in range(3))
     bias = torch.zeros(batch_size, length, device=device)
@@ -145,7 +144,7 @@ def attention_rows(device: str, is_tiny: bool) -> Iterator[dict[str, Any]]:
 
 
 def prior_row(prior: FlexTokPriorForCausalLM, scenario: Scenario, device: str, floor_s: float) -> dict[str, Any]:
-    """Tokens per second of the prior under guidance, against reading its weights once per token."""
+    """Return tokens per second of the prior with guidance, compared with reading its weights once per token."""
     batch_size, count = scenario.batch_size, scenario.num_tokens
     if scenario.variant == "plain":
         conditions, negative = models.text_conditions(prior, batch_size)
@@ -160,7 +159,7 @@ def prior_row(prior: FlexTokPriorForCausalLM, scenario: Scenario, device: str, f
         options = {} if scenario.variant == "eager" else {"cache_implementation": "static"}
 
         def call(num_tokens: int) -> float:
-            times = sorted(write(prior, num_tokens, batch_size, device, **options))
+            times = sorted(sample(prior, num_tokens, batch_size, device, **options))
             return times[len(times) // 2]
 
     start = time.perf_counter()
@@ -178,7 +177,7 @@ def prior_row(prior: FlexTokPriorForCausalLM, scenario: Scenario, device: str, f
 
 
 class Bench:
-    """Runs scenarios until the budget is spent; nothing that goes wrong in one of them ends the others."""
+    """Runs scenarios until the budget is spent; a failing scenario does not stop the others."""
 
     def __init__(self, device: str, budget_s: float, results: Path | None, compile_options: dict[str, Any]):
         self.device = device
@@ -189,14 +188,14 @@ class Bench:
         self.skipped: list[str] = []
         self.pipe: FlexTokPipeline | None = None
         self.prior: FlexTokPriorForCausalLM | None = None
-        product, flops = harness.matmul_call(DTYPE, device)
+        matmul, flops = harness.matmul_call(DTYPE, device)
         read, num_bytes = harness.read_call(device)
-        timings = harness.measure({"product": product, "read": read}, device, 10)
-        self.flops_per_s = flops / timings["product"]["median_s"]
+        timings = harness.measure({"matmul": matmul, "read": read}, device, 10)
+        self.flops_per_s = flops / timings["matmul"]["median_s"]
         self.bytes_per_s = num_bytes / timings["read"]["median_s"]
 
     def attempt(self, label: str, estimate_s: float, produce: Callable[[], Iterator[dict[str, Any]]]) -> None:
-        """Add the rows of `produce`, or say why there are none."""
+        """Add the rows of `produce`, or record why there are none."""
         elapsed = time.perf_counter() - START
         if elapsed + estimate_s > self.budget_s:
             self.skipped.append(label)
@@ -204,14 +203,14 @@ class Bench:
         try:
             for row in produce():
                 self.add(row)
-        except Exception as error:  # whatever breaks on a machine nobody tried before
+        except Exception as error:  # anything may fail on untested hardware
             traceback.print_exc()
             self.add({"name": label, "error": f"{type(error).__name__}: {str(error)[:200]}"})
         if self.device == "cuda":
             torch.cuda.empty_cache()
 
     def add(self, row: dict[str, Any]) -> None:
-        """Keep a row, with its speed-up over the plain path, whose work is the same for any number of tokens."""
+        """Add a row with its speedup over the plain path, whose work is the same for any number of tokens."""
         same = ("name", "size", "batch_size")
         plain_rows = [each for each in self.rows if each.get("variant") == "plain"]
         peers = [each for each in plain_rows if all(each[key] == row.get(key) for key in same)]
@@ -222,14 +221,14 @@ class Bench:
         print(f"{time.perf_counter() - START:6.1f} s {shown}", flush=True)
 
     def tokenizer(self, size: str, variant: str, estimate_s: float, *cases: tuple[str, int, int]) -> None:
-        """Time calls, each a name, a batch size and a number of tokens, of a tokenizer of one size."""
+        """Time calls of a tokenizer of one size; each case is a name, a batch size and a number of tokens."""
         for name, batch_size, num_tokens in cases:
             options = {"name": name, "size": size, "variant": variant}
             scenario = Scenario(**options, batch_size=batch_size, num_tokens=num_tokens)
             call = functools.partial(self.time, scenario)
             self.attempt(f"{name} {size} {variant} {batch_size}", estimate_s, lambda call=call: iter([call()]))
 
-    def writing(self, size: str, variant: str, num_tokens: int, estimate_s: float, *batch_sizes: int) -> None:
+    def generation(self, size: str, variant: str, num_tokens: int, estimate_s: float, *batch_sizes: int) -> None:
         """Time a prior of one size."""
         for batch_size in batch_sizes:
             scenario = Scenario(name="prior", size=size, variant=variant, batch_size=batch_size, num_tokens=num_tokens)
@@ -237,7 +236,7 @@ class Bench:
             self.attempt(f"prior {size} {variant} {batch_size}", estimate_s, lambda call=call: iter([call()]))
 
     def pipeline(self, size: str, variant: str) -> FlexTokPipeline:
-        """Return the pipeline of a size; a compiled one stays so until another is asked for."""
+        """Return the pipeline of a size; it is reused until another size or compilation is requested."""
         kind = (size, variant if variant in ("compiled", "graphs") else "eager")
         if self.pipe is None or self.pipe_kind != kind:
             self.pipe = None
@@ -251,7 +250,7 @@ class Bench:
     def time(self, scenario: Scenario) -> dict[str, Any]:
         work = WORKS[scenario.name](self.pipeline(scenario.size, scenario.variant), scenario, self.device)
         start = time.perf_counter()
-        peak_mib = harness.peak_memory(work.call, self.device)  # with what is compiled or set up on first use
+        peak_mib = harness.peak_memory(work.call, self.device)  # includes compilation and setup
         first_s = time.perf_counter() - start
         timing = harness.measure({"call": work.call}, self.device, work.num_repeats, has_warm_up=False)["call"]
         rate = work.flops * scenario.batch_size / timing["median_s"]
@@ -274,7 +273,7 @@ class Bench:
         return prior_row(self.prior, scenario, self.device, floor_s)
 
     def finish(self) -> None:
-        """Write what there is so far."""
+        """Write the results so far."""
         columns = ["name", "size", "variant", "batch_size", "num_tokens", "first_s", "median_s", "speed_up"]
         columns += ["images_per_s", "tokens_per_s", "tflop_per_s", "share_of_matmul", "share_of_bandwidth", "peak_mib"]
         shown = [
@@ -295,13 +294,13 @@ class Bench:
         parts = [heading, harness.print_table(shown, [*columns, "error"])]
         if self.skipped:
             parts.append(
-                f"Not measured, as {self.budget_s:.0f} s were spent: {', '.join(dict.fromkeys(self.skipped))}."
+                f"Not measured, over the budget of {self.budget_s:.0f} s: {', '.join(dict.fromkeys(self.skipped))}."
             )
         harness.finish("gpu", record, parts, self.results)
 
 
 def plan(bench: Bench, is_tiny: bool) -> dict[str, Callable[[], None]]:
-    """Groups of scenarios, the most important first."""
+    """Return groups of scenarios, the most important first."""
     small, large, prior, large_prior = ("tiny",) * 4 if is_tiny else ("d12-d12", "d18-d28", "113M", "3B")
     many, few, length = (2, 2, 4) if is_tiny else (64, 16, 256)
     whole = [("detokenize", many, 32), ("detokenize", many, 256), ("tokenize", many, 256), ("tokenize", many, 32)]
@@ -316,9 +315,9 @@ def plan(bench: Bench, is_tiny: bool) -> dict[str, Callable[[], None]]:
         bench.tokenizer(small, "plain", 4, *plain_whole, *plain_parts, *vae)
         bench.tokenizer(small, "eager", 4, *whole, *parts, *vae)
 
-    def write_eager() -> None:
-        bench.writing(prior, "plain", length, 8, 1)
-        bench.writing(prior, "eager", length, 5, 1, many)
+    def prior_eager() -> None:
+        bench.generation(prior, "plain", length, 8, 1)
+        bench.generation(prior, "eager", length, 5, 1, many)
 
     def large_group() -> None:
         bench.tokenizer(large, "plain", 6, larger[0])
@@ -327,30 +326,30 @@ def plan(bench: Bench, is_tiny: bool) -> dict[str, Callable[[], None]]:
 
     return {
         "eager": eager,
-        "prior": write_eager,
+        "prior": prior_eager,
         "compiled": lambda: bench.tokenizer(small, "compiled", 8, *whole, *parts),
-        "compiled-prior": lambda: bench.writing(prior, "compiled", length, 20, 1, many),
+        "compiled-prior": lambda: bench.generation(prior, "compiled", length, 20, 1, many),
         "large": large_group,
         "graphs": lambda: bench.tokenizer(small, "graphs", 15, ("detokenize", 1, 32)),
-        "large-prior": lambda: bench.writing(large_prior, "eager", min(length, 64), 8, 1),
+        "large-prior": lambda: bench.generation(large_prior, "eager", min(length, 64), 8, 1),
         "attention": lambda: bench.attempt("attention", 2, lambda: attention_rows(bench.device, is_tiny)),
     }
 
 
 def main() -> None:
     parser = harness.build_parser(__doc__)
-    parser.add_argument("--budget", type=float, default=115, help="seconds after which nothing new is started (115)")
-    parser.add_argument("--only", nargs="+", metavar="GROUP", help="groups of scenarios (all), see `plan`")
-    parser.add_argument("--tiny", action="store_true", help="tiny models, to try the code")
-    parser.add_argument("--backend", default="inductor", help="of torch.compile (inductor)")
+    parser.add_argument("--budget", type=float, default=115, help="seconds after which no scenario is started (115)")
+    parser.add_argument("--only", nargs="+", metavar="GROUP", help="groups of scenarios, see `plan` (all)")
+    parser.add_argument("--tiny", action="store_true", help="tiny models, to test the code")
+    parser.add_argument("--backend", default="inductor", help="backend of torch.compile (inductor)")
     options = parser.parse_args()
     if options.device != "cuda" and not options.tiny:
-        parser.error(f"the sizes are made for a GPU, and the device is {options.device}. Add --tiny to try the code.")
+        parser.error(f"the sizes need a GPU, but the device is {options.device}. Add --tiny to test the code.")
     bench = Bench(options.device, options.budget, options.results, {"backend": options.backend})
     groups = plan(bench, options.tiny)
     unknown = set(options.only or groups) - set(groups)
     if unknown:
-        parser.error(f"--only knows no {', '.join(sorted(unknown))}. Choose among {', '.join(groups)}.")
+        parser.error(f"unknown groups in --only: {', '.join(sorted(unknown))}. Choose from {', '.join(groups)}.")
     for name in options.only or groups:
         groups[name]()
         bench.finish()

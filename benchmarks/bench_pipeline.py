@@ -1,4 +1,4 @@
-"""Time the pipeline's public calls; the last line of the output is JSON with everything that was printed.
+"""Time the public calls of the pipeline; the last line of the output is JSON with all results.
 
 python benchmarks/bench_pipeline.py [--model FOLDER_OR_ID] [--repeats 5]
 """
@@ -30,7 +30,7 @@ class Scenario:
 
 
 def build_call(pipe: FlexTokPipeline, scenario: Scenario) -> Callable[[], object]:
-    """Prepare inputs outside the clock and return what is timed."""
+    """Prepare inputs outside of the timed code and return the call to time."""
     generator = torch.Generator().manual_seed(0)
     size, count = scenario.batch_size, scenario.num_tokens
     images = torch.rand(size, 3, pipe.resolution, pipe.resolution, generator=generator)
@@ -45,7 +45,7 @@ def build_call(pipe: FlexTokPipeline, scenario: Scenario) -> Callable[[], object
 
 
 def measure(scenario: Scenario, call: Callable[[], object], num_repeats: int) -> dict[str, object]:
-    """Time `call`; the first one, with whatever is set up on first use, is reported apart."""
+    """Time `call`; the first run, which includes setup, is reported separately."""
     latencies_s = []
     for _ in range(1 + num_repeats):
         start = time.perf_counter()
@@ -65,7 +65,7 @@ def measure(scenario: Scenario, call: Callable[[], object], num_repeats: int) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=None, help="folder or Hub id; by default the embedded model")
+    parser.add_argument("--model", default=None, help="folder or Hub id (default: the embedded model)")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls per scenario")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Writing tokens with the FlexAR-113M shape: the package against the plain path, and against the memory's speed.
+"""Token generation at the FlexAR-113M size: the package compared with the plain path and with memory bandwidth.
 
     python benchmarks/bench_prior.py [--device cuda] [--results FOLDER] [--size 382M] [--plain-tokens 256]
 
@@ -23,7 +23,7 @@ GUIDANCE_SCALE = 3.0
 
 
 class Clock(LogitsProcessor):
-    """Notes when each token is about to be chosen."""
+    """Records the time right before each token is sampled."""
 
     def __init__(self, device: str):
         self.device = device
@@ -35,8 +35,8 @@ class Clock(LogitsProcessor):
         return scores
 
 
-def write(prior: FlexTokPriorForCausalLM, num_tokens: int, batch_size: int, device: str, **options) -> list[float]:
-    """Write sequences with more `options` of `generate`; returns the seconds of every token after the first."""
+def sample(prior: FlexTokPriorForCausalLM, num_tokens: int, batch_size: int, device: str, **options) -> list[float]:
+    """Generate sequences with `options` of `generate`; return the seconds of every token after the first."""
     conditions, negative = models.text_conditions(prior, batch_size)
     clock = Clock(device)
     prior.generate(
@@ -54,12 +54,12 @@ def write(prior: FlexTokPriorForCausalLM, num_tokens: int, batch_size: int, devi
 
 @torch.no_grad()
 def run(dtype: str, size: str, num_tokens: int, plain_tokens: int, num_repeats: int, device: str) -> dict[str, Any]:
-    """Time the whole call, its tokens one by one, and the plain path for `plain_tokens` of them."""
+    """Time the whole call, each of its tokens, and the plain path for `plain_tokens` tokens."""
     prior = models.build_prior(size, device, getattr(torch, dtype))
-    write(prior, 2, 1, device)  # warm-up
+    sample(prior, 2, 1, device)  # warm-up
     tokens: list[list[float]] = []
     read, num_bytes = harness.read_call(device)
-    calls = {"package": lambda: tokens.append(write(prior, num_tokens, 1, device)), "read": read}
+    calls = {"package": lambda: tokens.append(sample(prior, num_tokens, 1, device)), "read": read}
     timings = harness.measure(calls, device, num_repeats, has_warm_up=False)
     per_token = [statistics.median(times) for times in zip(*tokens, strict=True)]
     conditions, negative = models.text_conditions(prior, 1)
@@ -85,7 +85,7 @@ def run(dtype: str, size: str, num_tokens: int, plain_tokens: int, num_repeats: 
         "plain_tokens": plain_tokens,
         "plain_s": plain_timing["median_s"],
         "package_s_for_plain_tokens": sum(per_token[: plain_tokens - 1]) + token_s,
-        # in processes of their own: this one keeps memory of what it did before
+        # in separate processes, since this one keeps memory from earlier calls
         "package_peak_mib": harness.in_new_process(peak_memory, dtype, size, "package", device),
         "plain_peak_mib": harness.in_new_process(peak_memory, dtype, size, "plain", device),
         "timings": timings,
@@ -94,10 +94,10 @@ def run(dtype: str, size: str, num_tokens: int, plain_tokens: int, num_repeats: 
 
 @torch.no_grad()
 def peak_memory(dtype: str, size: str, way: str, device: str, num_tokens: int = 16) -> int | None:
-    """Most MiB in use while tokens are written, of which few bring all that many need."""
+    """Return the peak MiB during generation; few tokens reach the peak that many have."""
     prior = models.build_prior(size, device, getattr(torch, dtype))
     ways = {
-        "package": lambda: write(prior, num_tokens, 1, device),
+        "package": lambda: sample(prior, num_tokens, 1, device),
         "plain": lambda: plain.generate(prior, num_tokens, *models.text_conditions(prior, 1), GUIDANCE_SCALE),
     }
     return harness.peak_memory(ways[way], device)
@@ -106,8 +106,8 @@ def peak_memory(dtype: str, size: str, way: str, device: str, num_tokens: int = 
 def main() -> None:
     parser = harness.build_parser(__doc__)
     parser.add_argument("--size", choices=models.PRIORS, default="113M", help="shape of the prior (113M)")
-    parser.add_argument("--num-tokens", type=int, default=256, help="tokens to write (256)")
-    parser.add_argument("--plain-tokens", type=int, default=64, help="tokens for the plain path, 256 takes long (64)")
+    parser.add_argument("--num-tokens", type=int, default=256, help="tokens to generate (256)")
+    parser.add_argument("--plain-tokens", type=int, default=64, help="tokens for the plain path, which is slow (64)")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)

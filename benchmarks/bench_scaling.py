@@ -1,8 +1,8 @@
-"""What an image costs with more tokens, images, steps or pixels, one thing at a time, at the d12-d12 size.
+"""How time grows with tokens, images, steps and pixels, varied one at a time, at the d12-d12 size.
 
     python benchmarks/bench_scaling.py [--device cuda] [--results FOLDER]
 
-Weights are random; float32 on a CPU, bfloat16 on a GPU. With `--results`, an image of the curves as well (needs
+Weights are random; float32 on a CPU, bfloat16 on a GPU. `--results` also gets a plot of the curves (requires
 matplotlib). Last line: JSON.
 """
 
@@ -18,7 +18,7 @@ from flextok_hf.utils.files import write_atomically
 
 
 GUIDANCE_SCALE = 7.5
-BASE = {"tokens": 32, "images": 1, "steps": 8, "pixels": 256}  # 8 steps are enough for weights to be packed
+BASE = {"tokens": 32, "images": 1, "steps": 8, "pixels": 256}  # 8 steps are enough to trigger weight packing
 VALUES = {
     "cpu": {
         "tokens": [1, 8, 32, 64, 128, 256],
@@ -36,7 +36,7 @@ VALUES = {
 
 
 def build_calls(pipe: FlexTokPipeline, tokens: int, images: int, steps: int, device: str) -> dict[str, harness.Call]:
-    """Both directions, with inputs prepared outside of the clock."""
+    """Return calls in both directions, with inputs prepared outside of the timed code."""
     batch = torch.rand(images, 3, pipe.resolution, pipe.resolution, device=device)
     token_ids = torch.randint(0, pipe.codebook_size, (images, tokens), device=device)
     noise = pipe.prepare_latents(images)
@@ -47,7 +47,7 @@ def build_calls(pipe: FlexTokPipeline, tokens: int, images: int, steps: int, dev
 
 
 def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """One panel per thing that was varied: seconds per call over its values."""
+    """Plot seconds per call, one panel for each quantity that was varied."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3))

@@ -1,9 +1,9 @@
-"""Opt-in shortcuts on the embedded model: time per image against the distance to 100 Euler steps in float32.
+"""Opt-in approximations on the embedded model: time per image, and PSNR to 100 Euler steps in float32.
 
     python benchmarks/bench_shortcuts.py [--data FOLDER] [--num-prompts 24] [--results FOLDER]
 
-Every way draws the same tokens from the same noise. `--data` names prepared images with names (docs/evaluation.md),
-to ask as well whether the drawn image is the one its prompt names. Last line: JSON.
+All variants decode the same tokens from the same noise. With `--data`, a folder of prepared images with names
+(docs/evaluation.md), they are also checked for what their prompt names. Last line: JSON.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,13 +39,13 @@ CHECKS = (Check("name", ("name",)),)
 
 @dataclass(frozen=True, kw_only=True)
 class Shortcut:
-    """One way to draw."""
+    """One variant of sampling."""
 
     name: str
     num_steps: int = STEPS
-    scale: Callable[[float], Any] = float  # of guidance, made from the model's own
+    scale: Callable[[float], Any] = float  # guidance scale, from the model's default
     scheduler: SchedulerMixin = field(default_factory=FlowMatchEulerDiscreteScheduler)
-    cache: Callable[[list[float]], Any] | None = None  # made from the growth of the blocks' updates, see `calibrate`
+    cache: Callable[[list[float]], Any] | None = None  # from the growth of the updates, see `calibration`
     dtype: torch.dtype = torch.float32
 
 
@@ -58,7 +58,7 @@ def mag_cache(threshold: float) -> Callable[[list[float]], MagCacheConfig]:
 
 
 SHORTCUTS = [
-    Shortcut(name="100 Euler steps", num_steps=REFERENCE_STEPS),  # what the others are compared with, so the first
+    Shortcut(name="100 Euler steps", num_steps=REFERENCE_STEPS),  # first, since the others are compared with it
     Shortcut(name="20 Euler steps (default)"),
     Shortcut(name="10 Euler steps", num_steps=10),
     Shortcut(name="bfloat16", dtype=torch.bfloat16),
@@ -76,7 +76,7 @@ SHORTCUTS = [
 
 @contextmanager
 def calibration(pipe: FlexTokPipeline) -> Iterator[list[float]]:
-    """Gather how much larger or smaller the update of all blocks is than in the step before: what MagCache goes by."""
+    """Record the ratio of the update of all blocks to that of the previous step, which MagCache relies on."""
     blocks, norms, growth = pipe.decoder.transformer_blocks, [], []
     first: list[Tensor] = []
 
@@ -94,7 +94,7 @@ def calibration(pipe: FlexTokPipeline) -> Iterator[list[float]]:
 def read_prompts(
     data: Path | None, num_prompts: int, resolution: int
 ) -> tuple[list[str], list[dict], Reference | None]:
-    """Return prompts, and with data what each asks for and the real images to compare with."""
+    """Return prompts and, if `data` is given, what each asks for and the real images to compare with."""
     if data is None:
         return [PROMPTS[i % len(PROMPTS)] for i in range(num_prompts)], [], None
     rows = [row for split in ("train", "validation") for row in load_split(str(data), split) if row["style"] != PHOTO]
@@ -103,8 +103,8 @@ def read_prompts(
     return [row["prompt"] for row in chosen], chosen, reference
 
 
-def draw(pipe: FlexTokPipeline, shortcut: Shortcut, token_ids: Tensor, noise: Tensor, growth: list[float]) -> Tensor:
-    """Images (B, 3, R, R) in [0, 1]."""
+def decode(pipe: FlexTokPipeline, shortcut: Shortcut, token_ids: Tensor, noise: Tensor, growth: list[float]) -> Tensor:
+    """Return images (B, 3, R, R) in [0, 1]."""
     pipe.scheduler = shortcut.scheduler
     if shortcut.cache is not None:
         pipe.decoder.enable_cache(shortcut.cache(growth))
@@ -119,8 +119,8 @@ def draw(pipe: FlexTokPipeline, shortcut: Shortcut, token_ids: Tensor, noise: Te
 
 def main() -> None:
     parser = harness.build_parser(__doc__)
-    parser.add_argument("--data", type=Path, help="prepared images with names, for the share of right images")
-    parser.add_argument("--num-prompts", type=int, default=24, help="images per way (24)")
+    parser.add_argument("--data", type=Path, help="prepared images with names, to measure the share of correct images")
+    parser.add_argument("--num-prompts", type=int, default=24, help="images per variant (24)")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -141,11 +141,11 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     target = None
     for shortcut in SHORTCUTS:
-        drawn: list[Tensor] = []
-        calls = {"draw": lambda: drawn.append(draw(pipes[shortcut.dtype], shortcut, token_ids, noise, growth))}
+        decoded: list[Tensor] = []
+        calls = {"decode": lambda: decoded.append(decode(pipes[shortcut.dtype], shortcut, token_ids, noise, growth))}
         num_repeats = options.repeats or (1 if shortcut.num_steps == REFERENCE_STEPS else 3)
-        timing = harness.measure(calls, options.device, num_repeats)["draw"]
-        images = drawn[-1].cpu()
+        timing = harness.measure(calls, options.device, num_repeats)["decode"]
+        images = decoded[-1].cpu()
         target = images if target is None else target
         errors = (images - target).square().mean(dim=(1, 2, 3))
         rows.append({"name": shortcut.name, "ms_per_image": 1000 * timing["median_s"] / len(prompts)})
@@ -154,8 +154,8 @@ def main() -> None:
             rows[-1]["right_name"] = score(reference, CHECKS, images, wanted)["name"]["share"]
         rows[-1]["timing"] = timing
         print({name: harness.show(value) for name, value in rows[-1].items() if name != "timing"}, flush=True)
-    usual_ms = rows[1]["ms_per_image"]
-    shown = [row | {"speed_up": usual_ms / row["ms_per_image"], "psnr_db": row["psnr_db"] or ""} for row in rows]
+    default_ms = rows[1]["ms_per_image"]
+    shown = [row | {"speed_up": default_ms / row["ms_per_image"], "psnr_db": row["psnr_db"] or ""} for row in rows]
     columns = ["name", "ms_per_image", "speed_up", "psnr_db"] + ["right_name"] * (reference is not None)
     table = harness.print_table(shown, columns)
     record = {"machine": harness.describe_machine(options.device), "num_images": len(prompts), "rows": rows}

@@ -1,8 +1,8 @@
-"""Images to tokens and back at the published d12-d12 size: the package against the plain path, in one run.
+"""Images to tokens and back at the published d12-d12 size: the package compared with the plain path in one run.
 
     python benchmarks/bench_tokenizer.py [--device cuda] [--results FOLDER] [--only detokenize]
 
-Weights are random. The plain path (`plain_path.py`) does all the work that the official code does. Last line: JSON.
+Weights are random. The plain path (`plain_path.py`) does all the work of the official code. Last line: JSON.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ GUIDANCE_SCALE = 7.5
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """One call in two ways."""
+    """One call, timed on both paths."""
 
     part: str  # name of a function of `CALLS`
     dtype: str = "float32"
@@ -59,12 +59,12 @@ SCENARIOS = [
 
 @dataclass
 class Pair:
-    """The two ways to time, and the operations of the package's one."""
+    """The two calls to time, and the FLOPs of the package's call."""
 
     plain: Callable[[], Any]
     package: Callable[[], Any]
     flops: int
-    is_loop: bool = False  # timed as in the middle of a sampling run, where weights are packed
+    is_loop: bool = False  # timed as inside a sampling loop, with packed weights
 
 
 def encode_vae(pipe: FlexTokPipeline, scenario: Scenario, device: str) -> Pair:
@@ -88,7 +88,7 @@ def decode_vae(pipe: FlexTokPipeline, scenario: Scenario, device: str) -> Pair:
 
 
 def encode(pipe: FlexTokPipeline, scenario: Scenario, device: str) -> Pair:
-    """Latents to features: the encoder alone."""
+    """Latents to features: only the encoder."""
     latents = torch.randn(scenario.batch_size, 16, 32, 32, device=device, dtype=pipe.encoder.dtype)
     return Pair(
         lambda: plain.features(pipe.encoder, latents),
@@ -141,33 +141,33 @@ CALLS = {function.__name__: function for function in (encode_vae, decode_vae, en
 
 @torch.no_grad()
 def run(scenario: Scenario, pipe: FlexTokPipeline, device: str) -> dict[str, Any]:
-    """Time both ways in turns; a share is of the matrix product's rate at the same precision in the same run."""
+    """Time both paths in turn; `share_of_matmul` is relative to a large matmul at the same precision in this run."""
     pair = CALLS[scenario.part](pipe, scenario, device)
     flops = pair.flops * scenario.batch_size
-    is_long = scenario.part == "detokenize"  # no warm-up then, since the parts ran before
+    is_long = scenario.part == "detokenize"  # no warm-up, since its parts ran before
     with packed_weights(pipe.decoder, num_calls=1000) if pair.is_loop else nullcontext():
-        product, product_flops = harness.matmul_call(getattr(torch, scenario.dtype), device, flops)
-        calls = {"plain": pair.plain, "package": pair.package, "product": product}
+        matmul, matmul_flops = harness.matmul_call(getattr(torch, scenario.dtype), device, flops)
+        calls = {"plain": pair.plain, "package": pair.package, "product": matmul}
         timings = harness.measure(calls, device, scenario.num_repeats, has_warm_up=not is_long)
     record = {**asdict(scenario), **{f"{name}_s": timing["median_s"] for name, timing in timings.items()}}
     record |= {
         "speed_up": record["plain_s"] / record["package_s"],
         "images_per_s": scenario.batch_size / record["package_s"],
         "gflop": flops / harness.GIGA,
-        "matmul_gflop_per_s": product_flops / record.pop("product_s") / harness.GIGA,
+        "matmul_gflop_per_s": matmul_flops / record.pop("product_s") / harness.GIGA,
         "timings": timings,
     }
     record["share_of_matmul"] = record["gflop"] / record["package_s"] / record["matmul_gflop_per_s"]
     if is_long:
         for way in ("plain", "package"):
-            # in a process of its own: one that did other things before keeps memory of them
+            # in a separate process, since this one keeps memory from earlier calls
             record[f"{way}_peak_mib"] = harness.in_new_process(peak_memory, scenario, way, device)
     return record
 
 
 @torch.no_grad()
 def peak_memory(scenario: Scenario, way: str, device: str) -> int | None:
-    """Most MiB in use while images are drawn, in as few steps as bring all that a long run needs."""
+    """Return the peak MiB during sampling, with the fewest steps that reach the peak of a long run."""
     pipe = models.build_tokenizer("d12-d12", device, getattr(torch, scenario.dtype))
     pair = detokenize(pipe, scenario, device, num_steps=MIN_CALLS)
     return harness.peak_memory(getattr(pair, way), device)
@@ -187,7 +187,7 @@ def main() -> None:
             scenario = replace(scenario, num_repeats=options.repeats or scenario.num_repeats)
             rows.append(run(scenario, pipe, options.device))
             print({name: harness.show(value) for name, value in rows[-1].items() if name != "timings"}, flush=True)
-    for row in rows:  # half precision is compared with the plain path in full precision as well
+    for row in rows:  # half precision is also compared with the plain path in float32
         key = (row["part"], row["batch_size"], row["num_tokens"])
         same = [each for each in rows if (each["part"], each["batch_size"], each["num_tokens"]) == key]
         row["speed_up_to_float32"] = next(each["plain_s"] for each in same) / row["package_s"]

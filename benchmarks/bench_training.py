@@ -25,11 +25,11 @@ from flextok_hf.training.stages import train_tokenizer
 
 
 NUM_IMAGES = 256
-IMAGE_SIDE = 256  # of the stored JPEG files, which the loader reduces
+IMAGE_SIDE = 256  # of the stored JPEG files, which the loader resizes
 
 
 def write_images(path: Path) -> None:
-    """Store drawn shapes as JPEG files in a parquet file."""
+    """Write synthetic images as JPEG to a parquet file."""
     images = []
     for index in range(NUM_IMAGES):
         content = BytesIO()
@@ -40,7 +40,7 @@ def write_images(path: Path) -> None:
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
-    """Train for a few steps and return the medians of what the log says of them; the first step is left out."""
+    """Train for a few steps and return the median of each logged metric, without the first step."""
     write_images(folder / "train.parquet")
     arguments = TokenizerArguments(
         output_dir=str(folder / "run"),
@@ -80,16 +80,16 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--width", type=int, default=384, help="of encoder and decoder")
+    parser.add_argument("--width", type=int, default=384, help="width of encoder and decoder")
     parser.add_argument("--depth", type=int, default=6, help="blocks of encoder and decoder each")
-    parser.add_argument("--resolution", type=int, default=64, help="side of the images, 16 x 16 patches in any case")
+    parser.add_argument("--resolution", type=int, default=64, help="image side in pixels, always 16 x 16 patches")
     parser.add_argument("--batch_size", type=int, default=8, help="images per step")
     parser.add_argument("--steps", type=int, default=6, help="timed steps")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
     parser.add_argument("--mixed_precision", default="no", choices=["no", "bf16", "fp16"])
-    parser.add_argument("--compile", action="store_true", help="with torch.compile")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile")
     parser.add_argument(
-        "--processor_time", action="store_true", help="count what the process used: on a busy machine, with one thread"
+        "--processor_time", action="store_true", help="measure CPU time, for a busy machine; use with one thread"
     )
     options = parser.parse_args()
     if options.processor_time:

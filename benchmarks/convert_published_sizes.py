@@ -2,8 +2,8 @@
 
 python benchmarks/convert_published_sizes.py [--folder FOLDER] [--sizes d18_d28 prior_113m]
 
-It needs up to 21 GB of disk and 13 GB of memory for the largest size and takes minutes, which is why it is no test.
-The last line of the output is JSON with everything that was printed.
+The largest size needs up to 21 GB of disk and 13 GB of memory and takes minutes, so this is not a test.
+The last line of the output is JSON with all results.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def tokenizer_shape(encoder_depth: int, decoder_depth: int) -> dict:
 
 
 def prior_shape(depth: int, hidden: int) -> dict:
-    """Return the shape of a published prior of texts."""
+    """Return the shape of a published text-conditional prior."""
     sizes = {"codes": 64000, "length": 256, "width": 64 * depth, "heads": depth, "depth": depth, "hidden": hidden}
     return {**PRIOR, **sizes, "text_dim": 2048}
 
@@ -77,7 +77,7 @@ PRIOR_CODE = {
 
 
 def write_official(folder: Path, shape: dict, is_prior: bool) -> int:
-    """Write a random checkpoint tensor after tensor; returns the number of its parameters."""
+    """Write a random checkpoint tensor by tensor; return its number of parameters."""
     folder.mkdir()
     if is_prior:
         config = json.loads(json.dumps(prior_config(shape)))
@@ -94,10 +94,10 @@ def write_official(folder: Path, shape: dict, is_prior: bool) -> int:
 
 
 def measure(code: str) -> dict[str, float]:
-    """Run Python in a fresh process; returns seconds and peaks of its memory.
+    """Run Python code in a fresh process; return seconds and peak memory.
 
-    Pages of mapped files count in the resident peak while they happen to lie in the system's cache; the anonymous peak
-    is what the process cannot do without.
+    The resident peak includes mapped files that happen to be in the page cache; the anonymous peak is what the process
+    really needs.
     """
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-c", code])
@@ -131,7 +131,7 @@ def measure(code: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Convert, load and run official checkpoints of published sizes.")
-    parser.add_argument("--folder", help="where to put the checkpoints; they are removed afterwards")
+    parser.add_argument("--folder", help="parent folder for the checkpoints, which are removed afterwards")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["d18_d28", "prior_113m"])
     options = parser.parse_args()
     results = []

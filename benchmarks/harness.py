@@ -1,7 +1,7 @@
-"""What all benchmarks share: timing, the machine's own limits, memory, and the record that ends every output.
+"""Shared by all benchmarks: timing, hardware limits, memory, and the JSON record at the end of every output.
 
-A scenario is data. Calls that are compared run in turns, so that what else happens on a machine meets them alike. The
-first call of each, with whatever is set up or compiled on first use, is reported apart.
+A scenario is data. Calls that are compared run in turn, so that other load on the machine affects them equally. The
+first call of each, which includes setup and compilation, is reported separately.
 """
 
 import argparse
@@ -32,10 +32,10 @@ def synchronize(device: str) -> None:
 def measure(
     calls: Mapping[str, Call], device: str = "cpu", num_repeats: int = 5, has_warm_up: bool = True
 ) -> dict[str, dict[str, float]]:
-    """Time several calls in turns.
+    """Time several calls in turn.
 
     Returns:
-        Per call `median_s`, `low_s` and `high_s` of the repeats, and `first_s` of the warm-up if there was one.
+        Per call `median_s`, `low_s` and `high_s` of the repeats, and `first_s` if there was a warm-up.
     """
     latencies: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(has_warm_up + num_repeats):
@@ -49,7 +49,7 @@ def measure(
 
 
 def summarize(latencies: list[float], has_warm_up: bool) -> dict[str, float]:
-    """Median and spread of timings in seconds; a warm-up, which comes first, is kept apart."""
+    """Return median and range of timings in seconds; a warm-up, the first entry, is reported separately."""
     repeats = latencies[1:] if has_warm_up else latencies
     summary = {"median_s": statistics.median(repeats), "low_s": min(repeats), "high_s": max(repeats)}
     if has_warm_up:
@@ -58,38 +58,38 @@ def summarize(latencies: list[float], has_warm_up: bool) -> dict[str, float]:
 
 
 def matmul_call(dtype: torch.dtype, device: str = "cpu", flops: int = 0) -> tuple[Call, int]:
-    """Large matrix products and their operations: timed in turns with a model, they tell what it can hope for.
+    """Return a call with large matmuls and its FLOPs: timed in turn with a model, it gives the upper limit for it.
 
-    With `flops` of the model's call they last about as long: a short product would rarely meet a slow moment of a
-    shared machine, which a long call always does.
+    Given the `flops` of the model's call, it takes about as long: a short matmul would rarely hit the slow moments of
+    a shared machine, which a long call always does.
     """
     size = 8192 if device == "cuda" else 1536
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    product = torch.empty_like(left)
-    num_products = max(1, round(flops / (2 * size**3)))
+    result = torch.empty_like(left)
+    num_matmuls = max(1, round(flops / (2 * size**3)))
 
     def multiply() -> None:
-        for _ in range(num_products):
-            torch.matmul(left, right, out=product)
+        for _ in range(num_matmuls):
+            torch.matmul(left, right, out=result)
 
-    return multiply, num_products * 2 * size**3
+    return multiply, num_matmuls * 2 * size**3
 
 
 def read_call(device: str = "cpu") -> tuple[Call, int]:
-    """A pass over memory that does nothing else, and its bytes: what a step of the prior can hope for."""
+    """Return a call that only reads memory and its bytes: the upper limit for a step of the prior."""
     values = torch.ones(2**27, device=device)
     return values.sum, 4 * values.numel()
 
 
 def peak_memory(call: Call, device: str = "cpu") -> int | None:
-    """Most MiB in use while `call` runs: of the process on a CPU, on the device otherwise; `None` where unknown."""
+    """Return the peak MiB while `call` runs: of the process on a CPU, else of the device; `None` if unknown."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         call()
         synchronize(device)
         return torch.cuda.max_memory_allocated() // 2**20
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far; Linux only
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak; Linux only
         call()
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM"))
@@ -99,13 +99,13 @@ def peak_memory(call: Call, device: str = "cpu") -> int | None:
 
 
 def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function of a module's top level in a process that ends with it, and return what it returned."""
+    """Call a module-level function in a fresh process and return its result."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    """What a figure needs beside it: hardware, threads, versions, date."""
+    """Return hardware, threads, versions and date, which belong with every measurement."""
     name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
     packages = ("torch", "transformers", "diffusers")
     return {
@@ -118,7 +118,7 @@ def describe_machine(device: str) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor as its maker calls it, or else its architecture."""
+    """Return the model name of the CPU, or its architecture if unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
@@ -127,17 +127,17 @@ def cpu_name() -> str:
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
-    """Parser with the options of every benchmark."""
+    """Return a parser with the options that all benchmarks share."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (all)")
-    parser.add_argument("--repeats", type=int, help="timed calls per scenario (as the scenario says)")
-    parser.add_argument("--results", type=Path, help="folder for the tables and the record; by default only printed")
+    parser.add_argument("--repeats", type=int, help="timed calls per scenario (default: set by the scenario)")
+    parser.add_argument("--results", type=Path, help="folder for tables and record (default: only print)")
     return parser
 
 
 def print_table(rows: Iterable[Mapping[str, Any]], columns: list[str]) -> str:
-    """Print rows as a Markdown table and return it; values are rounded to three digits."""
+    """Print rows as a Markdown table and return it; floats have three significant digits."""
     lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
     lines += ["| " + " | ".join(show(row.get(column)) for column in columns) + " |" for row in rows]
     table = "\n".join(lines)
@@ -146,14 +146,14 @@ def print_table(rows: Iterable[Mapping[str, Any]], columns: list[str]) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as a table cell."""
+    """Return a value as a table cell."""
     if value is None:
         return "not measured"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def finish(name: str, record: dict[str, Any], tables: list[str], results: Path | None) -> None:
-    """Print the record as the last line, and keep it with its tables if a folder for results is given."""
+    """Print the record as the last line, and save it with its tables if `results` is given."""
     if results is not None:
         results.mkdir(parents=True, exist_ok=True)
         machine = record["machine"]

@@ -1,4 +1,4 @@
-"""Models of the published sizes with random weights, and how many operations they take.
+"""Models of the published sizes with random weights, and their FLOPs.
 
 Speed does not depend on the values, so nothing has to be downloaded.
 
@@ -24,7 +24,7 @@ from flextok_hf.utils.flops import FlopCounter
 
 # Depth of encoder and decoder; the width is 64 times the depth in all of them (Bachmann et al., arXiv 2502.13967).
 TOKENIZERS = {"d12-d12": (12, 12), "d18-d18": (18, 18), "d18-d28": (18, 28), "tiny": (2, 2)}
-# Depth, and width inside the feed-forward layers.
+# Depth, and width of the feed-forward layers.
 PRIORS = {"113M": (12, 2048), "382M": (18, 3072), "3B": (36, 6144), "tiny": (2, 256)}
 NUM_PATCHES, NUM_REGISTERS = 256, 256
 
@@ -36,7 +36,7 @@ def build_tokenizer(
     with_vae: bool = True,
     resolution: int = 256,
 ) -> FlexTokPipeline:
-    """Pipeline without a prior, of one of the `TOKENIZERS` sizes, for images of 256 x 256 pixels or of others."""
+    """Return a pipeline without a prior, of one of the `TOKENIZERS` sizes, for square images of any resolution."""
     encoder_depth, decoder_depth = TOKENIZERS[size]
     grid = {"grid_size": resolution // 16}  # patches of 2 x 2 latents, each of 8 x 8 pixels
     encoder_shape = {"hidden_size": 64 * encoder_depth, "num_hidden_layers": encoder_depth}
@@ -55,14 +55,14 @@ def build_tokenizer(
 
 
 def build_vae(width: int = 128) -> AutoencoderKL:
-    """The published VAE: latents of 16 channels and 1/8 of the side; `width` is that of its first layers."""
+    """Return the published VAE: 16 latent channels, 8x downsampling; `width` is that of its first layers."""
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
     channels = {"block_out_channels": [width, 2 * width, 4 * width, 4 * width], "latent_channels": 16}
     return AutoencoderKL(**blocks, **channels, layers_per_block=2, sample_size=256).eval()
 
 
 def build_prior(size: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> FlexTokPriorForCausalLM:
-    """Prior with text of one of the `PRIORS` sizes."""
+    """Return a text-conditional prior of one of the `PRIORS` sizes."""
     depth, intermediate_size = PRIORS[size]
     shapes = {"hidden_size": 64 * depth, "num_hidden_layers": depth, "num_attention_heads": depth}
     torch.manual_seed(0)
@@ -72,7 +72,7 @@ def build_prior(size: str, device: str = "cpu", dtype: torch.dtype = torch.float
 
 
 def text_conditions(prior: FlexTokPriorForCausalLM, batch_size: int, text_length: int = 12) -> tuple[dict, dict]:
-    """Random states of prompts and of the empty prompt, as the arguments `generate` takes."""
+    """Return random hidden states of prompts and of the empty prompt, as arguments of `generate`."""
     width, place = prior.config.text_hidden_size, {"device": prior.device, "dtype": prior.dtype}
     conditions = {"encoder_hidden_states": torch.randn(batch_size, text_length, width, **place)}
     negative = {"encoder_hidden_states": torch.randn(1, text_length, width, **place)}
@@ -81,20 +81,20 @@ def text_conditions(prior: FlexTokPriorForCausalLM, batch_size: int, text_length
 
 @torch.no_grad()
 def fill_zeros(model: nn.Module) -> None:
-    """Give layers that start at zero small weights, so that every part of the model has work to do."""
+    """Give zero-initialized layers small random weights, so that every part of the model affects the output."""
     for parameter in model.parameters():
         if not parameter.any():
             parameter.normal_(std=0.02)
 
 
 def block_flops(num_tokens: int, num_pairs: int, hidden_size: int) -> int:
-    """Operations of a transformer block for so many tokens, and so many pairs of a query and a key."""
+    """Return the FLOPs of a transformer block, given the number of tokens and of query-key pairs."""
     mlp_size = 2 * (4 * hidden_size) // 3
     return 2 * num_tokens * (4 * hidden_size**2 + 3 * hidden_size * mlp_size) + 4 * num_pairs * hidden_size
 
 
 def encoder_flops(config: FlexTokEncoderConfig, num_tokens: int = NUM_REGISTERS) -> int:
-    """Operations of the package's encoder per image; the last block computes registers only."""
+    """Return the FLOPs of the package's encoder per image; the last block computes registers only."""
     width, length = config.hidden_size, NUM_PATCHES + num_tokens
     pairs_of_registers = num_tokens * length
     whole = block_flops(length, NUM_PATCHES**2 + pairs_of_registers, width)
@@ -103,14 +103,14 @@ def encoder_flops(config: FlexTokEncoderConfig, num_tokens: int = NUM_REGISTERS)
 
 
 def decoder_flops(decoder: FlexTokFlowDecoder, num_slots: int = NUM_REGISTERS) -> int:
-    """Operations of one velocity per image, with so many slots for registers."""
+    """Return the FLOPs of one velocity per image, with `num_slots` registers in the sequence."""
     length = NUM_PATCHES + num_slots
     return decoder.config.num_layers * block_flops(length, length**2, decoder.config.hidden_size)
 
 
 @functools.cache
 def vae_flops() -> dict[str, int]:
-    """Operations of the VAE per image, counted without doing them."""
+    """Return the FLOPs of the VAE per image, counted on the meta device."""
     with torch.device("meta"):
         vae, pixel_values, latents = build_vae(), torch.empty(1, 3, 256, 256), torch.empty(1, 16, 32, 32)
     counts = {}
@@ -122,7 +122,7 @@ def vae_flops() -> dict[str, int]:
 
 
 def step_bytes(prior: FlexTokPriorForCausalLM) -> int:
-    """Bytes of weights that a step of the prior has to read: all but embeddings and what is done once per text."""
+    """Return the weight bytes that a step of the prior reads: no embeddings, nothing that runs once per text."""
     layers = [prior.head]
     for block in prior.blocks:
         cross = block.cross_attention

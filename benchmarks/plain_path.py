@@ -1,8 +1,8 @@
-"""The same models without any savings: what every speed-up is measured against, and must agree with.
+"""The same models without any optimization: the baseline for every speedup, and the reference for its results.
 
-The functions do the work that the official code does, one step after the other: all K registers whatever the number
-of tokens, a modulation vector for every position in every call, masks in full, guidance in two passes, a prior that
-reads the whole sequence again for each new token. They take the models of the package: both paths share their weights.
+The functions do all the work of the official code, step by step: all K registers for any number of tokens, a
+modulation vector for every position in every call, full masks, guidance in two passes, a prior that processes the
+whole sequence again for each new token. They take the models of the package, so both paths share their weights.
 
 Letters: B batch, C latent channels, h w latent grid, N patches, K registers, k codes, L = N + K, D hidden size, Q code
 dimensions.
@@ -18,7 +18,7 @@ from flextok_hf.pipelines.guidance import Guidance
 
 
 def features(encoder: FlexTokEncoder, latents: Tensor) -> Tensor:
-    """Features of all registers, (B, K, Q), from latents (B, C, h, w)."""
+    """Return the features of all registers, (B, K, Q), from latents (B, C, h, w)."""
     patches = encoder.patch_embedding(latents)
     registers = encoder.register_tokens.expand(latents.shape[0], -1, -1)
     hidden_states = torch.cat([patches, registers], dim=1)  # (B, L, D)
@@ -40,7 +40,7 @@ def velocity(
     num_tokens: Tensor,
     is_unconditional: bool,
 ) -> Tensor:
-    """Velocity (B, C, h, w) at noise levels (B,); `codes` (B, k, Q) of which `num_tokens` (B,) count."""
+    """Return the velocity (B, C, h, w) at noise levels (B,), from the first `num_tokens` (B,) of `codes` (B, k, Q)."""
     num_registers = decoder.config.num_registers
     patches = decoder.patch_embedding(noisy_latents)
     codes = F.pad(codes.to(patches.dtype), (0, 0, 0, num_registers - codes.shape[1]))
@@ -67,7 +67,7 @@ def velocity(
 
 
 def attend(attention: Attention, hidden_states: Tensor, mask: Tensor) -> Tensor:
-    """Self-attention of (B, L, D) under a mask (B, 1, L, L)."""
+    """Return the self-attention of (B, L, D) with a mask (B, 1, L, L)."""
     projections = (attention.to_q, attention.to_k, attention.to_v)
     query, key, value = (
         projection(hidden_states).unflatten(-1, (-1, attention.head_dim)) for projection in projections
@@ -79,7 +79,7 @@ def attend(attention: Attention, hidden_states: Tensor, mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def tokenize(pipe: FlexTokPipeline, pixel_values: Tensor) -> Tensor:
-    """Ids (B, K) of images (B, 3, H, W) in [-1, 1]."""
+    """Return the ids (B, K) of images (B, 3, H, W) in [-1, 1]."""
     latents = pixel_values
     if pipe.vae is not None:
         latents = pipe.vae.encode(pixel_values.to(pipe.vae.dtype)).latent_dist.mode() * pipe.vae.config.scaling_factor
@@ -91,7 +91,7 @@ def tokenize(pipe: FlexTokPipeline, pixel_values: Tensor) -> Tensor:
 def detokenize(
     pipe: FlexTokPipeline, token_ids: Tensor, latents: Tensor, num_inference_steps: int, guidance_scale: float
 ) -> Tensor:
-    """Images (B, 3, H, W), about [-1, 1], of ids (B, k) and noise (B, C, h, w), guided by APG in two passes."""
+    """Return images (B, 3, H, W), about [-1, 1], from ids (B, k) and noise (B, C, h, w), with APG in two passes."""
     codes = pipe.encoder.quantizer.ids_to_codes(token_ids)
     num_tokens = torch.full((len(codes),), codes.shape[1], device=codes.device)
     guide = Guidance("apg")
@@ -109,7 +109,7 @@ def detokenize(
 def generate(
     prior: FlexTokPriorForCausalLM, num_tokens: int, conditions: dict, negative: dict, guidance_scale: float
 ) -> Tensor:
-    """Greedy ids (B, num_tokens); `conditions` and `negative` are arguments of `forward` for the two halves."""
+    """Return greedy ids (B, num_tokens); `conditions` and `negative` are `forward` arguments for the two halves."""
     rows = {name: torch.cat([value, negative[name].expand_as(value)]) for name, value in conditions.items()}
     batch_size = len(next(iter(conditions.values())))
     token_ids = torch.empty(batch_size, 0, dtype=torch.int64, device=prior.device)

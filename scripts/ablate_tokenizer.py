@@ -1,9 +1,9 @@
-"""Change one thing at a time in the training of a small tokenizer, with several seeds each, and write a table.
+"""Ablate the training of a small tokenizer, one change at a time with several seeds each, and write a table.
 
     python scripts/ablate_tokenizer.py --config scripts/configs/ablation_tokenizer.yaml --output docs/results/ablations
 
-Every variant sees the same number of images, `joint_lengths_same_work` as much work. Finished runs are kept in
-`output_dir` of the configuration and not repeated, so that the script can be stopped at any time.
+All variants train on the same number of images, except `joint_lengths_same_work`: as much compute as the baseline.
+Finished runs are kept in `output_dir` of the configuration and not repeated, so the script can be stopped at any time.
 """
 
 import argparse
@@ -43,8 +43,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no_aids_against_collapse": {"unrounded_probability": 0.0, "feature_penalty": 0.0},
     "correlation_penalty": {"correlation_penalty": 0.5},
 }
-NUM_IMAGES = 256  # held out
-NOISE_LEVELS = (0.3, 0.5, 0.7, 0.9)  # at which the loss is measured
+NUM_IMAGES = 256  # held-out
+NOISE_LEVELS = (0.3, 0.5, 0.7, 0.9)  # where the loss is measured
 EULER_STEPS, GUIDANCE = 8, 2.0
 
 
@@ -66,15 +66,15 @@ def evaluate(pipe: FlexTokPipeline, images: torch.Tensor) -> dict[str, float]:
             losses.append((velocity - velocity_target(images, noise)).square().mean().item())
         figures[f"loss_{count}"] = statistics.mean(losses)
         for name, guidance_scale in (("psnr", 1.0), ("guided_psnr", GUIDANCE)):
-            drawn = pipe.detokenize(
+            decoded = pipe.detokenize(
                 token_ids[:, :count], EULER_STEPS, guidance_scale, latents=noise, output_type="pt"
             ).images
-            figures[f"{name}_{count}"] = peak_signal_to_noise(drawn, images / 2 + 0.5).mean().item()
+            figures[f"{name}_{count}"] = peak_signal_to_noise(decoded, images / 2 + 0.5).mean().item()
     return figures
 
 
 def steps_of_same_work(log: Path, joint_log: Path, steps: int) -> int:
-    """Steps with joint lengths that cost as much as `steps` without, by the operations that the logs report."""
+    """Return how many steps with joint lengths cost as much as `steps` without, by the FLOPs in the logs."""
 
     def work_per_image(path: Path) -> float:
         entry = json.loads(path.read_text().splitlines()[0])
@@ -84,7 +84,7 @@ def steps_of_same_work(log: Path, joint_log: Path, steps: int) -> int:
 
 
 def run_variant(base: TokenizerArguments, name: str, seed: int, images: torch.Tensor) -> dict[str, float]:
-    """Train one variant with one seed, unless that was done before, and measure it."""
+    """Train one variant with one seed and measure it; reuse the result if there is one."""
     folder = Path(base.output_dir) / f"{name}-{seed}"
     result = folder / "figures.json"
     if result.is_file():
@@ -100,7 +100,7 @@ def run_variant(base: TokenizerArguments, name: str, seed: int, images: torch.Te
 
 
 def table(results: dict[str, list[dict[str, float]]], columns: list[str]) -> str:
-    """Return a Markdown table of means over seeds, with the half distance between the extremes."""
+    """Return a Markdown table of means over seeds, plus or minus half the range."""
     lines = ["| variant | " + " | ".join(columns) + " |", "|" + " --- |" * (len(columns) + 1)]
     for name, runs in results.items():
         cells = []
@@ -114,11 +114,11 @@ def table(results: dict[str, list[dict[str, float]]], columns: list[str]) -> str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True, help="YAML file of the baseline")
+    parser.add_argument("--config", required=True, help="YAML file with the baseline configuration")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
-    parser.add_argument("--train_data", nargs="+", help="instead of those in the configuration")
-    parser.add_argument("--validation_data", nargs="+", help="instead of those in the configuration")
+    parser.add_argument("--train_data", nargs="+", help="replaces both datasets of the configuration")
+    parser.add_argument("--validation_data", nargs="+", help="validation data; ignored without --train_data")
     parser.add_argument("--output", type=Path, required=True, help="folder for table.md and figures.json")
     options = parser.parse_args()
     base = parse_arguments(TokenizerArguments, ["--config", options.config])
@@ -134,7 +134,7 @@ def main() -> None:
     )
     images = torch.stack([held_out[row]["pixel_values"] for row in range(len(held_out))])
     results: dict[str, list[dict[str, float]]] = {name: [] for name in options.variants}
-    for seed in options.seeds:  # all variants with one seed before the next, so that a stop leaves a whole table
+    for seed in options.seeds:  # seeds in the outer loop: an interrupted run still leaves a complete table
         for name in options.variants:
             results[name].append(run_variant(base, name, seed, images))
             print(name, seed, results[name][-1], flush=True)

@@ -1,4 +1,4 @@
-"""Turn official checkpoints into a model of this package; the same as `flextok convert`.
+"""Convert official checkpoints to a model of this package; same as `flextok convert`.
 
 python scripts/convert_checkpoint.py EPFL-VILAB/flextok_d18_d28_dfn --prior EPFL-VILAB/FlexAR-3B-T2I --output flextok
 """

@@ -1,14 +1,14 @@
-"""Draw the figures of README and documentation with a model, by default the embedded one.
+"""Create the figures of the README and the documentation with a model, by default the embedded one.
 
     python scripts/draw_figures.py
 
 Writes into `--output` (docs/assets):
 
     strip.webp         prompts at 1, 4, 16, 64 tokens (as many as the model has)
-    stream.webp        one prompt while its tokens are written, animated
-    prefixes.webp      images that the model was not trained on, as they come back from more and more tokens
-    first_token.webp   whole images, and what their first token alone says, from different noise
-    influence.webp     what each register reads: measured by disturbing patches and registers one at a time
+    stream.webp        animation of one prompt while its tokens are generated
+    prefixes.webp      images that the model was not trained on, reconstructed from more and more tokens
+    first_token.webp   whole images, and decodings of their first token alone from different noise
+    influence.webp     what each register attends to, measured by perturbing patches and registers one at a time
 """
 
 import argparse
@@ -27,7 +27,7 @@ from flextok_hf.utils.sheets import contact_sheet, token_count_title
 
 
 STRIP_COUNTS = (1, 4, 16, 64, 256)
-NUM_GUESSES = 4  # images drawn from one first token
+NUM_GUESSES = 4  # images decoded from one first token
 FRAME_MS = 700
 
 
@@ -55,7 +55,7 @@ def draw_prefixes(pipe: FlexTokPipeline, images: list[Path], seed: int) -> Image
 
 
 def draw_first_tokens(pipe: FlexTokPipeline, prompts: list[str], seed: int) -> Image.Image:
-    """Return a sheet with a row per prompt: the whole image, then its first token drawn from different noise."""
+    """Return a sheet with a row per prompt: the whole image, then its first token decoded from different noise."""
     rows = []
     for prompt in prompts:
         whole = pipe(prompt, generator=seeded(seed))
@@ -68,7 +68,7 @@ def draw_first_tokens(pipe: FlexTokPipeline, prompts: list[str], seed: int) -> I
 
 @torch.no_grad()
 def measure_influence(pipe: FlexTokPipeline, image: Path) -> Tensor:
-    """Return which registers change when one thing is disturbed, (K, N + K) boolean: patches first, then registers."""
+    """Return which registers change when one input is perturbed, (K, N + K) boolean: patches first, then registers."""
     encoder = pipe.encoder
     latents = encode_latents(pipe.vae, prepare_images(load_image(image), pipe.resolution))
     num_registers, size = encoder.config.num_registers, encoder.config.patch_size
@@ -80,11 +80,11 @@ def measure_influence(pipe: FlexTokPipeline, image: Path) -> Tensor:
     changed = []
     for top in range(0, latents.shape[2], size):
         for left in range(0, latents.shape[3], size):
-            disturbed = latents.clone()
-            disturbed[:, :, top : top + size, left : left + size] += 3.0
-            changed.append((features(disturbed) - before).abs().amax(dim=1) > 1e-5)
+            perturbed = latents.clone()
+            perturbed[:, :, top : top + size, left : left + size] += 3.0
+            changed.append((features(perturbed) - before).abs().amax(dim=1) > 1e-5)
     learned = encoder.register_tokens.clone()
-    push = torch.randn(learned.shape[-1], generator=seeded(0))  # no constant: layer norms would not see it
+    push = torch.randn(learned.shape[-1], generator=seeded(0))  # not a constant, which layer norm would cancel
     for register in range(num_registers):
         encoder.register_tokens[register] += push
         changed.append((features(latents) - before).abs().amax(dim=1) > 1e-5)
@@ -93,7 +93,7 @@ def measure_influence(pipe: FlexTokPipeline, image: Path) -> Tensor:
 
 
 def draw_influence(influence: Tensor, width: int = 720) -> Image.Image:
-    """Return the measured pattern as an image: a row per register, dark where it reads."""
+    """Return the measured pattern as an image: a row per register, dark where it depends on the input."""
     cell = width // influence.shape[1]
     num_registers = influence.shape[0]
     shades = torch.where(influence, 70, 235).byte()
@@ -106,11 +106,11 @@ def draw_influence(influence: Tensor, width: int = 720) -> Image.Image:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="folder or Hub id; by default the embedded model")
+    parser.add_argument("--model", help="folder or Hub id (default: the embedded model)")
     parser.add_argument("--output", type=Path, default=Path("docs/assets"), help="folder for the figures")
-    parser.add_argument("--prompts", nargs="+", default=["a cat", "a red apple", "a 3d rocket"], help="what to draw")
-    parser.add_argument("--images", type=Path, nargs="+", help="to reconstruct; by default those in docs/assets")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same figures")
+    parser.add_argument("--prompts", nargs="+", default=["a cat", "a red apple", "a 3d rocket"], help="prompts")
+    parser.add_argument("--images", type=Path, nargs="+", help="images to reconstruct (default: those in docs/assets)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same figures")
     return parser.parse_args()
 
 

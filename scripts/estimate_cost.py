@@ -1,10 +1,10 @@
-"""Say what a training will cost, from its configuration alone: nothing is downloaded, and nothing trained.
+"""Estimate the cost of a training run from its configuration alone, without downloads or training.
 
     python scripts/estimate_cost.py tokenizer scripts/configs/paper/tokenizer_d12_d12.yaml ... --num_processes 64
     python scripts/estimate_cost.py prior scripts/configs/paper/prior_class_49m.yaml ... --num_processes 16
 
-Operations are counted at full length on PyTorch's meta device, activations in bfloat16 for one image and one or two
-blocks on the CPU. Frozen text encoders and REPA networks are not counted. Hours assume the share in the header.
+FLOPs are counted at full length on PyTorch's meta device, activations in bfloat16 for one image and one or two
+blocks on the CPU. Frozen text encoders and REPA networks are not counted. Hours assume the utilization in the header.
 """
 
 import argparse
@@ -24,10 +24,10 @@ from flextok_hf.utils.flops import FlopCounter
 from flextok_hf.utils.option_parsing import parse_arguments
 
 
-H100_FLOPS = 989e12  # bfloat16, dense, by the data sheet
+H100_FLOPS = 989e12  # bfloat16, dense, from the data sheet
 ASSUMED_SHARE = 0.4
-BYTES_PER_WEIGHT = 20  # float32: weight, gradient, two moments of AdamW, average
-TEXT_LENGTH, TEXT_WIDTH = 32, 2048  # pieces of a caption; width of Flan-T5-XL
+BYTES_PER_WEIGHT = 20  # float32: weight, gradient, two AdamW moments, EMA
+TEXT_LENGTH, TEXT_WIDTH = 32, 2048  # tokens of a caption; width of Flan-T5-XL
 CODEBOOK_SIZE, NUM_REGISTERS, NUM_CLASSES = 64_000, 256, 1000
 HEADER = (
     "configuration",
@@ -58,14 +58,14 @@ def vae_work(arguments: VaeArguments, dtype: torch.dtype) -> Work:
 
 def tokenizer_work(arguments: TokenizerArguments, dtype: torch.dtype) -> Work:
     vae = None
-    if arguments.vae is not None:  # of the published shape, whose number of channels ends its name
+    if arguments.vae is not None:  # of the published shape; its name ends in the number of channels
         channels = int(arguments.vae.rpartition("_c")[2])
         vae = build_vae(VaeArguments(output_dir="", resolution=arguments.resolution, latent_channels=channels))
     encoder, decoder = build_tokenizer(arguments, vae)
     side = encoder.config.grid_size * encoder.config.patch_size
     latents = torch.zeros(1, encoder.config.in_channels, side, side, dtype=dtype)
     for model in (encoder, decoder):
-        model.to(latents.device, dtype)  # their tables of positions are made on the CPU in any case
+        model.to(latents.device, dtype)  # their position tables are always created on the CPU
     images = torch.zeros(1, 3, arguments.resolution, arguments.resolution)
     copies = 2 if arguments.joint_lengths else 1
 
@@ -99,7 +99,7 @@ def count_weights(work: Work) -> int:
 
 
 def activation_bytes(work: Work) -> int:
-    """Bytes that the backward pass needs, apart from weights."""
+    """Return the bytes saved for the backward pass, without weights."""
     seen = {weight.untyped_storage().data_ptr() for module in work.trained for weight in module.parameters()}
     kept = {}
 
@@ -110,11 +110,11 @@ def activation_bytes(work: Work) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         outputs = work.forward()
     del outputs
-    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in seen)
+    return sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in seen)
 
 
 def estimate_activations(stage: str, arguments: TrainingArguments) -> int:
-    """Measure one and two blocks, and extend the line to all of them: the whole model need not fit into memory."""
+    """Measure one and two blocks and extrapolate to all of them, so that the full model need not fit in memory."""
     _, build, layer_options = STAGES[stage]
     if not layer_options:
         return activation_bytes(build(arguments, torch.float32)) // 2
@@ -156,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("configs", type=Path, nargs="+")
-    parser.add_argument("--num_processes", type=int, default=1, help="that share the images of a step")
+    parser.add_argument("--num_processes", type=int, default=1, help="processes that share the images of a step")
     options = parser.parse_args()
     print("| " + " | ".join(HEADER) + " |")
     print("|" + " --- |" * len(HEADER))

@@ -1,12 +1,12 @@
-"""Measure a model, and compare two measurements.
+"""Evaluate a model, or compare two measurements.
 
     python scripts/evaluate.py reconstruction --data data/embedded128 --output docs/results/embedded
     python scripts/evaluate.py generation --data data/embedded128 --output docs/results/embedded --max_prompts 100
     python scripts/evaluate.py complexity --data data/embedded128 --output docs/results/embedded --max_prompts 100
     python scripts/evaluate.py compare first/reconstruction.json second/reconstruction.json
 
-Several processes share the work under `accelerate launch` or `torchrun`. A measurement that was stopped goes on when
-it is started again with the same options. Needs the extra `flextok_hf[eval]`.
+Several processes share the work under `accelerate launch` or `torchrun`. An interrupted measurement resumes when
+started again with the same options. Requires the extra `flextok_hf[eval]`.
 """
 
 import sys
@@ -28,7 +28,7 @@ MEASUREMENTS = {
 
 
 def compare(paths: list[str]) -> str:
-    """Return a table of all figures that two result files share."""
+    """Return a table of all metrics that two result files share."""
     if len(paths) != 2:
         raise SystemExit("usage: evaluate.py compare FIRST.json SECOND.json")
     rows = compare_records(*map(read_record, paths))
@@ -37,7 +37,7 @@ def compare(paths: list[str]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """Run the command named by the first argument with the options that follow."""
+    """Run the command given by the first argument with the options that follow."""
     commands = (*MEASUREMENTS, "compare")
     if not argv or argv[0] not in commands:
         raise SystemExit(f"usage: evaluate.py {{{','.join(commands)}}} [OPTIONS]; --help after the command lists them")

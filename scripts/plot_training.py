@@ -1,8 +1,8 @@
-"""Draw the curves of trainings from their logs: each figure of the log in a panel, each run in a color.
+"""Plot training curves from logs: a panel per metric, a color per run.
 
     python scripts/plot_training.py runs/caltech_tokenizer --figures loss psnr_1 psnr_32 --output curves.png
 
-Needs matplotlib: pip install "flextok_hf[eval]".
+Requires matplotlib: pip install "flextok_hf[eval]".
 """
 
 import argparse
@@ -14,26 +14,26 @@ import matplotlib
 
 matplotlib.use("Agg")  # files only, no window
 
-from matplotlib import pyplot  # noqa: E402, the line above decides what it loads
+from matplotlib import pyplot  # noqa: E402, after the backend is set
 
 
 DEFAULT_FIGURES = ("loss", "validation_loss", "grad_norm", "lr")
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
-    """Return the entries of a training's log."""
+    """Return the entries of a training log."""
     path = folder / "log.jsonl"
     if not path.is_file():
-        raise SystemExit(f"{folder} has no log.jsonl: name output folders of trainings.")
+        raise SystemExit(f"{folder} has no log.jsonl. Pass output folders of training runs.")
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def plot(logs: dict[str, list[dict[str, float]]], figures: list[str], output: Path) -> None:
-    """Draw one panel per figure that at least one of the logs has."""
+    """Plot one panel per metric, each of which must occur in at least one log."""
     known = {name for log in logs.values() for entry in log for name in entry}
     missing = [name for name in figures if name not in known]
     if missing:
-        raise SystemExit(f"No log has {', '.join(missing)}. There are: {', '.join(sorted(known - {'step'}))}.")
+        raise SystemExit(f"No log has {', '.join(missing)}. Available: {', '.join(sorted(known - {'step'}))}.")
     canvas, panels = pyplot.subplots(1, len(figures), figsize=(4 * len(figures), 3), squeeze=False)
     for panel, name in zip(panels[0], figures, strict=True):
         for run, log in logs.items():
@@ -51,9 +51,9 @@ def plot(logs: dict[str, list[dict[str, float]]], figures: list[str], output: Pa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", type=Path, nargs="+", help="output folders of trainings")
+    parser.add_argument("runs", type=Path, nargs="+", help="output folders of training runs")
     parser.add_argument(
-        "--figures", nargs="+", default=list(DEFAULT_FIGURES), help="what to draw, as named in the log"
+        "--figures", nargs="+", default=list(DEFAULT_FIGURES), help="metrics to plot, as named in the log"
     )
     parser.add_argument("--output", type=Path, required=True, help="image file")
     options = parser.parse_args()

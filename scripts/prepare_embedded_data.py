@@ -1,25 +1,25 @@
-r"""Make the embedded model's training sets: emoji with plain captions, and photos of things.
+r"""Create the training sets of the embedded model: emoji with simple captions, and photos of objects.
 
     python scripts/prepare_embedded_data.py --emoji emoji128 --photos caltech101_128 --max_photos 3500 \
         --output data/embedded128
     python scripts/prepare_embedded_data.py --emoji emoji128 --photos caltech101_128 --max_photos 1200 \
         --everyday_only --styles 3d flat gradient noto --output data/everyday128
 
-The first set has emoji of all names and styles; the second, for the later parts of the training, everyday ones only.
+The first set has emoji of all names and styles; the second, for the later training stages, has everyday names only.
 
-`--emoji` is a folder (or a Hub data set) with the splits train and validation and the columns image, name and style;
-`--photos` one with image and name. `--output` receives train.parquet and validation.parquet with the columns
+`--emoji` is a folder or a Hub dataset with the splits train and validation and the columns image, name and style;
+`--photos` is the same with the columns image and name. Writes train.parquet and validation.parquet with the columns
 
     image            lossy WebP, RGB, resolution x resolution
-    captions         list of wordings, styled and unstyled; draw one per training step
-    name             what a person calls it ("car", not "automobile")
+    captions         list of phrasings, with and without style; training samples one per step
+    name             the common name ("car", not "automobile")
     style            3d, flat, gradient, noto, monochrome, plain (flags) or photo
-    everyday         whether the name is in the list of everyday names
+    everyday         whether the name is on the list of everyday names
     split            train or validation
-    prompt           the plain wording ("a car")
-    styled_prompt    the wording with the style ("a 3d car"); the plain one where there is no style to name
+    prompt           the phrasing without style ("a car")
+    styled_prompt    the phrasing with style ("a 3d car"); same as prompt if there is no style to mention
 
-The validation split is the source's own: emoji whose name is in train in another style, and photos of known things.
+The validation split is that of the source: emoji whose name is in train in another style, and photos of known classes.
 """
 
 import argparse
@@ -36,9 +36,9 @@ from flextok_hf.pipelines.images import resize_and_crop, to_rgb
 
 FORMS = ("count", "plural", "mass", "unique", "either")
 DEFAULT_NAMES_FILE = Path(__file__).parent / "configs" / "embedded_names.txt"
-# Rude, or letters of an alphabet rather than things.
+# Offensive, or letters rather than objects.
 EXCLUDED_NAMES = ("middle finger", "regional indicator")
-# Folder names of the photos that nobody would type.
+# Photo folder names that nobody would type as a prompt.
 PHOTO_NAMES = {
     "Leopards": "leopard",
     "Motorbikes": "motorcycle",
@@ -49,9 +49,9 @@ PHOTO_NAMES = {
     "sea horse": "seahorse",
     "water lilly": "water lily",
 }
-WEBP_QUALITY = {"photo": 80}  # drawings get 90: their edges show compression sooner
+WEBP_QUALITY = {"photo": 80}  # drawings use 90: compression artifacts are more visible at their edges
 
-# Letters deceive: a vowel letter that sounds like a consonant, and the reverse.
+# Exceptions: words whose initial vowel letter sounds like a consonant, and the reverse.
 A_DESPITE_VOWEL = ("uni", "ufo", "eu", "one", "use", "uku")
 AN_DESPITE_CONSONANT = ("hour", "honest", "heir", "x-ray")
 
@@ -72,13 +72,13 @@ STYLED_WORDINGS = {
     "plain": (),
 }
 STYLE_WORDS = {"monochrome": "black and white"}
-# Nobody who says "a cat" expects a black and white drawing or a photo from a model of emoji.
+# A user who asks an emoji model for "a cat" does not expect a black and white drawing or a photo.
 STYLES_NAMED_ALWAYS = ("monochrome", "photo")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Noun:
-    """A name to train on: how the source and how people call it, and how it is inflected."""
+    """A name to train on: the name in the source, the common name, and how it is inflected."""
 
     source_name: str
     name: str
@@ -87,7 +87,7 @@ class Noun:
 
 
 def read_names(lines: Iterable[str]) -> list[Noun]:
-    """Parse lines of `source name [= name] [; form] [; synonym, synonym]`; empty lines and `#` lines are skipped.
+    """Parse lines of `source name [= name] [; form] [; synonym, synonym]`, skipping empty lines and `#` comments.
 
     Raises:
         ValueError: if a form is unknown, or two nouns share a name or a synonym.
@@ -109,14 +109,14 @@ def read_names(lines: Iterable[str]) -> list[Noun]:
         for word in (noun.name, *noun.synonyms):
             if word in owner:
                 raise ValueError(
-                    f"{word!r} stands for both {owner[word]!r} and {noun.name!r}; give it to one of them."
+                    f"{word!r} stands for both {owner[word]!r} and {noun.name!r}; assign it to one of them."
                 )
             owner[word] = noun.name
     return nouns
 
 
 def article_for(word: str) -> str:
-    """Return `a` or `an`, by the sound of the first word as far as its letters tell."""
+    """Return `a` or `an`, by the sound of the first word as far as its spelling shows."""
     if word.startswith(AN_DESPITE_CONSONANT):
         return "an"
     is_vowel = word[0] in "aeiou" and not word.startswith(A_DESPITE_VOWEL)
@@ -124,21 +124,21 @@ def article_for(word: str) -> str:
 
 
 def noun_phrases(word: str, form: str, style_word: str | None = None) -> list[str]:
-    """Return the word with its articles, the best one first: `a cat`, `a 3d cat`, `grapes`, `the sun` and `a sun`."""
+    """Return the word with its articles, the best first: `a cat`, `a 3d cat`, `grapes`, `the sun`, `a sun`."""
     bare = word if style_word is None else f"{style_word} {word}"
     if form in ("plural", "mass"):
         return [bare]
     indefinite = f"{article_for(bare)} {bare}"
-    if form == "either":  # not known: both are learned
+    if form == "either":  # unknown: train on both
         return [bare, indefinite]
     if form == "unique":
-        # "the 3d sun" would be odd: with a style it is one of several
+        # "the 3d sun" would sound odd: with a style it is one of several
         return [f"the {bare}", indefinite] if style_word is None else [indefinite]
     return [indefinite]
 
 
 def make_captions(noun: Noun, style: str) -> list[str]:
-    """Return distinct wordings of one image, with and without its style, for its name and its synonyms."""
+    """Return distinct phrasings for one image, with and without its style, for its name and its synonyms."""
     plain = () if style in STYLES_NAMED_ALWAYS else PLAIN_WORDINGS
     captions = []
     for word in (noun.name, *noun.synonyms):
@@ -150,7 +150,7 @@ def make_captions(noun: Noun, style: str) -> list[str]:
 
 
 def compress(image: PILImage.Image, resolution: int, style: str) -> bytes:
-    """Cut and reduce an image to a square and return it as WebP: a fifth of the size of PNG."""
+    """Crop and resize an image to a square and return it as WebP, a fifth of the size of PNG."""
     buffer = io.BytesIO()
     square = resize_and_crop(to_rgb(image), resolution)
     square.save(buffer, "WEBP", quality=WEBP_QUALITY.get(style, 90), method=6)
@@ -158,7 +158,7 @@ def compress(image: PILImage.Image, resolution: int, style: str) -> bytes:
 
 
 def choose(source: DatasetDict, names: set[str] | None, styles: Sequence[str]) -> DatasetDict:
-    """Keep the emoji of some styles, and of some names or, with `None`, of all."""
+    """Keep the emoji of the given styles and names (`None`: all names)."""
 
     def is_wanted(name: str, style: str) -> bool:
         return style in styles and (names is None or name in names)
@@ -167,9 +167,9 @@ def choose(source: DatasetDict, names: set[str] | None, styles: Sequence[str]) -
 
 
 def make_rows(records: Dataset, noun_of: dict[str, Noun], style: str | None, resolution: int) -> Iterator[dict]:
-    """Yield the rows of one split; `style` is that of all images, or `None` where a column says it.
+    """Yield the rows of one split; `style` applies to all images, or is `None` if the style is a column.
 
-    A name that is not in `noun_of` stands for itself, lower case, with or without an article.
+    A name that is not in `noun_of` is used in lower case, with and without an article.
     """
     for record in records:
         source_name = record["name"].replace("_", " ")
@@ -196,10 +196,10 @@ def make_rows(records: Dataset, noun_of: dict[str, Noun], style: str | None, res
 def prepare(
     sources: Iterable[tuple[DatasetDict, str | None]], nouns: Iterable[Noun], resolution: int
 ) -> dict[str, Dataset]:
-    """Caption, crop and reduce; see the module docstring for the columns.
+    """Caption, crop and resize; see the module docstring for the columns.
 
     Args:
-        sources: data sets with the splits train and validation, and the style of all their images or `None`.
+        sources: datasets with the splits train and validation, each with the style of all its images or `None`.
         nouns: everyday names, with their inflection and synonyms.
         resolution: side of the images in pixels.
 
@@ -218,17 +218,17 @@ def prepare(
     found = {row["name"] for rows in splits.values() for row in rows}
     missing = sorted(noun.source_name for noun in noun_of.values() if noun.name not in found)
     if missing:
-        raise ValueError(f"The sources have no image of {missing}; correct the list of names.")
+        raise ValueError(f"The sources have no image of {missing}. Correct the list of names.")
     return {split: Dataset.from_list(rows, features=features) for split, rows in splits.items()}
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--emoji", required=True, help="folder with parquet files, or a Hub data set")
-    parser.add_argument("--photos", help="the same for photos; none: emoji only")
-    parser.add_argument("--everyday_only", action="store_true", help="emoji of everyday names only")
+    parser.add_argument("--emoji", required=True, help="folder with parquet files, or a Hub dataset")
+    parser.add_argument("--photos", help="the same for photos (default: emoji only)")
+    parser.add_argument("--everyday_only", action="store_true", help="keep only emoji with everyday names")
     parser.add_argument("--styles", nargs="+", default=list(STYLED_WORDINGS), choices=STYLED_WORDINGS, help="of emoji")
-    parser.add_argument("--max_photos", type=int, help="draw this many training photos")
+    parser.add_argument("--max_photos", type=int, help="number of training photos, chosen at random (all)")
     parser.add_argument("--output", required=True, type=Path, help="folder for train.parquet and validation.parquet")
     parser.add_argument("--names", type=Path, default=DEFAULT_NAMES_FILE, help="list of everyday names, one per line")
     parser.add_argument("--resolution", type=int, default=128, help="side of the images in pixels")
@@ -242,7 +242,7 @@ def main() -> None:
     sources = [(choose(load_dataset(arguments.emoji), names, arguments.styles), None)]
     if arguments.photos:
         photos = load_dataset(arguments.photos)
-        if arguments.max_photos is not None:  # spread over the classes, in which the source is sorted
+        if arguments.max_photos is not None:  # shuffled first, because the source is sorted by class
             photos["train"] = photos["train"].shuffle(seed=0).take(arguments.max_photos)
         sources.append((photos, "photo"))
     prepared = prepare(sources, nouns, arguments.resolution)

@@ -1,20 +1,19 @@
-r"""Make the data of the study in docs/reproduction.md: one drawn shape per image, and prompts of growing detail.
+r"""Create the data of the study in docs/reproduction.md: one shape per image, and increasingly detailed prompts.
 
     python scripts/prepare_reproduction_data.py --output data/reproduction
 
 Writes train.parquet and validation.parquet with the columns
 
     image            PNG, RGB, resolution x resolution
-    captions         the three prompts; draw one per training step
+    captions         the three prompts; training samples one per step
     color_prompt     the color only ("a red shape")
     object_prompt    shape, color and size ("a large red circle")
     scene_prompt     a full sentence ("a large red circle in the top left")
-    shape, color, size, place   what the image shows
-    object           size, color and shape together, the classes of a feature network
+    shape, color, size, place   attributes of the image
+    object           size, color and shape combined, the classes of a feature network
 
-The scenes are those of `flextok_hf.data.synthetic` with one shape on gray, made larger: 480 combinations, and a little
-play in position. About half of the validation split shows a combination of shape and color that the train split never
-has.
+The scenes are the single-shape ones of `flextok_hf.data.synthetic` on gray, enlarged: 480 combinations, plus a little
+positional jitter. About half of the validation images show a shape-color combination that is not in the train split.
 """
 
 import argparse
@@ -32,10 +31,10 @@ from flextok_hf.utils.files import write_atomically
 
 PROMPTS = ("color_prompt", "object_prompt", "scene_prompt")
 ATTRIBUTES = ("shape", "color", "size", "place")
-# A background that varies makes up nine tenths of the variance of pixels, and a short training learns nothing else.
+# A varying background makes up nine tenths of the pixel variance, and a short training run learns nothing else.
 BACKGROUND = "gray"
-DIAMETERS = {"small": 0.36, "large": 0.64}  # in sides of the image
-SPREAD = 0.68  # of the places around the middle, so that large shapes stay in the image
+DIAMETERS = {"small": 0.36, "large": 0.64}  # as a fraction of the image side
+SPREAD = 0.68  # scale of the offsets from the center, so that large shapes stay inside the image
 
 
 def describe(scene: Scene) -> dict[str, str]:
@@ -55,13 +54,13 @@ def describe(scene: Scene) -> dict[str, str]:
 
 
 def single_scenes(split: str, seed: int) -> Iterator[Scene]:
-    """Yield the scenes of the synthetic data set that show one shape on `BACKGROUND`, without end."""
+    """Yield scenes of the synthetic dataset with one shape on `BACKGROUND`, indefinitely."""
     scenes = (make_scene(index, seed, split) for index in count())
     return (scene for scene in scenes if len(scene.objects) == 1 and scene.background == BACKGROUND)
 
 
 def enlarge(scene: Scene) -> Scene:
-    """Return the scene with larger shapes, closer to the middle."""
+    """Return the scene with larger shapes, closer to the center."""
     objects = [
         replace(item, diameter=DIAMETERS[item.size], x=0.5 + SPREAD * (item.x - 0.5), y=0.5 + SPREAD * (item.y - 0.5))
         for item in scene.objects
@@ -86,9 +85,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, type=Path, help="folder for train.parquet and validation.parquet")
     parser.add_argument("--resolution", type=int, default=24, help="side of the images in pixels")
-    parser.add_argument("--num_train", type=int, default=8000, help="images of the split train")
-    parser.add_argument("--num_validation", type=int, default=500, help="images of the split validation")
-    parser.add_argument("--seed", type=int, default=0, help="another seed gives other images")
+    parser.add_argument("--num_train", type=int, default=8000, help="number of training images")
+    parser.add_argument("--num_validation", type=int, default=500, help="number of validation images")
+    parser.add_argument("--seed", type=int, default=0, help="a different seed gives different images")
     options = parser.parse_args(argv)
     options.output.mkdir(parents=True, exist_ok=True)
     for split, size in (("train", options.num_train), ("validation", options.num_validation)):

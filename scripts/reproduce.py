@@ -1,9 +1,9 @@
-r"""Run the study of docs/reproduction.md: data, models, measurements, summary. Finished steps are not done again.
+r"""Run the study of docs/reproduction.md: data, models, measurements, summary. Finished steps are skipped.
 
     python scripts/reproduce.py --output runs/reproduction --results docs/results/reproduction
 
-One flexible tokenizer, a two-dimensional grid, and tokenizers of one fixed length each, all of one recipe and budget,
-with a prior for each. `--toy` runs every step in miniature to see that it works; its figures mean nothing.
+One flexible tokenizer, a two-dimensional grid, and one tokenizer per fixed length, all with the same recipe and budget
+and a prior for each. `--toy` runs every step in miniature to check that it works; its results are meaningless.
 """
 
 import argparse
@@ -20,17 +20,17 @@ from prepare_reproduction_data import main as prepare_data
 SCRIPTS = Path(__file__).parent
 CONFIGS = SCRIPTS / "configs" / "reproduction"
 
-# What each tokenizer changes in the recipe.
+# Changes of each tokenizer to the recipe.
 MODELS: dict[str, dict[str, str]] = {
     "flexible": {},
-    # registers bring a modulation of their own; one block more gives the grid as many parameters
+    # registers have their own modulation; one more block gives the grid a similar number of parameters
     "grid": {"token_layout": "grid", "decoder_num_layers": "5"},
     "fixed-2": {"num_registers": "2", "full_length_probability": "1"},
     "fixed-4": {"num_registers": "4", "full_length_probability": "1"},
     "fixed-16": {"num_registers": "16", "full_length_probability": "1"},
 }
 MEASUREMENTS = ("reconstruction", "generation")
-DETAIL_MODELS = ("flexible", "grid")  # whose tokens per condition are counted: the others have one length
+DETAIL_MODELS = ("flexible", "grid")  # measured for complexity; the others have a single length
 
 TOY_DATA = {"num_train": "120", "num_validation": "40"}
 TOY_TRAINING = {"max_train_steps": "4", "train_batch_size": "8", "lr_warmup_steps": "1"}
@@ -43,12 +43,12 @@ TOY_MEASUREMENTS = {
 
 
 def flags(values: dict[str, str]) -> list[str]:
-    """Return options as words of a command line."""
+    """Return options as command line arguments."""
     return [word for name, value in values.items() for word in (f"--{name}", value)]
 
 
 def training_steps(options: argparse.Namespace) -> Iterator[tuple[Path, list[str]]]:
-    """Yield what each training makes, and its command."""
+    """Yield the output of each training run and its command."""
     data = ["--train_data", str(options.data / "train.parquet"), "--resume_from_checkpoint", "latest"]
     toy = flags(TOY_TRAINING) if options.toy else []
     for name, changes in MODELS.items():
@@ -61,7 +61,7 @@ def training_steps(options: argparse.Namespace) -> Iterator[tuple[Path, list[str
 
 
 def measuring_steps(options: argparse.Namespace) -> Iterator[tuple[Path, list[str]]]:
-    """Yield the result file of each measurement, and its command."""
+    """Yield the result file of each measurement and its command."""
     for name in MODELS:
         for kind in (*MEASUREMENTS, *(["complexity"] if name in DETAIL_MODELS else [])):
             folder = options.results / name
@@ -80,10 +80,10 @@ def measuring_steps(options: argparse.Namespace) -> Iterator[tuple[Path, list[st
 
 
 def run(steps: Iterator[tuple[Path, list[str]]]) -> None:
-    """Run the steps whose result is not there yet, each in a process of its own."""
+    """Run the steps whose result does not exist yet, each in its own process."""
     for result, (script, *words) in steps:
         if result.exists():
-            print(f"{result} is there")
+            print(f"{result} exists, skipped")
             continue
         print(f"{result} ...", flush=True)
         subprocess.run([sys.executable, str(SCRIPTS / script), *words], check=True)
@@ -91,12 +91,12 @@ def run(steps: Iterator[tuple[Path, list[str]]]) -> None:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("data/reproduction"), help="made if missing")
+    parser.add_argument("--data", type=Path, default=Path("data/reproduction"), help="data folder; created if missing")
     parser.add_argument("--output", type=Path, default=Path("runs/reproduction"), help="models and their checkpoints")
     parser.add_argument(
         "--results", type=Path, default=Path("docs/results/reproduction"), help="result files, curves, summary"
     )
-    parser.add_argument("--toy", action="store_true", help="every step in miniature; give it folders of its own")
+    parser.add_argument("--toy", action="store_true", help="every step in miniature; use separate folders")
     return parser.parse_args(argv)
 
 

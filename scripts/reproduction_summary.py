@@ -1,6 +1,6 @@
-"""Result files of the study -> its summary: the models side by side, and what held of the paper's claims.
+"""Summarize the result files of the study: the models side by side, and which of the paper's claims held.
 
-A difference counts only if the 95% intervals of the two figures are apart; otherwise the study cannot tell.
+A difference counts only if the 95% intervals of the two figures do not overlap; otherwise the result is inconclusive.
 """
 
 import json
@@ -19,11 +19,11 @@ RECONSTRUCTION = {
     "frechet_distance": "Frechet distance (shapes_resnet), reconstructed",
 }
 GENERATION = {
-    "all": "drawn images with the color, size and place asked for",
+    "all": "generated images with the requested color, size and place",
     "color": "with the color",
     "size": "with the size",
     "place": "with the place",
-    "frechet_distance": "Frechet distance (shapes_resnet), drawn",
+    "frechet_distance": "Frechet distance (shapes_resnet), generated",
     "precision": "precision",
     "recall": "recall",
 }
@@ -32,18 +32,18 @@ Figure = dict[str, float]
 
 
 def judge(key: str, first: Figure, second: Figure) -> str:
-    """Say how the second figure compares with the first: better, worse, or not to be told apart."""
+    """Return how the second figure compares with the first: better, worse, or no clear difference."""
     sign = -1 if key in LOWER_IS_BETTER else 1
     if second["low"] > first["high"]:
         return "better" if sign > 0 else "worse"
     if second["high"] < first["low"]:
         return "worse" if sign > 0 else "better"
-    return "cannot be told apart"
+    return "no clear difference"
 
 
 def conclude(key: str, first: Figure, second: Figure) -> str:
-    """Say whether the claim held that the second figure is better than the first."""
-    return {"better": "held", "worse": "did not hold"}.get(judge(key, first, second), "cannot be told")
+    """Return whether the claim held that the second figure is better than the first."""
+    return {"better": "held", "worse": "did not hold"}.get(judge(key, first, second), "inconclusive")
 
 
 def figure_of(records: dict, model: str, kind: str, count: int | str, key: str) -> Figure | None:
@@ -68,7 +68,7 @@ def side_by_side(records: dict, kind: str, keys: dict[str, str]) -> list[str]:
 
 
 def claim_lengths(records: dict) -> list[str]:
-    """Plausible images at every length: drawn images from one token, next to models that never learned to stop."""
+    """Plausible images at every length: images from one token, compared with a cut fixed-length model and the grid."""
     counts = records["flexible"]["generation"]["token_counts"]
     longest = max((name for name in records if name.startswith("fixed-")), key=lambda name: int(name.split("-")[1]))
     few, cut, grid = (
@@ -79,11 +79,11 @@ def claim_lengths(records: dict) -> list[str]:
     held = conclude("frechet_distance", cut, few)
     precision = [figure_of(records, "flexible", "generation", count, "precision") for count in (counts[0], counts[-1])]
     return [
-        f"**Plausible images at every length: {held}.** The Frechet distance of images drawn with {counts[0]}"
+        f"**Plausible images at every length: {held}.** The Frechet distance of images generated with {counts[0]}"
         f" token is {interval_text(few)}, and {interval_text(cut)} for {longest} cut to {counts[0]}; with {counts[-1]}"
-        f" tokens it is {interval_text(every)}. The grid with {counts[0]} token has {interval_text(grid)}; next to it,"
-        f" the ordered model: {judge('frechet_distance', grid, few)}. Precision is {interval_text(precision[0])} with"
-        f" {counts[0]} token and {interval_text(precision[1])} with {counts[-1]}."
+        f" tokens it is {interval_text(every)}. The grid with {counts[0]} token has {interval_text(grid)}; the ordered"
+        f" model compared with it: {judge('frechet_distance', grid, few)}. Precision is {interval_text(precision[0])}"
+        f" with {counts[0]} token and {interval_text(precision[1])} with {counts[-1]}."
     ]
 
 
@@ -94,8 +94,8 @@ def claim_more_tokens(records: dict) -> list[str]:
     for kind, key, title in (
         ("reconstruction", "psnr_db", "PSNR of reconstructions"),
         ("reconstruction", "frechet_distance", "Frechet distance of reconstructions"),
-        ("generation", "all", "adherence of drawn images to full sentences"),
-        ("generation", "frechet_distance", "Frechet distance of drawn images"),
+        ("generation", "all", "adherence of generated images to full sentences"),
+        ("generation", "frechet_distance", "Frechet distance of generated images"),
     ):
         first, last = (figure_of(records, "flexible", kind, count, key) for count in (counts[0], counts[-1]))
         lines.append(
@@ -113,42 +113,40 @@ def claim_simple_conditions(records: dict) -> list[str]:
     values = [point(figure) for figure in known.values()]
     simple, detailed = (list(known.values())[index] for index in (0, -1)) if known else ({}, {})
     if len(known) < 2:
-        held = "cannot be told"
+        held = "inconclusive"
     elif values != sorted(values) or values[0] >= values[-1]:
         held = "did not hold"
     else:
-        held = "held" if simple["high"] < detailed["low"] else "cannot be told"
-    return [
-        f"**Fewer tokens suffice for simpler conditions: {held}.** Tokens needed, by what was asked for: {listed}."
-    ]
+        held = "held" if simple["high"] < detailed["low"] else "inconclusive"
+    return [f"**Fewer tokens suffice for simpler conditions: {held}.** Tokens needed, by condition: {listed}."]
 
 
 def claim_one_token(records: dict) -> list[str]:
-    """How much of what a condition can get one token gives: the share of the adherence with all tokens."""
+    """One token covers more of a simple condition: adherence as a share of the best with any number of tokens."""
     shares = {}
     for level, by_count in records["flexible"]["complexity"]["results"].items():
         adherence = {int(count): figures["adherence"] for count, figures in by_count.items()}
         best = max(figure["share"] for figure in adherence.values())
         if best > 0:
             shares[level] = {key: adherence[min(adherence)][key] / best for key in ("share", "low", "high")}
-    held = "cannot be told"
+    held = "inconclusive"
     if len(shares) > 1:
         simple, *_, detailed = shares.values()
         held = conclude("share", detailed, simple)
     listed = "; ".join(f"{level}: {interval_text(figure)}" for level, figure in shares.items())
     return [
-        f"**One token gives more of what a simple condition asks for: {held}.** Adherence with the fewest tokens, in"
-        f" shares of the best with any number, whose own interval is left out: {listed}."
+        f"**One token covers more of a simple condition: {held}.** Adherence with the fewest tokens, as a share of"
+        f" the best with any number, whose own interval is ignored: {listed}."
     ]
 
 
 def claim_order(records: dict) -> list[str]:
-    """One-dimensional order against a two-dimensional grid, at every number of tokens."""
+    """Ordered tokens against a two-dimensional grid, at every number of tokens."""
     lines = []
     for kind, key, title in (
         ("reconstruction", "psnr_db", "PSNR of reconstructions"),
         ("reconstruction", "frechet_distance", "Frechet distance of reconstructions"),
-        ("generation", "all", "adherence of drawn images"),
+        ("generation", "all", "adherence of generated images"),
     ):
         counts = records["flexible"][kind]["token_counts"]
         parts = []
@@ -187,7 +185,7 @@ CLAIMS: Sequence[Callable[[dict], list[str]]] = (
 
 
 def training_table(output: Path, models: Sequence[str]) -> str:
-    """Return parameters and training of each model, from what training wrote."""
+    """Return a table of the training images and minutes of each model, from its logs."""
     rows = []
     for model in models:
         cells: list[object] = [model]
@@ -210,7 +208,7 @@ def write_summary(output: Path, results: Path, models: Sequence[str]) -> None:
     Args:
         output: folder of the trained models.
         results: folder with one folder of result files per model.
-        models: names of both.
+        models: names of the models, which are also the folder names.
     """
     records: dict = {}
     for model in models:
@@ -225,13 +223,13 @@ def write_summary(output: Path, results: Path, models: Sequence[str]) -> None:
     lines = [
         "# Summary of the study",
         "",
-        "Made by `scripts/reproduce.py` from the result files beside it. Intervals are 95%; a difference counts only"
-        " if they are apart. One run of each model: the intervals know nothing of other seeds of training.",
+        "Created by `scripts/reproduce.py` from the result files next to it. Intervals are 95%; a difference counts"
+        " only if they do not overlap. One run of each model: the intervals do not cover other training seeds.",
         "",
         f"- {first['protocol']['data']}: images of {first['protocol']['resolution']} pixels; measured on"
         f" {first['device']}",
         f"- feature network {network['name']}, SHA-256 {network['sha256'][:16]}, accuracy on held-out images"
-        f" {network['validation_accuracy']:.1%}; its distances are no FID",
+        f" {network['validation_accuracy']:.1%}; its distances are not FID",
         "",
         "## What held",
         "",
@@ -246,7 +244,7 @@ def write_summary(output: Path, results: Path, models: Sequence[str]) -> None:
         "## Reconstruction of held-out images",
         "",
         *side_by_side(records, "reconstruction", RECONSTRUCTION),
-        "## Images drawn from full sentences",
+        "## Images generated from full sentences",
         "",
         *side_by_side(records, "generation", GENERATION),
     ]

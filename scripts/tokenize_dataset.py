@@ -1,12 +1,12 @@
-"""Turn a data set of images into token ids once, so that a prior can be trained without the tokenizer.
+"""Tokenize an image dataset once, so that a prior can be trained without the tokenizer.
 
     python scripts/tokenize_dataset.py --train_data FOLDER_OR_NAME --output tokens --caption_column text --crops 4
-    accelerate launch scripts/tokenize_dataset.py ...        (several processes, each with a device of its own)
+    accelerate launch scripts/tokenize_dataset.py ...        (several processes, one device each)
 
 Writes parquet shards with one row per image: `token_ids` as a list of crops, coarsest token first, and the caption
-and class columns as they were. The first crop is the middle of the image, the others are random squares of it. A
-shard appears when it is complete; started again with the same options, only missing shards are made. Unreadable
-images are left out and named in the JSON file beside their shard.
+and class columns unchanged. The first crop is the center of the image, the others are random squares. A shard appears
+when it is complete; a rerun with the same options creates only the missing shards. Unreadable images are skipped and
+listed in the JSON file next to their shard.
 """
 
 import argparse
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 class ImageCrops(Dataset):
-    """Rows of a data set: (row, uint8 crops (crops, 3, R, R) or `None`, values to keep, why there are no crops)."""
+    """Rows of a dataset: (row, uint8 crops (crops, 3, R, R) or `None`, values to keep, reason if no crops)."""
 
     def __init__(self, dataset: ImageDataset, rows: list[int], options: argparse.Namespace):
         self.dataset = dataset
@@ -50,7 +50,7 @@ class ImageCrops(Dataset):
         self.num_crops = options.crops
         self.seed = options.seed
         resolution = dataset.transform.resolution
-        self.middle = ImageTransform(resolution)
+        self.center = ImageTransform(resolution)
         self.random = ImageTransform(resolution, random_crop=True)
         self.random_flip = options.random_flip
 
@@ -67,7 +67,7 @@ class ImageCrops(Dataset):
                     raise UnreadableRow(f"its '{name}' is empty")
         except UnreadableRow as error:
             return row, None, values, str(error)
-        crops = [self.middle.to_pixels(image)]
+        crops = [self.center.to_pixels(image)]
         for number in range(1, self.num_crops):
             generator = torch.Generator().manual_seed(draw_seed(self.seed, row, number))
             pixels = self.random.to_pixels(image, generator)
@@ -77,7 +77,7 @@ class ImageCrops(Dataset):
 
 
 class ShardWriter:
-    """Collects rows in the order of the data set and writes each shard when its last row is there."""
+    """Collects rows in the order of the dataset and writes each shard after its last row."""
 
     def __init__(self, options: argparse.Namespace, dataset: ImageDataset, codebook_size: int):
         self.options = options
@@ -92,19 +92,19 @@ class ShardWriter:
         return row // self.options.shard_size
 
     def path(self, shard: int) -> Path:
-        """Name of a shard's file in the usual pattern of the Hub."""
+        """Return the path of a shard, named in the usual pattern of the Hub."""
         count = -(-self.num_rows // self.options.shard_size)
         return self.options.output / f"{self.options.split}-{shard:05d}-of-{count:05d}.parquet"
 
     def missing_rows(self, process_index: int, num_processes: int) -> list[int]:
-        """Rows of the shards that this process has to make."""
+        """Return the rows of the shards that this process has to create."""
         count = -(-self.num_rows // self.options.shard_size)
         shards = [shard for shard in range(process_index, count, num_processes) if not self.path(shard).is_file()]
         size = self.options.shard_size
         return [row for shard in shards for row in range(shard * size, min(self.num_rows, (shard + 1) * size))]
 
     def add(self, row: int, token_ids: list | None, values: dict[str, Any], reason: str) -> None:
-        """Take the next row; without token ids it is left out for `reason`."""
+        """Add the next row; without token ids it is recorded as skipped, with the `reason`."""
         if token_ids is None:
             self.skipped[row] = reason
         else:
@@ -114,7 +114,7 @@ class ShardWriter:
             self.write(self.shard_of(row))
 
     def write(self, shard: int) -> None:
-        """Write a shard, its report first: whoever sees the shard finds both."""
+        """Write a shard, after its report: if the shard exists, so does the report."""
         report = {"rows": len(self.rows["token_ids"]), "skipped": self.skipped}
         path = self.path(shard)
         write_text(path.with_suffix(".json"), json.dumps(report) + "\n")
@@ -125,27 +125,27 @@ class ShardWriter:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the options; those that `train.py` has too are called the same."""
+    """Parse the options; those shared with `train.py` have the same names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--train_data", nargs="+", required=True, help="folder, parquet files, name on the Hub, synthetic"
+        "--train_data", nargs="+", required=True, help="folder, parquet files, Hub dataset, or synthetic"
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder for the shards; made if missing")
-    parser.add_argument("--model", help="folder or Hub id of the tokenizer (the model in the package)")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the shards; created if missing")
+    parser.add_argument("--model", help="folder or Hub id of the tokenizer (the embedded model)")
     parser.add_argument("--split", default="train")
     parser.add_argument("--image_column", default="image")
-    parser.add_argument("--caption_column", help="column to keep: a caption or a list of wordings")
-    parser.add_argument("--class_column", help="column to keep: a class")
+    parser.add_argument("--caption_column", help="column to keep: a caption or a list of captions")
+    parser.add_argument("--class_column", help="column to keep: class labels")
     parser.add_argument("--max_train_samples", type=int, help="use only the first rows")
-    parser.add_argument("--crops", type=int, default=1, help="crops of each image; the first is the middle (1)")
-    parser.add_argument("--random_flip", action="store_true", help="mirror half of the crops after the first")
-    parser.add_argument("--max_tokens", type=int, help="tokens to keep of each image (all)")
+    parser.add_argument("--crops", type=int, default=1, help="crops per image; the first is the center (1)")
+    parser.add_argument("--random_flip", action="store_true", help="flip half of the crops except the first")
+    parser.add_argument("--max_tokens", type=int, help="tokens to keep per image (all)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch_size", type=int, default=32, help="crops computed at a time (32)")
+    parser.add_argument("--batch_size", type=int, default=32, help="crops per batch (32)")
     parser.add_argument("--shard_size", type=int, default=10_000, help="images per file (10,000)")
     parser.add_argument("--dataloader_num_workers", type=int, default=0, help="processes that read images")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--device", help="by default what accelerate chooses")
+    parser.add_argument("--device", help="device (default: chosen by accelerate)")
     options = parser.parse_args(argv)
     for name in ("crops", "batch_size", "shard_size"):
         if getattr(options, name) < 1:
@@ -154,27 +154,27 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_settings(options: argparse.Namespace, facts: dict[str, Any]) -> None:
-    """Keep what decides the ids beside the shards, and refuse to mix shards of different settings.
+    """Store the settings that determine the ids next to the shards, and refuse to mix shards of different settings.
 
     Raises:
-        ValueError: if the folder holds shards that were made with other settings.
+        ValueError: if the folder holds shards that were created with other settings.
     """
     path = options.output / "settings.json"
     if not path.is_file():
         write_text(path, json.dumps(facts, indent=2) + "\n")
         return
     earlier = read_json(path)
-    # the weights count, not where they lie
+    # the weights matter, not their location
     changed = [name for name in facts if name != "model" and earlier.get(name) != facts[name]]
     if changed:
         lines = ", ".join(f"{name} was {earlier.get(name)!r} and is {facts[name]!r}" for name in changed)
         raise ValueError(
-            f"`--output` {str(options.output)!r} holds shards of other settings: {lines}. Name another folder."
+            f"`--output` {str(options.output)!r} holds shards of other settings: {lines}. Choose another folder."
         )
 
 
 def describe(options: argparse.Namespace, pipe: FlexTokPipeline, num_rows: int) -> dict[str, Any]:
-    """All that decides what the shards hold."""
+    """Return all settings that determine the content of the shards."""
     names = ("train_data", "split", "image_column", "caption_column", "class_column", "crops", "random_flip", "seed")
     modules = {name: getattr(pipe, name) for name in ("encoder", "vae") if getattr(pipe, name) is not None}
     return {
@@ -197,14 +197,14 @@ def tokenize_rows(pipe: FlexTokPipeline, crops: ImageCrops, options: argparse.Na
         num_workers=options.dataloader_num_workers,
         collate_fn=list,
     )
-    waiting: deque[list[tuple]] = deque()  # rows whose ids are still computed; the reader is ahead of the ids
+    waiting: deque[list[tuple]] = deque()  # rows that are read but whose ids are not computed yet
 
     def pixel_batches() -> Iterator[torch.Tensor]:
         rows: list[tuple] = []
         for batch in loader:
             rows += batch
             pixels = [entry[1] for entry in batch if entry[1] is not None]
-            if pixels:  # otherwise the rows join the next batch
+            if pixels:  # otherwise the rows go into the next batch
                 waiting.append(rows)
                 rows = []
                 yield torch.cat(pixels)
@@ -219,7 +219,7 @@ def tokenize_rows(pipe: FlexTokPipeline, crops: ImageCrops, options: argparse.Na
 
 
 def write_card(options: argparse.Namespace, writer: ShardWriter, facts: dict[str, Any]) -> None:
-    """Write a README.md that says what the ids are and how to read them."""
+    """Write a README.md that describes the ids and how to load them."""
     reports = [read_json(path) for path in sorted(options.output.glob(f"{options.split}-*.json"))]
     num_rows, num_skipped = (sum(counts) for counts in zip(*((r["rows"], len(r["skipped"])) for r in reports)))
     data_files = [{"split": options.split, "path": f"{options.split}-*.parquet"}]
@@ -233,11 +233,11 @@ def write_card(options: argparse.Namespace, writer: ShardWriter, facts: dict[str
 
 # Images as FlexTok tokens
 
-{num_rows:,} images as token ids; {num_skipped:,} could not be read and are left out. `token_ids` holds for each
-image a list of crops, the first of them its middle; each crop is a list of {facts["num_tokens"]} ids below
-{facts["codebook_size"]:,}, coarsest first, of which any prefix describes the image. Made by
-`scripts/tokenize_dataset.py` of flextok_hf. The ids mean something only to the tokenizer with these weights, and the
-rights in images and captions are those of their source.
+{num_rows:,} images as token ids; {num_skipped:,} could not be read and are skipped. `token_ids` holds a list of crops
+per image, the first of which is the center; each crop is a list of {facts["num_tokens"]} ids below
+{facts["codebook_size"]:,}, coarsest first, and any prefix describes the image. Created by
+`scripts/tokenize_dataset.py` of flextok_hf. The ids are only valid for the tokenizer with these weights. The license
+terms of the source apply to images and captions.
 
 ```python
 from datasets import load_dataset
@@ -254,7 +254,7 @@ first_crop = rows[0]["token_ids"][0]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Tokenize what is missing and report the speed."""
+    """Tokenize the missing shards and report the speed."""
     options = parse_arguments(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     state = PartialState(cpu=options.device == "cpu")
@@ -278,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
     with tqdm(total=len(crops), unit=" images", disable=not state.is_main_process) as progress:
         for row, token_ids, values, reason in tokenize_rows(pipe, crops, options):
             if token_ids is None:
-                logger.warning("Row %d is left out: %s", row, reason)
+                logger.warning("Row %d is skipped: %s", row, reason)
             writer.add(row, token_ids, values, reason)
             num_images += 1
             progress.update()

@@ -21,7 +21,7 @@ STAGES = {
 
 
 def main(argv: list[str]) -> None:
-    """Run the stage named by the first argument with the options that follow."""
+    """Run the stage given by the first argument with the options that follow."""
     if not argv or argv[0] not in STAGES:
         raise SystemExit(
             f"usage: train.py {{{','.join(STAGES)}}} [--config FILE] [OPTIONS]; --help after the stage lists them"

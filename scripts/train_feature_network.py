@@ -1,11 +1,11 @@
-r"""Train a small classifier whose features stand in where the Inception weights of the FID cannot be had.
+r"""Train a small classifier whose features replace those of Inception when its weights are not available.
 
     python scripts/train_feature_network.py --data data/embedded128 --output scripts/assets/feature_network
 
-The network is a ResNet of Transformers made here, trained from scratch to name the images of the split train.
-Written to `--output`: its weights in half precision (safetensors), its configuration, the preprocessing, and
-training.json with the accuracy on the split validation. A Frechet distance in its features is no FID and is never
-called one: it compares models that were measured with the same network, on the kinds of images it has seen.
+The network is a Transformers ResNet, trained from scratch to classify the images of the train split. Writes to
+`--output`: its weights in half precision (safetensors), its configuration, the preprocessing, and training.json with
+the accuracy on the validation split. A Frechet distance in its features is not FID and is never called FID: it only
+compares models that were measured with the same network, on the kinds of images it was trained on.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from flextok_hf.evaluation.images import EvaluationImages, load_split
 from flextok_hf.utils.files import write_text
 
 
-MEAN, STD = 0.5, 0.25  # of the input, per channel: near those of the images
+MEAN, STD = 0.5, 0.25  # of the input, per channel; close to the image statistics
 
 
 def read_split(data: str, split: str, column: str, side: int) -> tuple[Tensor, list[str]]:
-    """Return images (N, 3, side, side) uint8 of a split and their labels."""
+    """Return the images of a split, (N, 3, side, side) uint8, and their labels."""
     rows = load_split(data, split)
     if column not in rows.column_names:
         raise ValueError(f"`--label_column` is {column!r}, but {data} has {', '.join(rows.column_names)}.")
@@ -36,7 +36,7 @@ def read_split(data: str, split: str, column: str, side: int) -> tuple[Tensor, l
 
 
 def augment(pixels: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
-    """Shift, zoom, mirror and recolor images (B, 3, R, R) uint8; returns floats in [0, 1]."""
+    """Return shifted, zoomed, flipped and recolored images, float in [0, 1], from images (B, 3, R, R) uint8."""
     size = len(pixels)
 
     def draw(low: float, high: float, *shape: int) -> Tensor:
@@ -55,7 +55,7 @@ def augment(pixels: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
 
 
 def build_network(class_names: list[str], hidden_sizes: list[int]) -> ResNetForImageClassification:
-    """Make a fresh ResNet with one basic block per stage; the last width is the number of features."""
+    """Build a ResNet with random weights and one basic block per stage; the last width is the number of features."""
     names = dict(enumerate(class_names))
     config = ResNetConfig(
         embedding_size=hidden_sizes[0],
@@ -70,7 +70,7 @@ def build_network(class_names: list[str], hidden_sizes: list[int]) -> ResNetForI
 
 @torch.no_grad()
 def measure_accuracy(network: torch.nn.Module, pixels: Tensor, targets: Tensor) -> float:
-    """Return the share of images (N, 3, R, R) uint8 whose class is the network's first guess."""
+    """Return the top-1 accuracy on images (N, 3, R, R) uint8."""
     network.eval()
     hits = [
         network(pixel_values=(part.float() / 255 - MEAN) / STD).logits.argmax(dim=1) == wanted
@@ -81,7 +81,7 @@ def measure_accuracy(network: torch.nn.Module, pixels: Tensor, targets: Tensor) 
 
 
 def train(network: torch.nn.Module, pixels: Tensor, targets: Tensor, options: argparse.Namespace) -> None:
-    """Train with AdamW, one cycle of the learning rate and smoothed labels."""
+    """Train with AdamW, a one-cycle learning rate and label smoothing."""
     generator = torch.Generator().manual_seed(options.seed)
     steps_per_epoch = len(pixels) // options.batch_size
     optimizer = torch.optim.AdamW(network.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
@@ -104,17 +104,17 @@ def train(network: torch.nn.Module, pixels: Tensor, targets: Tensor, options: ar
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="folder with the splits train and validation")
-    parser.add_argument("--output", required=True, type=Path, help="folder of the network; made if missing")
-    parser.add_argument("--name", help="what results call the network; by default the name of the folder")
-    parser.add_argument("--label_column", default="name", help="column of the classes")
-    parser.add_argument("--side", type=int, default=64, help="side of its input in pixels")
-    parser.add_argument("--hidden_sizes", type=int, nargs="+", default=[32, 64, 96, 64], help="widths; last: features")
+    parser.add_argument("--output", required=True, type=Path, help="folder for the network; created if missing")
+    parser.add_argument("--name", help="name of the network in result files (default: the folder name)")
+    parser.add_argument("--label_column", default="name", help="column with class labels")
+    parser.add_argument("--side", type=int, default=64, help="side of the network input in pixels")
+    parser.add_argument("--hidden_sizes", type=int, nargs="+", default=[32, 64, 96, 64], help="layer widths")
     parser.add_argument("--epochs", type=int, default=30, help="passes over the images")
     parser.add_argument("--batch_size", type=int, default=128, help="images per step")
-    parser.add_argument("--learning_rate", type=float, default=6e-3, help="its peak")
-    parser.add_argument("--weight_decay", type=float, default=0.05, help="of AdamW")
-    parser.add_argument("--flip", action="store_true", help="mirror half of the images")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
+    parser.add_argument("--learning_rate", type=float, default=6e-3, help="peak learning rate")
+    parser.add_argument("--weight_decay", type=float, default=0.05, help="weight decay of AdamW")
+    parser.add_argument("--flip", action="store_true", help="flip half of the images")
+    parser.add_argument("--seed", type=int, default=0, help="seed for weights, order and augmentation")
     return parser.parse_args(argv)
 
 
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     train(network, pixels, torch.tensor([number_of[label] for label in labels]), options)
 
-    network = network.half().float()  # what is stored is what is measured
+    network = network.half().float()  # measure the weights as they are stored
     record = {
         "name": options.name or options.output.resolve().name,
         "validation_accuracy": round(measure_accuracy(network, held_out, held_out_targets), 4),

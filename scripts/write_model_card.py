@@ -1,9 +1,9 @@
-"""Write a model's card from its configuration, its recipe and result files, and put them beside it.
+"""Write a model card from configuration, recipe and result files, and copy these files next to it.
 
     python scripts/write_model_card.py --model src/flextok_hf/embedded_model --results docs/results/embedded \
         --facts scripts/configs/embedded_card.yaml --images docs/assets/strip.webp
 
-What these files are is told in `flextok_hf.cards.model_card`. Results of other weights than the model's are refused.
+`flextok_hf.cards.model_card` describes these files. Results measured on other weights are refused.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def check_results(model: Path, results: list[Path]) -> None:
 
 
 def copy_beside(files: list[Path], folder: Path) -> None:
-    """Make a folder hold copies of these files and nothing else."""
+    """Replace the content of a folder with copies of these files."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for path in files:
@@ -41,7 +41,7 @@ def copy_beside(files: list[Path], folder: Path) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="folder of the pipeline; README.md is written there")
-    parser.add_argument("--name", help="what users load it by; by default the name of its folder")
+    parser.add_argument("--name", help="name that users load the model by (default: the folder name)")
     parser.add_argument("--facts", type=Path, help="YAML file with title, license, data and limits")
     parser.add_argument("--results", type=Path, help="folder with result files")
     parser.add_argument("--images", type=Path, nargs="+", default=[], help="images to show")

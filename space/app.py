@@ -1,4 +1,4 @@
-"""The demo as a Space on the Hub: `FLEXTOK_MODEL` names a folder or Hub id; the embedded model is the default."""
+"""The demo as a Space on the Hub. `FLEXTOK_MODEL` is a folder or Hub id; the default is the embedded model."""
 
 import os
 

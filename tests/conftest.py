@@ -1,4 +1,4 @@
-"""Fixtures of all tests: the tiny models of `tiny_models.py`, and checkpoints to damage."""
+"""Shared fixtures: the tiny models of `tiny_models.py`, and checkpoints to corrupt."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def tiny_decoder() -> FlexTokFlowDecoder:
 
 @pytest.fixture(scope="session")
 def tiny_pipeline() -> FlexTokPipeline:
-    """Draws from prompts. Shared by all tests: do not change it."""
+    """Text-conditional. Shared by all tests: do not modify it."""
     text_tokenizer = train_text_tokenizer(CAPTIONS, vocab_size=300, max_length=24)
     torch.manual_seed(3)
     text_encoder = build_text_encoder(text_tokenizer, hidden_size=32, num_layers=1, dropout=0.0).eval()
@@ -35,13 +35,13 @@ def tiny_pipeline() -> FlexTokPipeline:
 
 @pytest.fixture(scope="session")
 def tiny_class_pipeline() -> FlexTokPipeline:
-    """Draws from three classes, without any text. Shared by all tests: do not change it."""
+    """Class-conditional with three classes. Shared by all tests: do not modify it."""
     return make_pipeline(prior=make_prior(text_hidden_size=None, num_classes=3))
 
 
 @pytest.fixture(scope="session")
 def named_class_pipeline() -> FlexTokPipeline:
-    """The same with names for the classes. Shared by all tests: do not change it."""
+    """The same with class names. Shared by all tests: do not modify it."""
     pipe = make_pipeline(prior=make_prior(text_hidden_size=None, num_classes=3))
     pipe.prior.config.id2label = {0: "cat", 1: "dog", 2: "red panda"}
     return pipe
@@ -49,5 +49,5 @@ def named_class_pipeline() -> FlexTokPipeline:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer_pipeline() -> FlexTokPipeline:
-    """Tokenizer without a prior. Shared by all tests: do not change it."""
+    """Tokenizer without a prior. Shared by all tests: do not modify it."""
     return make_pipeline()

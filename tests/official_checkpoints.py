@@ -1,6 +1,6 @@
 """Test helper: random checkpoints in the official layouts, of any shape.
 
-Tensors are made from the tables of the published format alone, so that they share nothing with the converter.
+Tensors are made from the tables of the published format alone and share no code with the converter.
 """
 
 import copy
@@ -67,7 +67,7 @@ PRIOR = {
 
 
 def randn(generator, *shape, scale=1.0):
-    """Random values, or without a generator a tensor that has none."""
+    """Return random values; without a generator, a tensor on the meta device."""
     if generator is None:
         return torch.empty(*shape, device="meta")
     return torch.randn(*shape, generator=generator) * scale
@@ -305,7 +305,7 @@ def write_prior(folder, dtype=torch.float32, seed=0, **changes):
     shape = {**PRIOR, **changes}
     tensors = {name: tensor.to(dtype) for name, tensor in prior_tensors(shape, seed).items()}
     folder.mkdir(parents=True)
-    config = json.loads(json.dumps(prior_config(shape)))  # nothing shared, which YAML would write as an anchor
+    config = json.loads(json.dumps(prior_config(shape)))  # no shared parts, which YAML would write as anchors
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     save_file(tensors, folder / "model.safetensors")
     return folder, {name: tensor.float() for name, tensor in tensors.items()}, shape

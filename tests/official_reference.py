@@ -1,6 +1,6 @@
-"""Test helper: what the published format says its tensors compute, written down once more and as plainly as possible.
+"""Test helper: a plain, independent implementation of the computations that the published format describes.
 
-It reads official tensors under official names, sample by sample and head by head, and shares nothing with the package.
+It reads official tensors by official names, sample by sample and head by head, and shares no code with the package.
 """
 
 import torch
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 
 def plain_norm(x):
-    """Layer norm without gain and shift."""
+    """Layer norm without scale and shift."""
     return (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
 
 
@@ -17,14 +17,14 @@ def affine(tensors, name, x):
     return y + tensors[f"{name}.bias"] if f"{name}.bias" in tensors else y
 
 
-def attention(query, key, value, head_dim, scale, may_look=None):
-    """Attention of (L, D) to (S, D), one head after the other; `may_look` (L, S)."""
+def attention(query, key, value, head_dim, scale, is_visible=None):
+    """Attention of (L, D) to (S, D), one head at a time; the mask `is_visible` is (L, S)."""
     outputs = []
     for start in range(0, query.shape[1], head_dim):
         part = slice(start, start + head_dim)
         logits = scale * query[:, part] @ key[:, part].T
-        if may_look is not None:
-            logits = logits.masked_fill(~may_look, float("-inf"))
+        if is_visible is not None:
+            logits = logits.masked_fill(~is_visible, float("-inf"))
         outputs.append(logits.softmax(-1) @ value[:, part])
     return torch.cat(outputs, dim=1)
 
@@ -33,12 +33,12 @@ def per_head(function, x, head_dim):
     return torch.cat([function(part) for part in x.split(head_dim, dim=1)], dim=1)
 
 
-def tokenizer_block(tensors, block, x, head_dim, may_look=None, modulation=None):
-    """One block on (L, D); `modulation` holds six (L, D): gates, then shift and scale of attention and of the rest."""
+def tokenizer_block(tensors, block, x, head_dim, is_visible=None, modulation=None):
+    """One block on (L, D); `modulation` holds six (L, D): gates, then shift and scale of attention and of the MLP."""
     gate_a, gate_m, shift_a, scale_a, shift_m, scale_m = modulation or (1, 1, 0, 0, 0, 0)
     h = plain_norm(x) * (1 + scale_a) + shift_a
     query, key = (per_head(plain_norm, affine(tensors, f"{block}attn.{n}", h), head_dim) for n in ("wq", "wk"))
-    mixed = attention(query, key, affine(tensors, f"{block}attn.wv", h), head_dim, 8 / head_dim, may_look)
+    mixed = attention(query, key, affine(tensors, f"{block}attn.wv", h), head_dim, 8 / head_dim, is_visible)
     x = x + gate_a * affine(tensors, f"{block}attn.proj", mixed)
     h = plain_norm(x) * (1 + scale_m) + shift_m
     h = F.silu(affine(tensors, f"{block}mlp.fc1", h)) * affine(tensors, f"{block}mlp.fc3", h)
@@ -46,7 +46,7 @@ def tokenizer_block(tensors, block, x, head_dim, may_look=None, modulation=None)
 
 
 def patch_tokens(tensors, embedder, positions, latents, patch):
-    """Patches of one image (C, h, w), in rows: (N, D)."""
+    """Patch tokens of one image (C, h, w), row by row: (N, D)."""
     tokens = []
     for row in range(latents.shape[1] // patch):
         for column in range(latents.shape[2] // patch):
@@ -57,25 +57,25 @@ def patch_tokens(tensors, embedder, positions, latents, patch):
 
 
 def features(tensors, shape, latents):
-    """What the encoder says about one image (C, h, w): (K, Q)."""
+    """Features of one image (C, h, w): (K, Q)."""
     prefix = "encoder.module_dict."
     patches = patch_tokens(tensors, f"{prefix}enc_patch_emb", f"{prefix}enc_posemb_module", latents, shape["patch"])
     n = len(patches)
-    x, may_look = patches, None
+    x, is_visible = patches, None
     if shape["registers"]:
         x = torch.cat([patches, tensors[f"{prefix}enc_register_module.registers"]])
-        may_look = torch.zeros(len(x), len(x), dtype=torch.bool)
-        may_look[:, :n] = True
+        is_visible = torch.zeros(len(x), len(x), dtype=torch.bool)
+        is_visible[:, :n] = True
         for register in range(n, len(x)):
-            may_look[register, n : register + 1] = True
+            is_visible[register, n : register + 1] = True
     for index in range(shape["encoder_depth"]):
         block = f"{prefix}enc_transformer.blocks.{index}."
-        x = tokenizer_block(tensors, block, x, shape["encoder_head_dim"], may_look)
+        x = tokenizer_block(tensors, block, x, shape["encoder_head_dim"], is_visible)
     return affine(tensors, f"{prefix}enc_to_latents.proj", plain_norm(x[n:] if shape["registers"] else x))
 
 
 def token_ids(shape, values):
-    """Numbers of features (K, Q): (K,)."""
+    """Token ids of features (K, Q): (K,)."""
     ids, place = torch.zeros(len(values), dtype=torch.int64), 1
     for dimension, levels in enumerate(shape["levels"]):
         half, offset = (levels - 1) * 1.001 / 2, 0.5 if levels % 2 == 0 else 0.0
@@ -139,7 +139,7 @@ def gained_norm(tensors, name, x, kind, eps):
     return x * tensors[f"{name}.weight"] + tensors[f"{name}.bias"]
 
 
-def prior_attention(tensors, name, query, key, value, head_dim, scale, norm, may_look):
+def prior_attention(tensors, name, query, key, value, head_dim, scale, norm, is_visible):
     if norm:
         query = per_head(
             lambda x: gained_norm(tensors, f"{name}.q_norm", x, norm["_target_"], norm["eps"]), query, head_dim
@@ -147,7 +147,7 @@ def prior_attention(tensors, name, query, key, value, head_dim, scale, norm, may
         key = per_head(
             lambda x: gained_norm(tensors, f"{name}.k_norm", x, norm["_target_"], norm["eps"]), key, head_dim
         )
-    return attention(query, key, value, head_dim, scale, may_look)
+    return attention(query, key, value, head_dim, scale, is_visible)
 
 
 def prior_logits(tensors, shape, ids, text=None, label=None, activation=lambda x: F.gelu(x, approximate="tanh")):

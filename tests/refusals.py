@@ -1,6 +1,6 @@
-"""Test helper: small official checkpoints to spoil, and the proof that a conversion refuses them and leaves nothing.
+"""Test helper: small official checkpoints to damage, and a check that converting them fails and leaves no files.
 
-The fixtures are known to all tests through `conftest.py`.
+The fixtures are available to all tests through `conftest.py`.
 """
 
 import json
@@ -25,7 +25,7 @@ T5_FOLDER = FIXTURES / "prior" / "t2i" / "text_encoder"
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder to work in, which is also where a command that slips through would leave its mark."""
+    """The working directory, where a command that was run by mistake would leave a file."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -47,14 +47,14 @@ def prior(place):
 
 @pytest.fixture
 def text_prior(place):
-    """A prior of texts with the text encoder beside it."""
+    """A text prior with its text encoder beside it."""
     folder, _, _ = write_prior(place / "prior", text_dim=48)
     shutil.copytree(T5_FOLDER, folder / "text_encoder")
     return folder
 
 
 def refuse(place, message, tokenizer=None, prior=None, **options):
-    """Conversion fails with this message, which is short, and leaves nothing."""
+    """Check that conversion fails with this message, which must be short, and leaves no files."""
     sources = [None if one is None else str(one) for one in (tokenizer, prior)]
     before = sorted(place.rglob("*"))
     with pytest.raises((ValueError, OSError), match=message) as caught:

@@ -1,4 +1,4 @@
-"""What the repository says about itself is true: examples run, arguments exist, nothing unwanted is named."""
+"""Documentation matches the code: examples run, documented arguments exist, no private paths appear."""
 
 import ast
 import re
@@ -23,7 +23,7 @@ BLOCK = re.compile(r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```(?P<language
 
 @dataclass(frozen=True)
 class CodeBlock:
-    """A code block of a page; `reason` says why no test runs it, if none does."""
+    """A code block of a page; `reason` says why it is not run, if it is not."""
 
     language: str
     code: str
@@ -40,13 +40,13 @@ def code_blocks(page: Path, language: str) -> list[str]:
 
 
 def shell_commands(code: str) -> list[list[str]]:
-    """Return the commands of a shell block as words; lines that end in a backslash go on in the next."""
+    """Return the commands of a shell block as words; a backslash continues a line."""
     lines = code.replace("\\\n", " ").splitlines()
     return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
 
 
 def tracked_files() -> list[Path]:
-    """Return the files that git knows or would add; all of them in a copy without git."""
+    """Return the files that git tracks or would add; skip the test without a git checkout."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     try:
         listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -61,7 +61,7 @@ def names(path: Path) -> str:
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder as the pages suppose it, a checkout with a `photo.jpg`, so that results stay out of the repository."""
+    """A working folder as the pages assume it, with a `photo.jpg`, so that outputs stay out of the repository."""
     for name in ("docs", "scripts", "src", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "photo.jpg").write_bytes((ROOT / "docs" / "assets" / "parrots.jpg").read_bytes())
@@ -71,11 +71,11 @@ def workplace(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not (embedded.EMBEDDED_MODEL_FOLDER / "model_index.json").is_file(), reason="the embedded model is not there yet"
+    not (embedded.EMBEDDED_MODEL_FOLDER / "model_index.json").is_file(), reason="the embedded model is missing"
 )
 @pytest.mark.parametrize("page", [page for page in PAGES if all_blocks(page)], ids=names)
-def test_examples_run_or_say_why_not(page, workplace):
-    scope: dict = {}  # one for the page: later examples may build on earlier ones
+def test_examples_run_or_state_why_not(page, workplace):
+    scope: dict = {}  # shared by the page: later examples may build on earlier ones
     for block in all_blocks(page):
         if block.reason is not None:
             assert len(block.reason) > 10
@@ -84,7 +84,7 @@ def test_examples_run_or_say_why_not(page, workplace):
         elif block.language == "bash":
             for words in shell_commands(block.code):
                 assert words[0] == "flextok", (
-                    f"{names(page)}: no test can run `{' '.join(words)}`. Put a line"
+                    f"{names(page)}: `{' '.join(words)}` cannot be run in a test. Put a line"
                     " `<!-- not run: the reason -->` right before its block."
                 )
                 assert cli.main(words[1:]) == 0, words
@@ -105,7 +105,7 @@ def test_flextok_commands_of_the_docs_parse(page):
 
 def test_every_page_is_in_the_navigation_of_the_site():
     listed = set(re.findall(r"^ +- [^:]+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
-    assert listed == {page.name for page in (ROOT / "docs").glob("*.md")}, "put new pages into `nav` of mkdocs.yml"
+    assert listed == {page.name for page in (ROOT / "docs").glob("*.md")}, "add new pages to `nav` in mkdocs.yml"
 
 
 def test_make_targets_of_the_readme_exist():
@@ -117,7 +117,7 @@ def test_make_targets_of_the_readme_exist():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=names)
-def test_links_within_the_repository_lead_somewhere(page):
+def test_links_within_the_repository_have_a_target(page):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
         if "://" not in target and not target.startswith("mailto:"):
             assert (page.parent / target).exists(), f"{names(page)} links to {target}"
@@ -134,13 +134,13 @@ def documented_arguments(docstring: str) -> list[str]:
     for line in lines:
         if len(line) - len(line.lstrip()) == indent:
             entries.append(line.strip())
-        else:  # the rest of an entry; several names may fill more than a line
+        else:  # continuation of an entry
             entries[-1] += " " + line.strip()
     return [name.strip("` *") for entry in entries for name in re.split(r"[:(]", entry)[0].split(",")]
 
 
 def public_functions(tree: ast.Module):
-    """Yield (name, function, node with the docstring) of public functions, methods and constructors of a module."""
+    """Yield (name, function, node with the docstring) for public functions, methods and constructors of a module."""
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
             yield node.name, node, node
@@ -155,7 +155,7 @@ def public_functions(tree: ast.Module):
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=names)
-def test_docstrings_document_arguments_that_exist_in_their_order(path):
+def test_docstrings_document_existing_arguments_in_order(path):
     for name, function, documented in public_functions(ast.parse(path.read_text(encoding="utf-8"))):
         described = documented_arguments(ast.get_docstring(documented) or "")
         arguments = function.args
@@ -165,7 +165,7 @@ def test_docstrings_document_arguments_that_exist_in_their_order(path):
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=names)
-def test_public_functions_of_any_length_have_docstrings(path):
+def test_public_functions_of_more_than_three_statements_have_docstrings(path):
     for name, function, _ in public_functions(ast.parse(path.read_text(encoding="utf-8"))):
         is_short = len(function.body) <= 3
         if function.name not in ("__init__", "__call__") and not is_short:
@@ -181,8 +181,8 @@ def test_torchvision_is_not_imported(path):
         assert not any(module.split(".")[0] == "torchvision" for module in modules)
 
 
-def test_no_file_names_a_private_path():
-    # Absolute paths of the kind that exist on one machine only. Written in parts, because this file is read too.
+def test_no_file_contains_a_private_path():
+    # Absolute paths that exist on one machine only. Split into parts, because this file is checked too.
     private = re.compile(
         r"(?<![\w.~])/(?:" + "|".join(["ho" + "me/", "Us" + "ers/", "ro" + "ot/", "wo" + "rk/", "tm" + "p/"]) + ")"
     )

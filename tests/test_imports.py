@@ -1,4 +1,4 @@
-"""Which folders may import which, without circles; and what importing the package does and does not do."""
+"""Which folders may import which, without cycles; and side effects of importing the package."""
 
 import ast
 import itertools
@@ -12,7 +12,7 @@ from paths import ROOT
 
 
 PACKAGE = ROOT / "src" / "flextok_hf"
-# The folders in the order of the data, and what each may import. Modules beside the folders are public doors.
+# The folders and what each may import. Modules next to the folders are public entry points.
 MAY_IMPORT = {
     "embedded": set(),
     "utils": set(),
@@ -28,8 +28,8 @@ MAY_IMPORT = {
     "auto_classes": {"models"},
     "__init__": {"embedded", "models", "pipelines"},
 }
-# The one import against this order, made when it is called: who, whom, in which function.
-DOOR = ("pipelines.pipeline_flextok", "conversion.original", "from_original")
+# The only import against these rules, made inside a function: (importing module, imported module, function).
+EXCEPTION = ("pipelines.pipeline_flextok", "conversion.original", "from_original")
 
 
 def module_name(path: Path) -> str:
@@ -44,13 +44,13 @@ def folder(module: str) -> str:
 
 
 def as_module(name: str) -> str | None:
-    """The key in `MODULES` of a dotted name, or None if it is no module of the package."""
+    """Return the key in `MODULES` of a dotted name, or `None` if it is not a module of the package."""
     target = name.removeprefix("flextok_hf").removeprefix(".") if name.split(".")[0] == "flextok_hf" else None
     return next((key for key in (target, f"{target}.__init__".lstrip(".")) if key in MODULES), None)
 
 
 def imports_of(module: str) -> set[str]:
-    """Modules of the package that a module imports anywhere: at its top, in functions, for type checkers."""
+    """Return the package modules that a module imports anywhere: at the top, in functions, for type checkers."""
     found = set()
     tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
     package = ["flextok_hf", *module.split(".")[:-1]]
@@ -71,12 +71,12 @@ def imports_of(module: str) -> set[str]:
 IMPORTS = {module: imports_of(module) for module in MODULES}
 
 
-def imports_but_the_door(module: str) -> set[str]:
-    who, whom, _ = DOOR
-    return IMPORTS[module] - {whom} if module == who else IMPORTS[module]
+def regular_imports(module: str) -> set[str]:
+    importing, imported, _ = EXCEPTION
+    return IMPORTS[module] - {imported} if module == importing else IMPORTS[module]
 
 
-def test_every_folder_has_its_place_in_the_order():
+def test_every_folder_has_import_rules():
     assert {folder(module) for module in MODULES} == MAY_IMPORT.keys()
 
 
@@ -85,34 +85,34 @@ def test_a_folder_imports_only_what_it_may(importing, imported):
     found = [
         f"{module} imports {target}"
         for module in MODULES
-        for target in imports_but_the_door(module)
+        for target in regular_imports(module)
         if (folder(module), folder(target)) == (importing, imported)
     ]
     assert not found or imported in MAY_IMPORT[importing], found
 
 
-def test_what_folders_may_import_has_no_circle():
+def test_import_rules_have_no_cycle():
     TopologicalSorter(MAY_IMPORT).prepare()
 
 
-def test_no_modules_import_each_other_in_a_circle_not_even_in_functions():
+def test_modules_have_no_import_cycle_even_in_functions():
     try:
-        TopologicalSorter({module: imports_but_the_door(module) for module in MODULES}).prepare()
+        TopologicalSorter({module: regular_imports(module) for module in MODULES}).prepare()
     except CycleError as error:
-        pytest.fail(f"These import each other: {' -> '.join(error.args[1])}")
+        pytest.fail(f"Import cycle: {' -> '.join(error.args[1])}")
 
 
-def test_the_door_is_open_in_one_function_only():
-    who, whom, function = DOOR
-    tree = ast.parse(MODULES[who].read_text(encoding="utf-8"))
-    holders = {
+def test_the_exception_is_made_in_one_function_only():
+    importing, imported, function = EXCEPTION
+    tree = ast.parse(MODULES[importing].read_text(encoding="utf-8"))
+    functions = {
         outer.name
         for outer in ast.walk(tree)
         if isinstance(outer, ast.FunctionDef)
         for node in ast.walk(outer)
-        if isinstance(node, ast.ImportFrom) and whom in (node.module or "")
+        if isinstance(node, ast.ImportFrom) and imported in (node.module or "")
     }
-    assert holders == {function} and whom in IMPORTS[who]
+    assert functions == {function} and imported in IMPORTS[importing]
 
 
 def run_python(program: str) -> str:
@@ -121,7 +121,7 @@ def run_python(program: str) -> str:
     return done.stdout.strip()
 
 
-def test_auto_classes_know_the_models_once_the_package_is_imported():
+def test_auto_classes_are_registered_when_the_package_is_imported():
     program = """
 import flextok_hf
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -132,7 +132,7 @@ print(AutoModel._model_mapping[type(encoder)].__name__, AutoModelForCausalLM._mo
     assert run_python(program) == "FlexTokEncoder FlexTokPriorForCausalLM"
 
 
-def test_the_command_starts_without_loading_pytorch():
+def test_the_command_starts_without_importing_pytorch():
     program = """
 import sys
 sys.argv = ["bin/flextok", "--help"]
@@ -143,7 +143,7 @@ print([name for name in ("torch", "transformers", "diffusers", "PIL") if name in
     assert run_python(program) == "[]"
 
 
-def test_auto_classes_know_the_models_in_a_program_called_flextok_once_it_uses_one():
+def test_auto_classes_are_registered_in_a_program_named_flextok_when_it_uses_a_model():
     program = """
 import sys
 sys.argv = ["flextok.py"]
@@ -160,7 +160,7 @@ def test_every_public_name_can_be_imported():
     assert all(getattr(flextok_hf, name) is not None for name in flextok_hf.__all__)
 
 
-def test_an_unknown_name_is_an_attribute_error():
+def test_an_unknown_name_raises_an_attribute_error():
     import flextok_hf
 
     with pytest.raises(AttributeError, match="no attribute 'FlexTok'"):

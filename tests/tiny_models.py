@@ -23,7 +23,7 @@ def make_encoder(**changes) -> FlexTokEncoder:
 
 
 def make_decoder(**changes) -> FlexTokFlowDecoder:
-    """A decoder whose output depends on everything; a fresh one predicts zero whatever it reads."""
+    """Return a decoder whose output depends on all inputs; a freshly initialized one always predicts zero."""
     torch.manual_seed(1)
     config = {**SHAPES, "num_layers": 2, "num_registers": NUM_REGISTERS, "code_dim": len(FSQ_LEVELS), **changes}
     decoder = FlexTokFlowDecoder(**config).eval()
@@ -31,7 +31,7 @@ def make_decoder(**changes) -> FlexTokFlowDecoder:
         for parameter in decoder.parameters():
             if not parameter.any():
                 parameter.normal_(std=0.2)
-            elif parameter.std() < 0.03:  # learned vectors start at a standard deviation of 0.02
+            elif parameter.std() < 0.03:  # learned vectors are initialized with a standard deviation of 0.02
                 parameter.mul_(20)
     return decoder
 
@@ -45,7 +45,7 @@ def make_prior(**condition) -> FlexTokPriorForCausalLM:
         num_attention_heads=2,
         intermediate_size=48,
         max_position_embeddings=NUM_REGISTERS,
-        initializer_range=0.3,  # large enough that the condition shows in the tokens
+        initializer_range=0.3,  # large enough that the condition affects the tokens
         **condition,
     )
     return FlexTokPriorForCausalLM(config).eval()

@@ -1,4 +1,4 @@
-"""Training in processes of its own: several at once, killed, or with little disk."""
+"""Test helper: training in separate processes, several at a time, killed, or with little disk space."""
 
 import multiprocessing
 import os
@@ -34,7 +34,7 @@ def free_port() -> int:
 
 def run_rank(train: Callable[[], object], environment: dict[str, str], error_file: Path) -> None:
     os.environ.update(environment)
-    AcceleratorState._reset_state(reset_partial_state=True)  # what the parent process set up is not ours
+    AcceleratorState._reset_state(reset_partial_state=True)  # drop the state of the parent process
     GradientState._reset_state()
     torch.set_num_threads(1)
     try:
@@ -48,7 +48,7 @@ def run_rank(train: Callable[[], object], environment: dict[str, str], error_fil
 
 
 def start(train: Callable[[], object], folder: Path, num_processes: int = 1) -> list:
-    """Run `train` in forked processes that know of each other as those of torchrun do."""
+    """Run `train` in forked processes, with the environment that torchrun would set."""
     folder.mkdir(parents=True, exist_ok=True)
     context, port, processes = multiprocessing.get_context("fork"), str(free_port()), []
     for rank in range(num_processes):
@@ -64,7 +64,7 @@ def start(train: Callable[[], object], folder: Path, num_processes: int = 1) -> 
 
 
 def run(train: Callable[[], object], folder: Path, num_processes: int = 1) -> list[int]:
-    """Run `train` to its end; returns the exit codes."""
+    """Run `train` to the end and return the exit codes."""
     processes = start(train, folder, num_processes)
     for process in processes:
         process.join()
@@ -76,7 +76,7 @@ def errors(folder: Path) -> str:
 
 
 def assert_same_state(folder: Path, other: Path) -> None:
-    """Compare two checkpoints bit by bit: weights, average, optimizer, schedule, place in a stream."""
+    """Compare two checkpoints bit by bit: weights, average, optimizer, schedule, position in a stream."""
     names = {path.name for path in folder.iterdir()} - {"training_state.json"}
     assert names == {path.name for path in other.iterdir()} - {"training_state.json"}
     for name in sorted(names):
@@ -85,7 +85,7 @@ def assert_same_state(folder: Path, other: Path) -> None:
         elif name.endswith(".json"):
             one, two = (folder / name).read_text(), (other / name).read_text()
         elif name.startswith("random_states"):
-            continue  # of the libraries' global generators, which nothing in training reads
+            continue  # states of global generators, unused in training
         else:
             one, two = (torch.load(path / name, weights_only=True) for path in (folder, other))
         assert_same(one, two, name)

@@ -1,4 +1,4 @@
-"""Model cards say what the files of a model say, and nothing that they do not."""
+"""Model cards state what the files of a model state, and nothing else."""
 
 import importlib
 import json
@@ -43,7 +43,7 @@ def folder(tiny_pipeline, tmp_path):
 
 
 def enrich(folder):
-    """Put recipe, facts, results and an image beside a model."""
+    """Put recipe, facts, results and an image next to a model."""
     recipe = {"arguments": OPTIONS, "steps": 4000, "hardware": "an abacus", "seconds": 5400.0}
     recipe["earlier"] = [{"arguments": {"mixed_precision": "no", "seed": 1}, "steps": 70, "images_per_step": 4}]
     (folder / "training.json").write_text(json.dumps(recipe))
@@ -56,7 +56,7 @@ def enrich(folder):
     Image.new("RGB", (4, 4)).save(folder / "images" / "a_cat.png")
 
 
-def test_a_card_says_what_the_files_say(folder):
+def test_a_card_states_what_the_files_state(folder):
     enrich(folder)
     card = ModelCard.load(write_model_card(folder, "user/tiny"))
     metadata = card.data.to_dict()
@@ -71,7 +71,7 @@ def test_a_card_says_what_the_files_say(folder):
         "# A tiny model",
         'FlexTokPipeline.from_pretrained("user/tiny")',
         'pipe("a circle", max_tokens=8)',
-        "Images of 16 x 16 pixels as 1 to 6 tokens. A token is one of 15 codes",
+        "Images of 16 x 16 pixels become 1 to 6 tokens. Each token is one of 15 codes",
         "without a VAE",
         "Circles, CC0, <https://example.org/circles>",
         "Stage `vae`: 70 steps of 4 images, precision float32, seed 1.",
@@ -85,7 +85,7 @@ def test_a_card_says_what_the_files_say(folder):
     assert torch.__file__ not in text, "a path of the machine that trained it"
 
 
-def test_python_of_a_card_runs(folder, monkeypatch):
+def test_the_python_code_of_a_card_runs(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     Image.new("RGB", (20, 20), "red").save("photo.jpg")
     enrich(folder)
@@ -96,15 +96,15 @@ def test_python_of_a_card_runs(folder, monkeypatch):
     assert scope["few"].size == scope["image"].size == (16, 16)
 
 
-def test_what_is_not_known_is_said_and_not_made_up(folder):
+def test_missing_information_is_stated_and_not_made_up(folder):
     card = ModelCard.load(folder / "README.md")
     assert "license" not in card.data.to_dict() and "model-index" not in card.data.to_dict()
     assert "How it was trained is not recorded." in card.text
     assert "not stated here" in card.text
-    assert "## Measured" not in card.text and "## Images" not in card.text
+    assert "## Evaluation" not in card.text and "## Images" not in card.text
 
 
-def test_kinds_of_models_are_told_apart(tiny_class_pipeline, tiny_tokenizer_pipeline, tmp_path):
+def test_kinds_of_models_are_distinguished(tiny_class_pipeline, tiny_tokenizer_pipeline, tmp_path):
     tiny_class_pipeline.save_pretrained(tmp_path / "classes")
     tiny_tokenizer_pipeline.save_pretrained(tmp_path / "tokenizer")
     classes, tokenizer = (ModelCard.load(tmp_path / name / "README.md") for name in ("classes", "tokenizer"))
@@ -112,7 +112,7 @@ def test_kinds_of_models_are_told_apart(tiny_class_pipeline, tiny_tokenizer_pipe
     assert tokenizer.data.pipeline_tag == "image-to-image" and "image = pipe(" not in tokenizer.text
 
 
-def test_a_converted_model_names_its_origin(folder):
+def test_the_card_of_a_converted_model_states_its_origin(folder):
     record = {"tokenizer": {"source": "owner/official", "commit": "abc"}, "prior": {"source": "a_folder"}}
     (folder / "original.json").write_text(json.dumps(record))
     card = ModelCard.load(write_model_card(folder))
@@ -127,7 +127,7 @@ def test_unknown_facts_are_refused(folder):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_files_for_the_card_come_along_with_the_same_weights(folder, tmp_path, dtype):
+def test_card_files_are_copied_along_with_the_same_weights(folder, tmp_path, dtype):
     stored = FlexTokPipeline.from_pretrained(folder, dtype=dtype)
     stored.save_pretrained(tmp_path / "stored")
     enrich(tmp_path / "stored")
@@ -137,7 +137,7 @@ def test_files_for_the_card_come_along_with_the_same_weights(folder, tmp_path, d
     assert (tmp_path / "copy" / "images" / "a_cat.png").is_file()
 
 
-def test_figures_of_other_weights_stay_behind(folder, tmp_path):
+def test_results_of_other_weights_are_not_copied(folder, tmp_path):
     enrich(folder)
     pipe = FlexTokPipeline.from_pretrained(folder)
     with torch.no_grad():
@@ -145,18 +145,18 @@ def test_figures_of_other_weights_stay_behind(folder, tmp_path):
     pipe.save_pretrained(tmp_path / "copy")
     assert not (tmp_path / "copy" / "results").exists()
     text = (tmp_path / "copy" / "README.md").read_text()
-    assert "Made from `model`" in text and "## Measured" not in text and "4,000 steps" not in text
+    assert "Made from `model`" in text and "## Evaluation" not in text and "4,000 steps" not in text
     assert not same_weights(folder, tmp_path / "copy")
 
 
-def test_a_part_less_is_another_model(folder, tmp_path):
+def test_a_missing_component_makes_a_different_model(folder, tmp_path):
     FlexTokPipeline.from_pretrained(folder, prior=None, text_encoder=None, tokenizer=None).save_pretrained(
         tmp_path / "b"
     )
     assert not same_weights(folder, tmp_path / "b")
 
 
-def test_a_card_that_somebody_wrote_stays(folder, tiny_pipeline):
+def test_a_hand_written_card_is_kept(folder, tiny_pipeline):
     assert is_replaceable(folder / "README.md") and MARK in (folder / "README.md").read_text()
     (folder / "README.md").write_text("# Mine\n")
     tiny_pipeline.save_pretrained(folder)
@@ -169,7 +169,7 @@ def test_sets_of_images_become_columns():
     assert markdown_table(["a"], [[1]]) == "| a |\n| --- |\n| 1 |"
 
 
-def test_the_time_of_a_run_counts_repeated_steps_once(tmp_path):
+def test_the_duration_of_a_run_counts_repeated_steps_once(tmp_path):
     log = [{"step": 10, "images_per_s": 2.0}, {"step": 10, "loss": 1.0}, {"step": 20, "images_per_s": 4.0}]
     assert logged_seconds(log, 2) == 10 + 5
     assert logged_seconds([*log, {"step": 15, "images_per_s": 1.0}, {"step": 30, "images_per_s": 2.0}], 2) == 25
@@ -187,7 +187,7 @@ def run_script(module, monkeypatch, *arguments):
     importlib.import_module(module).main()
 
 
-def test_the_script_puts_everything_beside_a_model(folder, tmp_path, monkeypatch):
+def test_the_script_puts_everything_next_to_a_model(folder, tmp_path, monkeypatch):
     enrich(folder)
     pipe = FlexTokPipeline.from_pretrained(folder)
     weights = weights_hash({name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)})

@@ -1,4 +1,4 @@
-"""The command line: help, wrong input, and runs from end to end with the embedded model."""
+"""The command line: help, wrong input, and end-to-end runs with tiny models and the embedded one."""
 
 import json
 import os
@@ -40,7 +40,7 @@ from flextok_hf.utils.sheets import contact_sheet
 COMMANDS = ("generate", "stream", "tokenize", "detokenize", "reconstruct", "convert", "demo", "info")
 
 needs_embedded_model = pytest.mark.skipif(
-    not (embedded.EMBEDDED_MODEL_FOLDER / "model_index.json").is_file(), reason="the embedded model is not there yet"
+    not (embedded.EMBEDDED_MODEL_FOLDER / "model_index.json").is_file(), reason="the embedded model is missing"
 )
 
 
@@ -48,15 +48,15 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
     """Run `flextok` in this process and return its exit code, stdout and stderr."""
     try:
         code = cli.main([str(argument) for argument in arguments])
-    except SystemExit as leave:
-        code = leave.code
+    except SystemExit as leaving:
+        code = leaving.code
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    """Save an untrained pipeline of the smallest size that has every part, and return its folder."""
+    """Save a tiny untrained pipeline with every component, and return its folder."""
     folder = str(tmp_path_factory.mktemp("model"))
     torch.manual_seed(0)
     width, registers = 16, 8
@@ -75,7 +75,7 @@ def model(tmp_path_factory) -> str:
     )
     with torch.no_grad():
         for parameter in decoder.parameters():
-            if not parameter.any():  # a fresh decoder predicts zero whatever it reads
+            if not parameter.any():  # a new decoder predicts zero for any input
                 parameter.normal_(std=0.2)
             elif parameter.std() < 0.03:
                 parameter.mul_(20)
@@ -123,7 +123,7 @@ def assert_one_line_error(result: tuple[int, str, str], *words: str) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_fits_a_screen_and_shows_an_example_that_parses(capsys, command, monkeypatch):
+def test_help_fits_on_a_screen_and_its_example_parses(capsys, command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = run(capsys, command, "--help")
     assert code == 0
@@ -134,7 +134,7 @@ def test_help_fits_a_screen_and_shows_an_example_that_parses(capsys, command, mo
     cli.build_parser().parse_args(shlex.split(example)[1:])
 
 
-def test_the_help_of_the_whole_names_every_command_and_shows_an_example(capsys, monkeypatch):
+def test_the_main_help_lists_every_command_and_its_example_parses(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = run(capsys, "--help")
     assert code == 0 and len(out.splitlines()) <= 40
@@ -163,7 +163,7 @@ def test_wrong_arguments_get_one_line_that_names_the_argument(capsys, arguments,
 
 
 @pytest.mark.parametrize("name", ["cat.xyz", "cat", "missing/cat.png", "."])
-def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(capsys, tmp_path, name, monkeypatch):
+def test_an_unwritable_output_is_refused_before_the_model_is_loaded(capsys, tmp_path, name, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert_one_line_error(run(capsys, "generate", "a cat", "--output", name, "--model", "not/there"), "`output`")
 
@@ -228,7 +228,7 @@ OLD_FILE = {"format": "flextok-token-ids", "version": 1, "codebook_size": 1000, 
 
 
 @pytest.mark.parametrize("content, expected", [([1, 2], [[1, 2]]), ([[1, 2], [3]], [[1, 2], [3]]), (OLD_FILE, [[4]])])
-def test_plain_lists_and_files_of_version_1_are_token_files_too(content, expected):
+def test_plain_lists_and_files_of_version_1_are_accepted_as_token_files(content, expected):
     assert parse_token_ids(content, "ids.json", codebook_size=1000, num_registers=16) == expected
 
 
@@ -253,20 +253,20 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert path.read_text() == "old"
 
 
-@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX systems")
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX permissions")
 def test_written_files_have_the_permissions_of_ordinary_files(tmp_path):
     write_atomically(tmp_path / "a.txt", lambda temporary: Path(temporary).write_text("a"))
     (tmp_path / "b.txt").write_text("b")
     assert (tmp_path / "a.txt").stat().st_mode == (tmp_path / "b.txt").stat().st_mode
 
 
-def test_several_results_get_numbers_that_sort():
+def test_several_outputs_get_numbers_that_sort():
     assert numbered_paths("cat.png", 1) == [Path("cat.png")]
     names = [path.name for path in numbered_paths("folder/cat.png", 10)]
     assert names[0] == "cat-01.png" and names == sorted(names)
 
 
-def test_output_endings_may_be_in_capitals(tmp_path):
+def test_output_extensions_can_be_upper_case(tmp_path):
     assert check_output_path(tmp_path / "CAT.PNG", (".png",)) == tmp_path / "CAT.PNG"
 
 
@@ -281,13 +281,13 @@ def test_a_contact_sheet_keeps_images_in_their_rows_and_columns():
             assert pixel == Image.new("RGB", (1, 1), colors[row][column]).getpixel((0, 0))
 
 
-def test_a_contact_sheet_with_uneven_rows_is_refused():
+def test_a_contact_sheet_with_rows_of_different_lengths_is_refused():
     with pytest.raises(ValueError, match="titles"):
         contact_sheet([[Image.new("RGB", (2, 2))]], ["one", "two"])
 
 
 def fast(model: str) -> list[str]:
-    """Return the options that make a run with a tiny model quick."""
+    """Return options for a fast run with a tiny model."""
     return ["--model", model, "--device", "cpu", "--num-inference-steps", "2"]
 
 
@@ -306,10 +306,10 @@ def test_the_second_image_of_a_seed_is_the_first_of_the_next_seed(capsys, tmp_pa
     assert run(capsys, *common, "--seed", 4, "--output", single) == (0, "", "")
     second, single = Image.open(tmp_path / "pair-2.png"), Image.open(single)
     difference = max(abs(a - b) for a, b in zip(second.tobytes(), single.tobytes(), strict=True))
-    assert difference <= 1  # another batch size may round a value to its neighbor
+    assert difference <= 1  # another batch size may round differently
 
 
-def test_more_images_than_a_batch_holds_are_all_written(capsys, tmp_path, model, monkeypatch):
+def test_images_of_several_batches_are_all_written(capsys, tmp_path, model, monkeypatch):
     from flextok_hf.cli import commands
 
     monkeypatch.setattr(commands, "BATCH_SIZE", 2)
@@ -318,7 +318,7 @@ def test_more_images_than_a_batch_holds_are_all_written(capsys, tmp_path, model,
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["cat-1.png", "cat-2.png", "cat-3.png"]
 
 
-def test_a_streamed_prompt_becomes_numbered_frames_that_end_with_the_whole_image(capsys, tmp_path, model):
+def test_a_streamed_prompt_becomes_numbered_frames_ending_with_the_final_image(capsys, tmp_path, model):
     frames = ["stream", "a cat", "--token-counts", 1, 4, 64, "--output", tmp_path / "cat.png", *fast(model)]
     code, out, err = run(capsys, *frames)
     assert code == 0, err
@@ -340,7 +340,7 @@ def test_a_streamed_prompt_becomes_an_animation(capsys, tmp_path, model):
 
 
 def test_a_photo_is_varied_and_keeps_its_first_tokens(capsys, tmp_path, model):
-    varied = ["--image", PHOTO, "--keep-tokens", 8]  # all of them: only the noise is left to chance
+    varied = ["--image", PHOTO, "--keep-tokens", 8]  # all of them: only the noise is random
     common = ["--num-images", 2, "--output", tmp_path / "cat.png", *fast(model)]
     assert run(capsys, "generate", "", *varied, *common)[0] == 0
     sheet = ["reconstruct", PHOTO, "--max-tokens", 8, "--output", tmp_path / "sheet.png", *fast(model)]
@@ -352,12 +352,12 @@ def test_a_photo_is_varied_and_keeps_its_first_tokens(capsys, tmp_path, model):
 
 
 @pytest.mark.parametrize("alone", [("--image", PHOTO), ("--keep-tokens", 3)])
-def test_half_of_a_variation_is_refused(capsys, tmp_path, alone):
+def test_a_photo_without_a_token_count_to_keep_is_refused_and_vice_versa(capsys, tmp_path, alone):
     result = run(capsys, "generate", "a cat", *alone, "--output", tmp_path / "cat.png")
     assert_one_line_error(result, "--image", "--keep-tokens")
 
 
-def test_photos_become_ids_and_images_again(capsys, tmp_path, model):
+def test_photos_become_ids_and_ids_become_images(capsys, tmp_path, model):
     ids, out = tmp_path / "ids.json", tmp_path / "out.png"
     shared = ["--model", model, "--device", "cpu"]
     assert run(capsys, "tokenize", PHOTO, PHOTO, "--max-tokens", 3, "--output", ids, *shared)[0] == 0
@@ -376,7 +376,7 @@ def test_a_photo_becomes_a_contact_sheet_with_a_column_per_count(capsys, tmp_pat
     assert width > 3 * height
 
 
-def test_a_file_that_is_no_image_is_named(capsys, tmp_path, model):
+def test_a_file_that_is_not_an_image_is_named(capsys, tmp_path, model):
     fake = tmp_path / "fake.png"
     fake.write_text("not an image")
     result = run(capsys, "tokenize", fake, "--output", tmp_path / "ids.json", "--model", model, "--device", "cpu")
@@ -394,7 +394,7 @@ def test_a_model_with_a_missing_or_truncated_weight_file_is_refused(capsys, tmp_
 
 
 def test_a_run_prints_nothing_but_its_report(tmp_path, model):
-    # In a process of its own: warnings are shown once per process, and the bars must stay out of a log.
+    # In its own process: warnings are shown once per process, and progress bars must not appear in a log.
     arguments = ["generate", "a cat", "--dtype", "bfloat16", "--output", str(tmp_path / "cat.png"), *fast(model)]
     done = subprocess.run([sys.executable, "-m", "flextok_hf.cli", *arguments], capture_output=True, text=True)
     assert done.stderr == ""
@@ -408,12 +408,12 @@ def test_an_official_checkpoint_becomes_a_model(capsys, tmp_path):
     assert code == 0 and out.splitlines()[-1] == f"{tmp_path / 'ours'}: a pipeline"
     code, out, _ = run(capsys, "info", "--model", tmp_path / "ours", "--json")
     assert code == 0 and {"encoder", "decoder", "vae", "prior"} < json.loads(out)["components"].keys()
-    options = ["--output", tmp_path / "by_itself", "--dtype", "bfloat16", "--quiet"]
+    options = ["--output", tmp_path / "prior_only", "--dtype", "bfloat16", "--quiet"]
     assert run(capsys, "convert", "--prior", prior, *options) == (0, "", "")
-    assert FlexTokPriorForCausalLM.from_pretrained(tmp_path / "by_itself").dtype == torch.bfloat16
+    assert FlexTokPriorForCausalLM.from_pretrained(tmp_path / "prior_only").dtype == torch.bfloat16
 
 
-def test_the_conversion_script_is_the_command(capsys, tmp_path, monkeypatch):
+def test_the_conversion_script_is_the_same_as_the_command(capsys, tmp_path, monkeypatch):
     tokenizer, _, _ = write_tokenizer(tmp_path / "official")
     script = SCRIPTS / "convert_checkpoint.py"
     monkeypatch.setattr(sys, "argv", [str(script), str(tokenizer), "--output", str(tmp_path / "ours")])
@@ -423,7 +423,7 @@ def test_the_conversion_script_is_the_command(capsys, tmp_path, monkeypatch):
     assert (tmp_path / "ours" / "model_index.json").is_file()
 
 
-def test_a_setting_can_be_read_over(capsys, tmp_path):
+def test_a_setting_can_be_ignored(capsys, tmp_path):
     tokenizer, _, _ = write_tokenizer(tmp_path / "official")
     config = json.loads((tokenizer / "config.json").read_text())
     config["pipeline"]["speed"] = "high"
@@ -435,20 +435,20 @@ def test_a_setting_can_be_read_over(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, word", [
-    (["convert", "--output", "new"], "name a TOKENIZER, a --prior, or both"),
+    (["convert", "--output", "new"], "pass a TOKENIZER, a --prior, or both"),
     (["convert", "nowhere", "--output", "new"], "'nowhere' is neither a folder or file nor a Hub id"),
     (["convert", "nowhere", "--output", "."], "exists and is not empty"),
     (["convert", "nowhere", "--output", "missing/new"], "mkdir -p"),
     (["convert", ".", "--output", "new", "--revision", "main"], "has no revisions"),
 ])  # fmt: skip
-def test_a_conversion_that_cannot_be_gets_one_line(capsys, tmp_path, monkeypatch, arguments, word):
+def test_wrong_conversion_arguments_get_one_line(capsys, tmp_path, monkeypatch, arguments, word):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     code, out, err = run(capsys, *arguments)
     assert code == 2 and word in err and err.count("\n") == 1 and out == ""
 
 
-def test_info_tells_resolution_tokens_and_parameters(capsys, model):
+def test_info_reports_resolution_tokens_and_parameters(capsys, model):
     code, out, err = run(capsys, "info", "--json", "--model", model, "--device", "cpu")
     assert code == 0, err
     facts = json.loads(out)
@@ -460,7 +460,7 @@ def test_info_tells_resolution_tokens_and_parameters(capsys, model):
 
 @pytest.mark.parametrize("prompt", ["dog", "1"])
 @pytest.mark.parametrize("command", ["generate", "stream"])
-def test_a_prior_of_classes_draws_from_names_and_numbers(capsys, tmp_path, named_class_pipeline, command, prompt):
+def test_a_class_prior_generates_from_names_and_numbers(capsys, tmp_path, named_class_pipeline, command, prompt):
     named_class_pipeline.save_pretrained(tmp_path / "classes")
     output = tmp_path / "dog.webp"
     code, _, err = run(

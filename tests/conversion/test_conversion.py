@@ -1,4 +1,4 @@
-"""Official checkpoints of any shape become our models, compared with the published formulas written down once more."""
+"""Official checkpoints of many shapes, compared after conversion with an independent version of the formulas."""
 
 import json
 
@@ -25,7 +25,7 @@ from flextok_hf.conversion.vae import PUBLISHED_ARCHITECTURE
 
 ATOL = 5e-5
 TOKENIZERS = {
-    "as it is": {},
+    "default": {},
     "wider encoder": {"encoder_width": 64, "encoder_head_dim": 8, "decoder_width": 24, "decoder_head_dim": 24},
     "deeper": {"encoder_depth": 4, "decoder_depth": 3},
     "one block, one register": {"encoder_depth": 1, "registers": 1},
@@ -74,7 +74,7 @@ def tokenizer(request, tmp_path):
     return write_tokenizer(tmp_path / "official", **TOKENIZERS[request.param])
 
 
-def load_quietly(*args, **options):
+def load(*args, **options):
     pipe = FlexTokPipeline.from_original(*args, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -82,7 +82,7 @@ def load_quietly(*args, **options):
 
 @torch.no_grad()
 def compare_tokenizer(pipe, tensors, shape, height, width):
-    """Compare encoder and decoder with the formulas on latents of some size."""
+    """Compare encoder and decoder with the formulas on latents of the given size."""
     channels, length = shape["channels"], shape["registers"] or (height // shape["patch"]) * (width // shape["patch"])
     latents = torch.randn(3, channels, height, width, generator=seeded(1))
     output = pipe.encoder(latents)
@@ -93,8 +93,8 @@ def compare_tokenizer(pipe, tensors, shape, height, width):
         torch.testing.assert_close(pipe.encoder.quantizer.ids_to_codes(ids[None])[0], reference.codes(shape, ids))
 
     counts = torch.tensor([1, max(1, length // 2), length])
-    sigma, ignored = torch.tensor([1.0, 0.35, 0.05]), torch.tensor([False, False, True])
-    for is_unconditional in (torch.zeros(3, dtype=torch.bool), ignored):
+    sigma, is_last = torch.tensor([1.0, 0.35, 0.05]), torch.tensor([False, False, True])
+    for is_unconditional in (torch.zeros(3, dtype=torch.bool), is_last):
         velocity = pipe.decoder(latents, sigma, output.codes, counts, is_unconditional).velocity
         for index in range(3):
             ids = output.token_ids[index, : counts[index]]
@@ -105,27 +105,25 @@ def compare_tokenizer(pipe, tensors, shape, height, width):
 
 
 @pytest.mark.parametrize("shrink", [(0, 0), (1, 0), (0, 1)], ids=["full", "wide", "tall"])
-def test_a_tokenizer_computes_the_published_formulas(tokenizer, shrink):
+def test_a_converted_tokenizer_matches_the_published_formulas(tokenizer, shrink):
     path, tensors, shape = tokenizer
     side = shape["grid"] * shape["patch"]
-    compare_tokenizer(
-        load_quietly(path), tensors, shape, side - shrink[0] * shape["patch"], side - shrink[1] * shape["patch"]
-    )
+    compare_tokenizer(load(path), tensors, shape, side - shrink[0] * shape["patch"], side - shrink[1] * shape["patch"])
 
 
 @pytest.mark.parametrize("is_single_file", [True, False], ids=["file", "folder"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_checkpoint_saved_in_half_precision_is_computed_in_float32(tmp_path, dtype, is_single_file):
+def test_a_checkpoint_stored_in_half_precision_runs_in_float32(tmp_path, dtype, is_single_file):
     path, tensors, shape = write_tokenizer(tmp_path / "official", dtype, is_single_file)
-    pipe = load_quietly(path)
+    pipe = load(path)
     assert pipe.encoder.dtype == pipe.decoder.dtype == pipe.vae.dtype == torch.float32
     compare_tokenizer(pipe, tensors, shape, 8, 8)
 
 
-def test_images_of_a_batch_keep_their_own_lengths(tmp_path):
+def test_images_in_a_batch_can_have_different_numbers_of_tokens(tmp_path):
     path, tensors, shape = write_tokenizer(tmp_path / "official")
-    pipe = load_quietly(path)
-    noise = torch.randn(3, shape["channels"], 6, 4, generator=seeded(2))  # neither square nor as large as it can be
+    pipe = load(path)
+    noise = torch.randn(3, shape["channels"], 6, 4, generator=seeded(2))  # neither square nor of maximum size
     sequences = [torch.tensor([3]), torch.tensor([7, 0, 14]), torch.tensor([1, 2, 3, 4, 5, 6])]
     latents = pipe.detokenize(sequences, 2, 3.0, "cfg", latents=noise, output_type="latent").images
     for index, ids in enumerate(sequences):
@@ -138,7 +136,7 @@ def test_images_of_a_batch_keep_their_own_lengths(tmp_path):
 
 @pytest.mark.parametrize("name", PRIORS)
 @torch.no_grad()
-def test_a_prior_computes_the_published_formulas(tmp_path, name):
+def test_a_converted_prior_matches_the_published_formulas(tmp_path, name):
     folder, tensors, shape = write_prior(tmp_path / "official", **PRIORS[name])
     convert_checkpoint(tmp_path / "ours", prior=str(folder))
     prior = FlexTokPriorForCausalLM.from_pretrained(tmp_path / "ours")
@@ -173,7 +171,7 @@ def test_a_prior_computes_the_published_formulas(tmp_path, name):
     ],
 )
 @torch.no_grad()
-def test_the_activation_of_the_projector_is_the_one_of_the_checkpoint(tmp_path, target, options, function):
+def test_the_projector_uses_the_activation_of_the_checkpoint(tmp_path, target, options, function):
     activation = {"_target_": target, "_partial_": True, **options}
     folder, tensors, shape = write_prior(tmp_path / "official", **TEXT, activation=activation)
     convert_checkpoint(tmp_path / "ours", prior=str(folder))
@@ -184,7 +182,7 @@ def test_the_activation_of_the_projector_is_the_one_of_the_checkpoint(tmp_path, 
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
-def test_tensors_of_parts_with_repositories_of_their_own_are_read_over(tmp_path):
+def test_tensors_of_parts_that_have_their_own_repositories_are_ignored(tmp_path):
     folder, tensors, _ = write_prior(tmp_path / "official", **TEXT)
     tensors["models.text_encoder.t5_embedder.encoder.weight"] = torch.zeros(3)
     tensors["models.image_tokenizer.model.encoder.weight"] = torch.zeros(3)
@@ -193,7 +191,7 @@ def test_tensors_of_parts_with_repositories_of_their_own_are_read_over(tmp_path)
     assert FlexTokPriorForCausalLM.from_pretrained(tmp_path / "ours").config.text_hidden_size == 12
 
 
-# What comes out
+# Output
 
 
 def read_folder(folder):
@@ -206,11 +204,11 @@ def same_weights(one, other):
 
 
 @pytest.mark.parametrize("is_single_file", [True, False], ids=["file", "folder"])
-def test_converting_writes_what_saving_the_loaded_pipeline_writes(tmp_path, is_single_file):
+def test_converting_and_saving_a_loaded_pipeline_write_the_same(tmp_path, is_single_file):
     path, _, _ = write_tokenizer(tmp_path / "official", is_single_file=is_single_file)
     prior, _, _ = write_prior(tmp_path / "prior", **CLASSES)
     convert_checkpoint(tmp_path / "converted", str(path), str(prior))
-    load_quietly(path, prior).save_pretrained(tmp_path / "saved")
+    load(path, prior).save_pretrained(tmp_path / "saved")
     converted, saved = read_folder(tmp_path / "converted"), read_folder(tmp_path / "saved")
     assert converted.keys() - saved.keys() == {"original.json"} and saved.keys() <= converted.keys()
     for name, content in saved.items():
@@ -223,7 +221,7 @@ def test_converting_writes_what_saving_the_loaded_pipeline_writes(tmp_path, is_s
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
-def test_weights_are_stored_as_asked(tmp_path, dtype):
+def test_weights_are_stored_in_the_requested_precision(tmp_path, dtype):
     path, tensors, _ = write_tokenizer(tmp_path / "official", torch.float16)
     convert_checkpoint(tmp_path / "ours", str(path), dtype=dtype)
     expected = torch.float16 if dtype is None else dtype
@@ -240,7 +238,7 @@ def test_weights_are_stored_as_asked(tmp_path, dtype):
     assert registers.equal(tensors["encoder.module_dict.enc_register_module.registers"].to(expected))
 
 
-def test_a_file_of_mixed_precision_keeps_it(tmp_path):
+def test_mixed_precision_is_kept(tmp_path):
     path, tensors, _ = write_tokenizer(tmp_path / "official")
     name = "encoder.module_dict.enc_register_module.registers"
     save_file({**tensors, name: tensors[name].bfloat16()}, path / "model.safetensors")
@@ -248,13 +246,13 @@ def test_a_file_of_mixed_precision_keeps_it(tmp_path):
     stored = load_file(tmp_path / "ours" / "encoder" / "model.safetensors")
     assert stored["register_tokens"].dtype == torch.bfloat16
     assert stored["feature_proj.weight"].dtype == torch.float32
-    assert load_quietly(path, dtype=None).encoder.register_tokens.dtype == torch.bfloat16
+    assert load(path, dtype=None).encoder.register_tokens.dtype == torch.bfloat16
 
 
-def test_large_models_are_split_into_files_with_an_index(tmp_path):
+def test_large_models_are_split_into_shards_with_an_index(tmp_path):
     path, _, _ = write_tokenizer(tmp_path / "official")
     prior, _, _ = write_prior(tmp_path / "prior", **CLASSES)
-    whole = load_quietly(path, prior)
+    whole = load(path, prior)
     convert_checkpoint(tmp_path / "ours", str(path), str(prior), max_shard_bytes=10_000)
     pipe = FlexTokPipeline.from_pretrained(tmp_path / "ours")
     for name in ("encoder", "decoder", "vae", "prior"):
@@ -267,9 +265,9 @@ def test_large_models_are_split_into_files_with_an_index(tmp_path):
         assert same_weights(getattr(pipe, name), getattr(whole, name)), name
 
 
-def test_a_model_in_memory_is_independent_of_the_file(tmp_path):
+def test_a_loaded_model_is_independent_of_the_file(tmp_path):
     path, tensors, _ = write_tokenizer(tmp_path / "official", is_single_file=True)
-    pipe = load_quietly(path)
+    pipe = load(path)
     path.write_bytes(bytes(path.stat().st_size))
     registers = tensors["encoder.module_dict.enc_register_module.registers"]
     assert pipe.encoder.register_tokens.equal(registers)
@@ -279,7 +277,7 @@ def test_a_model_in_memory_is_independent_of_the_file(tmp_path):
     )
 
 
-def test_what_has_no_place_in_our_configurations_is_kept_beside_them(tmp_path):
+def test_settings_without_a_field_in_our_configurations_are_saved_beside_them(tmp_path):
     path, _, _ = write_tokenizer(tmp_path / "official")
     prior, _, _ = write_prior(tmp_path / "prior", **CLASSES)
     convert_checkpoint(tmp_path / "ours", str(path), str(prior))
@@ -296,7 +294,7 @@ def test_a_sampled_posterior_is_reported(tmp_path):
     assert len(notes) == 1 and "`sample_posterior` is true" in notes[0]
 
 
-def test_a_prior_of_another_tokenizer_is_reported(tmp_path):
+def test_a_prior_trained_with_another_tokenizer_is_reported(tmp_path):
     path, _, _ = write_tokenizer(tmp_path / "official")
     prior, _, _ = write_prior(tmp_path / "prior", **CLASSES)
     config = yaml.safe_load((prior / "config.yaml").read_text())
@@ -306,7 +304,7 @@ def test_a_prior_of_another_tokenizer_is_reported(tmp_path):
     assert len(notes) == 1 and "trained with the tokenizer 'owner/other'" in notes[0]
 
 
-def test_other_defaults_of_sampling_are_reported(tmp_path):
+def test_other_sampling_defaults_are_reported(tmp_path):
     path, _, _ = write_tokenizer(tmp_path / "official")
     prior, _, _ = write_prior(tmp_path / "prior", **CLASSES)
     config = yaml.safe_load((prior / "config.yaml").read_text())
@@ -333,7 +331,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_models_of_published_sizes_have_the_published_number_of_parameters(name):
-    """The fixed positions are parameters there and buffers here: both are counted."""
+    """Fixed positions are parameters in the official code and buffers here; both are counted."""
     encoder_depth, decoder_depth, *expected = PUBLISHED[name]
     with torch.device("meta"):
         encoder = FlexTokEncoder(FlexTokEncoderConfig(hidden_size=64 * encoder_depth, num_hidden_layers=encoder_depth))

@@ -1,4 +1,4 @@
-"""The folder that a conversion writes: whole or not at all, and never over something else."""
+"""The output folder of a conversion: complete or absent, and never written over existing files."""
 
 import shutil
 
@@ -11,10 +11,7 @@ from flextok_hf.conversion.convert import convert_checkpoint
 from flextok_hf.conversion.writing import new_folder
 
 
-# The folder that is written
-
-
-def test_a_folder_that_is_in_use_is_left_alone(place, tokenizer):
+def test_existing_files_are_never_overwritten(place, tokenizer):
     (place / "ours").mkdir()
     (place / "ours" / "precious.txt").write_text("mine")
     with pytest.raises(ValueError, match="exists and is not empty"):
@@ -27,7 +24,7 @@ def test_a_folder_that_is_in_use_is_left_alone(place, tokenizer):
     assert (place / "ours" / "precious.txt").read_text() == (place / "file").read_text() == "mine"
 
 
-def test_an_empty_folder_is_filled(place, tokenizer):
+def test_an_empty_folder_is_accepted(place, tokenizer):
     (place / "ours").mkdir()
     convert_checkpoint(place / "ours", str(tokenizer))
     assert (place / "ours" / "model_index.json").is_file()
@@ -42,14 +39,14 @@ def test_an_interrupted_conversion_leaves_nothing(place, error):
     assert list(place.iterdir()) == []
 
 
-def test_a_full_disk_is_noticed_before_anything_is_written(place, tokenizer, monkeypatch):
+def test_a_full_disk_is_detected_before_anything_is_written(place, tokenizer, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
-    with pytest.raises(OSError, match="0.0 GB of free space, and 0.0 GB are needed"):
+    with pytest.raises(OSError, match="0.0 GB of free space, but 0.0 GB are needed"):
         convert_checkpoint(place / "ours", str(tokenizer))
     assert sorted(path.name for path in place.iterdir()) == ["tokenizer"]
 
 
-def test_new_folders_can_be_read_by_whoever_can_read_other_new_folders(place, tokenizer):
+def test_new_folders_have_the_usual_permissions(place, tokenizer):
     convert_checkpoint(place / "ours", str(tokenizer))
     (place / "other").mkdir()
     assert (place / "ours").stat().st_mode == (place / "other").stat().st_mode

@@ -1,4 +1,4 @@
-"""The prior computes what the official one does, on tiny random checkpoints in the official layout."""
+"""The prior gives the numbers of the official code, on tiny random checkpoints in the official layout."""
 
 import json
 
@@ -14,22 +14,22 @@ from flextok_hf.conversion.convert import convert_checkpoint
 
 FIXTURES = paths.FIXTURES / "prior"
 GUIDANCE_SCALE = {"t2i": 3.0, "c2i": 1.5}
-# A tokenizer of as many codes and tokens, to make a pipeline with
+# Tokenizers with matching numbers of codes and tokens, to build pipelines
 TOKENIZERS = {"t2i": {"levels": [8, 6, 5], "registers": 24}, "c2i": {"levels": [20, 15], "registers": 20}}
 
 
 class Golden:
-    """One recorded checkpoint: our model and pipeline of it, the expected tensors, the conditions of both halves."""
+    """One recorded checkpoint: our model and pipeline, the expected tensors, and the conditions of both halves."""
 
     def __init__(self, name, folder):
         self.name = name
         self.meta = json.loads((FIXTURES / name / "meta.json").read_text())
         self.expected = load_file(FIXTURES / name / "expected.safetensors")
         tokenizer, _, _ = write_tokenizer(folder / "tokenizer", **TOKENIZERS[name])
-        if name == "t2i":  # a pipeline in memory
+        if name == "t2i":  # loaded as a pipeline
             self.pipe = FlexTokPipeline.from_original(str(tokenizer), str(FIXTURES / name))
             self.model = self.pipe.prior
-        else:  # a prior by itself, converted, loaded, saved and loaded again
+        else:  # a prior on its own: converted, loaded, saved and loaded again
             convert_checkpoint(folder / "converted", prior=str(FIXTURES / name / "model.safetensors"))
             FlexTokPriorForCausalLM.from_pretrained(folder / "converted").save_pretrained(folder / "saved")
             self.model = FlexTokPriorForCausalLM.from_pretrained(folder / "saved")
@@ -50,7 +50,7 @@ class Golden:
         }
 
     def guided(self, **options):
-        """Write tokens under the recorded guidance, prompts as the pipeline encodes them; without the start."""
+        """Generate tokens with the recorded guidance, prompts encoded by the pipeline; without the start token."""
         _, conditions = self.pipe.encode_condition(self.meta["prompts"], self.meta["labels"], 1)
         output = self.model.generate(**conditions, guidance_scale=self.guidance_scale, **options)
         return output[:, 1:] if torch.is_tensor(output) else output
@@ -108,7 +108,9 @@ def test_every_stage_matches(golden, half):
     ]
     condition = golden.condition(half)
     positions = torch.arange(golden.input_ids.shape[1])
-    embeddings = golden.model.embed(golden.input_ids, positions, condition.get("class_labels"))
+    embeddings = golden.model.embed(
+        golden.model.token_embedding(golden.input_ids), positions[None], condition.get("class_labels")
+    )
 
     logits = golden.model(golden.input_ids, **condition).logits
     for hook in hooks:
@@ -121,13 +123,13 @@ def test_every_stage_matches(golden, half):
 
 
 class Force:
-    """A logits processor that lets only the recorded tokens through, whatever the model prefers."""
+    """A logits processor that allows only the recorded tokens."""
 
     def __init__(self, tokens):
         self.tokens = tokens
 
     def __call__(self, input_ids, scores):
-        """Leave one token per row."""
+        """Mask all but one token per row."""
         chosen = self.tokens[:, input_ids.shape[1] - 1 : input_ids.shape[1]]
         return torch.full_like(scores, float("-inf")).scatter(1, chosen, 0.0)
 
@@ -186,7 +188,7 @@ def branch(golden, scores, log_probs, sequences, chosen):
     return torch.cat([kept, chosen[..., None]], dim=-1).flatten(0, 1), total
 
 
-def test_the_best_last_tokens_branch_as_officially(golden):
+def test_branches_on_the_most_likely_last_tokens_match(golden):
     output = golden.guided(max_new_tokens=6, return_log_probs=True, output_scores=True, **golden.released)
     chosen = output.scores[-1].topk(4).indices
     tokens, log_probs = branch(golden, output.scores[-1], output.log_probs, output.sequences, chosen)
@@ -194,11 +196,11 @@ def test_the_best_last_tokens_branch_as_officially(golden):
     close(log_probs, golden.expected["greedy_branch4_n6_logp"], 1e-4)
 
 
-def test_drawn_last_tokens_branch_as_officially(golden):
+def test_branches_on_sampled_last_tokens_match(golden):
     """The official code draws the last token of a call several times, without replacement."""
     options = {"do_sample": True, **golden.released}
     generator = seeded(3)
-    golden.guided(max_new_tokens=7, generator=generator, **options)  # leaves the generator where the last draw begins
+    golden.guided(max_new_tokens=7, generator=generator, **options)  # leaves the generator right before the last draw
     wanted = {"return_log_probs": True, "output_scores": True}
     output = golden.guided(max_new_tokens=8, generator=seeded(3), **wanted, **options)
     probabilities = output.scores[-1].softmax(dim=-1)
@@ -208,8 +210,8 @@ def test_drawn_last_tokens_branch_as_officially(golden):
     close(log_probs, golden.expected["sampled_branch5_n8_seed3_logp"], 1e-4)
 
 
-def test_the_pipeline_draws_what_its_prior_writes(class_golden, monkeypatch):
-    """The option reaches the prior, and the strength of guidance is the one of the checkpoint."""
+def test_the_pipeline_uses_the_options_and_guidance_of_its_prior(class_golden, monkeypatch):
+    """The option reaches the prior, and the guidance scale comes from the checkpoint."""
     pipe, labels = class_golden.pipe, class_golden.meta["labels"]
     pipe.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 1, "output_type": "latent", "temperature": 1e-4}
@@ -223,7 +225,7 @@ def test_the_pipeline_draws_what_its_prior_writes(class_golden, monkeypatch):
 @pytest.mark.parametrize("temperature, top_k, top_p", [
     (1.0, 0, 0.0), (0.7, 0, 0.0), (1.0, 10, 0.0), (1.0, 0, 0.8), (1.3, 25, 0.6), (1.0, 0, 0.0001), (1.0, 1, 0.0),
 ])  # fmt: skip
-def test_filters_leave_the_official_probabilities(golden, temperature, top_k, top_p):
+def test_filtered_probabilities_match(golden, temperature, top_k, top_p):
     model, logits = golden.model, golden.expected["filter_in"][:, 0]
     options, _ = model.resolve_generation_options(
         None, {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}

@@ -1,6 +1,6 @@
 """Encoder, quantizer, decoder, guidance and sampling give the numbers of the official code (float32, CPU).
 
-The way is the public one: an official checkpoint as a folder is loaded, as a single file converted and loaded.
+Both public ways are tested: a folder is loaded as a pipeline, a single file is converted and then loaded.
 """
 
 import json
@@ -25,7 +25,7 @@ SIGMAS, KINDS = ("1.0", "0.75", "0.3", "0.05"), ("full", "keep_mixed", "keep_2",
 
 
 class Golden:
-    """What the official code gave for one checkpoint, and our pipeline of it."""
+    """Recorded outputs of the official code for one checkpoint, and our pipeline of it."""
 
     def __init__(self, variant, pipe):
         self.pipe = pipe
@@ -38,7 +38,7 @@ class Golden:
         return self.tensors[name]
 
     def check(self, actual, name, index=slice(None)):
-        """Compare with what the official code gave under this name."""
+        """Compare with the recorded output of this name."""
         torch.testing.assert_close(actual, self[name][index], atol=ATOL, rtol=0)
 
     def sample(self, steps, scale, guidance="apg", counts=None, callback=None):
@@ -47,14 +47,14 @@ class Golden:
 
 
 def load_folder(variant, folder):
-    """The layout of a Hub repository whose weights carry no configuration, loaded in memory."""
+    """Load a folder laid out like a Hub repository, with no configuration in the weights file."""
     shutil.copytree(FIXTURES / variant, folder)
     save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors")
     return FlexTokPipeline.from_original(str(folder))
 
 
 def convert_file(variant, folder):
-    """A single file that carries its configuration, converted to a folder, loaded, saved and loaded again."""
+    """Convert a single file that contains its configuration, then load, save and load again."""
     shutil.copytree(FIXTURES / variant, folder, ignore=shutil.ignore_patterns("config.json"))
     if (FIXTURES / variant / "vae").exists():
         shutil.copy(FIXTURES / variant / "vae" / "config.json", folder / "vae")
@@ -76,7 +76,7 @@ def golden(request, load, tmp_path_factory):
 
 
 def record_outputs(modules):
-    """Keep the output of each module while a model runs."""
+    """Record the output of each module during a forward pass."""
     outputs = {}
     handles = [
         module.register_forward_hook(lambda *args, name=name: outputs.__setitem__(name, args[-1]))
@@ -137,7 +137,7 @@ def test_time_embedding(golden):
     handle = embedder.linear_1.register_forward_pre_hook(lambda module, args: frequencies.append(args[0]))
     golden.check(embedder(golden["time.t"]), "time.emb")
     handle.remove()
-    # within one step of float32 at angles of up to 1000; other orders of the same factors are ten times further off
+    # within one float32 step at angles up to 1000; multiplying in another order is ten times further off
     torch.testing.assert_close(frequencies[0], golden["time.freq"], atol=5e-6, rtol=0)
 
 
@@ -158,7 +158,7 @@ def test_velocity(golden, sigma, kind):
 @torch.no_grad()
 @pytest.mark.parametrize(("kind", "longest"), [("keep_mixed", None), ("keep_2", 2), ("keep_2", 5), ("uncond", 1)])
 def test_velocity_with_merged_registers(golden, kind, longest):
-    """Codes that nobody keeps are left out, and all dropped registers become one."""
+    """Codes that no sample keeps are omitted, and all dropped registers are merged into one."""
     batch = golden.batch_size
     inputs = (golden["vel.t0.3.x"], torch.full((batch,), 0.3), golden["codes"][:, :longest])
     num_tokens = torch.tensor(golden.meta[kind]) if kind in golden.meta else None
@@ -186,9 +186,9 @@ def test_decoder_stages_with_a_noise_level_and_length_per_sample(golden):
 @torch.no_grad()
 def test_unconditional_velocity_with_a_noise_level_per_sample(golden):
     decoder, codes = golden.pipe.decoder, golden["codes"]
-    ignored = torch.ones(golden.batch_size, dtype=torch.bool)
-    registers = decoder.embed_codes(codes, golden.keep_mixed, ignored)
-    velocity = decoder(golden["velmix.x"], golden["velmix.t"], codes, golden.keep_mixed, ignored).velocity
+    is_unconditional = torch.ones(golden.batch_size, dtype=torch.bool)
+    registers = decoder.embed_codes(codes, golden.keep_mixed, is_unconditional)
+    velocity = decoder(golden["velmix.x"], golden["velmix.t"], codes, golden.keep_mixed, is_unconditional).velocity
     golden.check(registers, "velmix.uncond.registers_in")
     golden.check(velocity, "velmix.uncond")
 
@@ -212,7 +212,7 @@ def test_every_point_of_the_trajectory(golden, name, scale, guidance):
 
     golden.sample(4, scale, guidance, callback=keep)
     golden.check(torch.stack(times), "sample.traj_t")
-    # the golden holds the latents at which the velocity was evaluated, so the noise first and not the result
+    # the recording has the latents at which the velocity was evaluated: the noise first, and not the result
     golden.check(torch.stack([golden["noise"], *points[:-1]]), f"sample.{name}.traj")
 
 
@@ -223,8 +223,8 @@ def test_guidance_scale_as_a_function_of_sigma(golden):
 
 @torch.no_grad()
 def test_one_step_with_all_tokens(golden):
-    everything = torch.full((golden.batch_size,), golden.pipe.num_registers)
-    golden.check(golden.sample(1, 2.0, counts=everything), "sample.full_apg2_1step.latents")
+    all_tokens = torch.full((golden.batch_size,), golden.pipe.num_registers)
+    golden.check(golden.sample(1, 2.0, counts=all_tokens), "sample.full_apg2_1step.latents")
 
 
 @torch.no_grad()
@@ -265,6 +265,6 @@ def test_training_noise_levels(golden, monkeypatch, name):
     key = {"uniform": "train.uniform", "mode": "train.mode0.25", "logit_normal": "train.logitnormal"}[name]
     draws = golden[f"{key}.draw"]
     if name == "logit_normal":
-        draws = torch.special.ndtr(draws.double()).float()  # the golden draws are normal, ours start out uniform
+        draws = torch.special.ndtr(draws.double()).float()  # the recorded draws are normal, ours start as uniform
     monkeypatch.setattr(torch, "rand", lambda *args, **options: draws)
     golden.check(sample_sigma(len(draws), name, mode_scale=0.25), f"{key}.sigma")

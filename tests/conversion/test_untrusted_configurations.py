@@ -1,4 +1,4 @@
-"""Malice and accident in the configuration of a checkpoint: a clear error, nothing run, nothing left."""
+"""Malicious or damaged configurations of checkpoints: a clear error, no code is run, no file is left behind."""
 
 import json
 import os
@@ -19,26 +19,26 @@ PARTS = ["vae", "encoder", "decoder", "regularizer", "flow_matching_noise_module
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_class_of_another_name_in_a_configuration_is_never_made(place, tokenizer, part):
+def test_an_unknown_class_in_a_configuration_is_never_created(place, tokenizer, part):
     edit_json(tokenizer / "config.json", lambda config: config[part].update(EVIL))
     refuse(place, f"`{part}._target_` of .* is 'os.system', which flextok_hf does not convert", tokenizer)
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_class_of_another_name_in_metadata_is_never_made(place, tokenizer_file, part):
+def test_an_unknown_class_in_metadata_is_never_created(place, tokenizer_file, part):
     tensors, metadata = read_weights(tokenizer_file)
     save_file(tensors, tokenizer_file, {**metadata, part: repr(EVIL)})
     refuse(place, f"`{part}._target_` of .* is 'os.system'", tokenizer_file)
 
 
-def test_another_outer_class_in_metadata_is_never_made(place, tokenizer_file):
+def test_an_unknown_top_level_class_in_metadata_is_never_created(place, tokenizer_file):
     tensors, metadata = read_weights(tokenizer_file)
     save_file(tensors, tokenizer_file, {**metadata, "_target_": "os.system"})
     refuse(place, "`_target_` of .* is 'os.system', which flextok_hf does not support", tokenizer_file)
 
 
 @pytest.mark.parametrize("stack", ["encoder", "decoder"])
-def test_a_class_of_another_name_in_any_module_is_never_made(place, tokenizer, stack):
+def test_an_unknown_class_in_any_module_is_never_created(place, tokenizer, stack):
     modules = json.loads((tokenizer / "config.json").read_text())[stack]["module_dict"]
     original = (tokenizer / "config.json").read_text()
     for name in modules:
@@ -47,7 +47,7 @@ def test_a_class_of_another_name_in_any_module_is_never_made(place, tokenizer, s
         refuse(place, f"`{stack}.module_dict.{name}._target_` of .* is 'os.system'", tokenizer)
 
 
-def test_an_operation_of_another_name_is_never_run(place, tokenizer):
+def test_an_unknown_operation_is_never_run(place, tokenizer):
     def change(config):
         config["encoder"]["module_dict"]["enc_channels_to_last"]["per_sample_op"] = EVIL
 
@@ -61,7 +61,7 @@ def test_an_operation_of_another_name_is_never_run(place, tokenizer):
     "ar_image_model.trunk.self_attn_target", "ar_image_model.trunk.cross_attn_target",
     "ar_image_model.trunk.ffn_target", "ar_image_model.trunk.norm_layer",
 ])  # fmt: skip
-def test_a_class_of_another_name_in_a_prior_is_never_made(place, text_prior, path):
+def test_an_unknown_class_in_a_prior_is_never_created(place, text_prior, path):
     def change(models):
         for name in path.split("."):
             models = models[name]
@@ -90,7 +90,7 @@ def test_a_class_of_another_name_in_a_prior_is_never_made(place, text_prior, pat
     "{'a': '\x00'}\x00",
     "",
 ], ids=lambda text: text[:12])  # fmt: skip
-def test_a_literal_that_is_no_data_is_refused(place, tokenizer_file, text):
+def test_a_literal_that_is_not_plain_data_is_refused(place, tokenizer_file, text):
     tensors, metadata = read_weights(tokenizer_file)
     save_file(tensors, tokenizer_file, {**metadata, "encoder": text})
     refuse(place, "`encoder` in the metadata of .* cannot be read as literal data|must be a group", tokenizer_file)
@@ -113,7 +113,7 @@ def test_a_literal_that_is_no_data_is_refused(place, tokenizer_file, text):
     "model:\n\t- tab",
     "model: " + "9" * 90_000,
 ], ids=lambda text: text[:24])  # fmt: skip
-def test_yaml_that_is_no_data_is_refused(place, prior, text):
+def test_yaml_that_is_not_plain_data_is_refused(place, prior, text):
     (prior / "config.yaml").write_text(text)
     refuse(place, "`config.yaml` of .* cannot be read as yaml data", prior=prior)
 
@@ -121,20 +121,20 @@ def test_yaml_that_is_no_data_is_refused(place, prior, text):
 @pytest.mark.parametrize(
     "text", ['{"vae": NaN}', '{"vae": 1, "vae": 2}', "[" * 90_000, '{"vae": ', "{'vae': 1}", "", "nul"]
 )
-def test_json_that_is_no_data_is_refused(place, tokenizer, text):
+def test_json_that_is_not_plain_data_is_refused(place, tokenizer, text):
     (tokenizer / "config.json").write_text(text)
     refuse(place, "`config.json` of .* cannot be read as json data", tokenizer)
 
 
 @pytest.mark.parametrize("text", ["[]", "7", "null", '"text"'])
-def test_a_configuration_that_is_no_group_is_refused(place, tokenizer, text):
+def test_a_configuration_that_is_not_a_group_is_refused(place, tokenizer, text):
     (tokenizer / "config.json").write_text(text)
     refuse(place, "the configuration of .* must be a group of settings", tokenizer)
 
 
-def test_a_configuration_that_is_no_text_is_refused(place, tokenizer):
+def test_a_configuration_that_is_not_text_is_refused(place, tokenizer):
     (tokenizer / "config.json").write_bytes(b"\xff\xfe\x00")
-    refuse(place, "config.json.* is no text file", tokenizer)
+    refuse(place, "config.json.* is not a text file", tokenizer)
 
 
 @pytest.mark.parametrize("size", [150_000, 5_000_000])
@@ -154,10 +154,10 @@ def test_numbers_are_read_as_the_official_loader_reads_them():
     assert parse_settings('{"a": null}', "literal", "test") == {"a": None}
 
 
-# Sizes that only the configuration claims
+# Sizes claimed by the configuration only
 
 
-def test_sizes_beyond_all_memory_are_refused_before_anything_is_built(place, tokenizer, prior):
+def test_excessive_sizes_are_refused_before_anything_is_built(place, tokenizer, prior):
     original = (tokenizer / "config.json").read_text()
     for stack, module, changes in (
         ("encoder", "enc_transformer", {"depth": 10**9}),
@@ -185,46 +185,46 @@ def test_sizes_beyond_all_memory_are_refused_before_anything_is_built(place, tok
     {"hooks": ["os.system"]},
     {"block_out_channels": "wide"},
 ])  # fmt: skip
-def test_a_vae_that_does_not_fit_is_refused(place, tokenizer, changes):
+def test_a_vae_with_invalid_settings_is_refused(place, tokenizer, changes):
     (tokenizer / "vae_config.json").write_text(json.dumps({**TINY_VAE, **changes}))
     refuse(place, r"`vae_config[.]\w+`|latent_channels|model cannot be built", tokenizer)
 
 
-def test_a_vae_without_a_scale_is_refused(place, tokenizer):
+def test_a_vae_without_a_scaling_factor_is_refused(place, tokenizer):
     config = {name: value for name, value in TINY_VAE.items() if name != "scaling_factor"}
     (tokenizer / "vae_config.json").write_text(json.dumps(config))
     edit_json(tokenizer / "config.json", lambda config: config["vae"].update(scaling_factor=None))
     refuse(place, "`vae.scaling_factor` of .* is missing", tokenizer)
 
 
-# Names that lead elsewhere
+# References that point elsewhere
 
 
 OUTSIDE = ["../secret", "a/../../secret", "/etc", "~/secret", "..\\secret", "secret\0", "./../secret"]
 
 
 @pytest.mark.parametrize("reference", OUTSIDE)
-def test_a_vae_outside_of_the_checkpoint_is_not_looked_at(place, tokenizer, reference):
+def test_a_vae_outside_the_checkpoint_is_not_read(place, tokenizer, reference):
     (place / "secret").mkdir()
     (place / "secret" / "config.json").write_text(json.dumps(TINY_VAE))
     edit_json(tokenizer / "config.json", lambda config: config["vae"].update(hf_hub_path=reference))
-    refuse(place, "`vae.hf_hub_path` of .* leads out of the checkpoint's own folder", tokenizer)
+    refuse(place, "`vae.hf_hub_path` of .* points outside the checkpoint's folder", tokenizer)
 
 
 @pytest.mark.parametrize("reference", OUTSIDE)
-def test_a_text_encoder_outside_of_the_checkpoint_is_not_looked_at(place, tokenizer, text_prior, reference):
+def test_a_text_encoder_outside_the_checkpoint_is_not_read(place, tokenizer, text_prior, reference):
     shutil.move(text_prior / "text_encoder", place / "secret")
     edit_yaml(
         text_prior / "config.yaml",
         lambda models: models["text_encoder"]["t5_embedder"].update(hf_hub_path=reference),
     )
-    refuse(place, "hf_hub_path` of .* leads out of the checkpoint's own folder", tokenizer, text_prior)
+    refuse(place, "hf_hub_path` of .* points outside the checkpoint's folder", tokenizer, text_prior)
 
 
-def test_a_link_that_leads_out_of_the_checkpoint_is_not_followed(place, tokenizer, text_prior):
+def test_a_link_that_points_outside_the_checkpoint_is_not_followed(place, tokenizer, text_prior):
     shutil.move(text_prior / "text_encoder", place / "secret")
     (text_prior / "text_encoder").symlink_to(place / "secret")
-    refuse(place, "hf_hub_path` of .* leads out of the checkpoint's own folder", tokenizer, text_prior)
+    refuse(place, "hf_hub_path` of .* points outside the checkpoint's folder", tokenizer, text_prior)
 
 
 @pytest.mark.parametrize("reference", ["somewhere", "a/b/c", "spaces in/name", "-/-", "https://example.org/x"])
@@ -234,20 +234,20 @@ def test_a_text_encoder_that_is_neither_a_folder_nor_a_hub_id_is_refused(place, 
         lambda models: models["text_encoder"]["t5_embedder"].update(hf_hub_path=reference),
     )
     refuse(
-        place, "neither a folder beside the checkpoint nor a Hub id. Name .* as `text_encoder`", tokenizer, text_prior
+        place, "neither a folder beside the checkpoint nor a Hub id. Pass .* as `text_encoder`", tokenizer, text_prior
     )
 
 
 @pytest.mark.parametrize("name", ["nowhere", "./nowhere", "a/b/c", "/nowhere", "spaces in/name", "x/../y", ""])
-def test_a_source_that_is_nothing_is_refused(place, name):
-    refuse(place, "neither a folder or file nor a Hub id|Repo id must use|name of a tokenizer is empty", name)
+def test_a_source_that_does_not_exist_is_refused(place, name):
+    refuse(place, "neither a folder or file nor a Hub id|Repo id must use|name of the tokenizer is empty", name)
 
 
-def test_files_that_are_no_files_are_refused(place, tokenizer):
+def test_pipes_and_folders_in_place_of_files_are_refused(place, tokenizer):
     (tokenizer / WEIGHTS).unlink()
-    os.mkfifo(tokenizer / WEIGHTS)  # would wait forever for someone to write
+    os.mkfifo(tokenizer / WEIGHTS)  # reading it would block forever
     refuse(place, f"has no `{WEIGHTS}`", tokenizer)
-    refuse(place, "is no safetensors file", tokenizer / WEIGHTS)
+    refuse(place, "is not a safetensors file", tokenizer / WEIGHTS)
     (tokenizer / WEIGHTS).unlink()
     (tokenizer / WEIGHTS).mkdir()
     refuse(place, f"has no `{WEIGHTS}`", tokenizer)

@@ -38,19 +38,19 @@ def test_a_scene_is_pinned_for_all_versions_of_python():
     )
 
 
-def test_the_streamed_form_visits_every_image_once():
+def test_streaming_visits_every_image_once():
     streamed = SyntheticShapes(600, resolution=MIN_RESOLUTION, streaming=True)
     assert streamed.num_shards > 1
     assert [row["text"] for row in streamed] == [make_scene(index).caption for index in range(600)]
 
 
-def test_the_streamed_form_can_be_sent_to_workers():
+def test_the_streamed_form_can_be_pickled_for_workers():
     streamed = pickle.loads(pickle.dumps(SyntheticShapes(3, resolution=MIN_RESOLUTION, streaming=True)))
     assert len(list(streamed)) == 3
 
 
 @pytest.mark.parametrize("resolution", [32, 64, 100])
-def test_images_show_the_stated_colors_at_the_stated_places(resolution):
+def test_images_have_the_given_colors_at_the_given_positions(resolution):
     for scene in scenes("validation")[:200]:
         image = draw_scene(scene, resolution)
         assert image.size == (resolution, resolution) and image.mode == "RGB"
@@ -71,7 +71,7 @@ def test_shapes_stay_apart_and_inside_the_image():
             assert distance > (first.diameter + second.diameter) / 2
 
 
-def test_the_stated_relation_holds_between_the_centers():
+def test_the_given_relation_holds_between_the_centers():
     for scene in scenes("train"):
         centers = [(item.x, item.y) for item in scene.objects]
         if scene.relation in ("left of", "left to right"):
@@ -100,7 +100,7 @@ def test_captions_vary():
 
 def test_other_sentences_are_not_parsed():
     for caption in ("a cat", "", "a large red circle", "a large red circle on a white background please"):
-        with pytest.raises(ValueError, match="not of the synthetic grammar"):
+        with pytest.raises(ValueError, match="does not follow the synthetic grammar"):
             parse_caption(caption)
 
 
@@ -114,7 +114,7 @@ def test_every_second_validation_image_has_a_held_out_combination():
     assert [scene.is_held_out for scene in scenes("validation")] == [False, True] * (NUM_SCENES // 2)
 
 
-def test_all_combinations_occur_and_each_shape_and_color_is_known_from_train():
+def test_all_combinations_occur_and_each_shape_and_color_is_in_train():
     def pairs(split):
         return {(item.shape, item.color) for scene in scenes(split) for item in scene.objects}
 
@@ -125,7 +125,7 @@ def test_all_combinations_occur_and_each_shape_and_color_is_known_from_train():
     assert {color for _, color in pairs("train")} == set(COLORS)
 
 
-def test_every_shape_has_an_outline_of_its_own():
+def test_every_shape_but_the_circle_has_an_outline():
     assert set(OUTLINES) == set(SHAPES) - {"circle"}
 
 
@@ -134,7 +134,7 @@ def test_edges_are_smooth():
     assert len(draw_scene(circle, 64).getcolors()) > 10
 
 
-def test_wrong_arguments_are_refused_at_once():
+def test_invalid_arguments_are_refused_immediately():
     with pytest.raises(ValueError, match="`num_examples` must be 1 or more"):
         SyntheticShapes(0)
     with pytest.raises(ValueError, match="`resolution` must be 16 or more"):
@@ -143,7 +143,7 @@ def test_wrong_arguments_are_refused_at_once():
         SyntheticShapes(3, split="test")
 
 
-def test_making_images_leaves_the_global_generators_alone():
+def test_drawing_images_does_not_touch_the_global_generator():
     state = torch.get_rng_state()
     SyntheticShapes(3, resolution=MIN_RESOLUTION)
     assert torch.equal(torch.get_rng_state(), state)

@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from image_rows import TRANSFORM, R, png, write_parquet
 from PIL import Image
 
 from flextok_hf.data.batches import EpochBatchSampler, TrainingBatches, build_dataloader
@@ -17,8 +18,6 @@ from flextok_hf.data.samples import ImageTransform, collate
 from flextok_hf.data.training_dataset import load_training_dataset
 
 
-R = 16
-TRANSFORM = ImageTransform(R)
 TEXT = Columns(caption="text")
 
 
@@ -28,25 +27,9 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def png(shade, size=(R, R)):
-    content = BytesIO()
-    Image.new("RGB", size, (shade, 255 - shade, 7)).save(content, format="PNG")
-    return content.getvalue()
-
-
 def shade_of(pixel_values):
-    """The number that `png` was given, read back from (3, R, R) or a batch of it."""
+    """The shade that was passed to `png`, read back from (3, R, R) or a batch of it."""
     return ((pixel_values[..., 0, 0, 0] / 2 + 0.5) * 255).round().long().tolist()
-
-
-def write_parquet(path, num_rows=10, damaged=(), **columns):
-    """Write rows whose image has the shade of its row; the images in `damaged` are no images."""
-    images = [{"bytes": b"junk" if row in damaged else png(row), "path": None} for row in range(num_rows)]
-    features = datasets.Dataset.from_dict({name: values[:num_rows] for name, values in columns.items()}).features
-    features["image"] = datasets.Image()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    datasets.Dataset.from_dict({"image": images, **columns}, features=features).to_parquet(str(path))
-    return path
 
 
 def same_batches(first, second):
@@ -75,7 +58,7 @@ def test_a_parquet_file_gives_batches_with_captions_and_classes(tmp_path):
     assert batch["class_labels"].tolist() == [0, 1, 2, 3] and batch["class_labels"].dtype == torch.int64
 
 
-def test_captions_and_classes_are_absent_unless_asked_for(tmp_path):
+def test_captions_and_classes_are_absent_by_default(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", text=["x"] * 10, label=[0] * 10)
     for cached in (False, True):
         dataset = load_training_dataset(path, transform=TRANSFORM, cache_in_memory=cached)
@@ -133,7 +116,7 @@ def test_a_folder_saved_to_disk_can_be_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_the_synthetic_set_needs_no_files(tmp_path, streaming):
+def test_the_synthetic_dataset_needs_no_files(tmp_path, streaming):
     dataset = load_training_dataset(
         "synthetic", transform=TRANSFORM, columns=Columns(caption="text"), max_samples=6, streaming=streaming
     )
@@ -189,7 +172,7 @@ def test_random_crops_are_squares_of_the_allowed_sizes_inside_the_image():
     assert len({left for left, *_ in boxes}) > 20 and len({top for _, top, *_ in boxes}) > 10
 
 
-def test_one_of_several_wordings_is_drawn_each_time(tmp_path):
+def test_one_of_several_captions_is_drawn_each_time(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", 2, text=[["a", "b", "c"], ["d"]])
     for cached in (False, True):
         dataset = load_training_dataset(
@@ -204,7 +187,7 @@ def test_one_of_several_wordings_is_drawn_each_time(tmp_path):
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_damaged_rows_are_counted_named_and_never_used(tmp_path, caplog, cached):
+def test_damaged_rows_are_counted_reported_and_never_used(tmp_path, caplog, cached):
     path = write_parquet(tmp_path / "a.parquet", damaged=(3, 4, 9))
     with caplog.at_level(logging.WARNING):
         dataset = load_training_dataset(path, transform=TRANSFORM, cache_in_memory=cached)
@@ -214,7 +197,7 @@ def test_damaged_rows_are_counted_named_and_never_used(tmp_path, caplog, cached)
     assert set(shades) == {0, 1, 2, 5, 6, 7, 8}
     assert len(dataset.skipped) == 3 and set(dataset.skipped) == {3, 4, 9}
     messages = [record.getMessage() for record in caplog.records if "is skipped" in record.getMessage()]
-    assert len(messages) == 3 and any("Row 4 is skipped: an image of 4 bytes is not an image" in m for m in messages)
+    assert len(messages) == 3 and any("Row 4 is skipped" in m and "of 4 bytes is not an image" in m for m in messages)
 
 
 def test_a_damaged_row_is_replaced_by_the_next_so_that_batches_keep_their_size(tmp_path):
@@ -222,7 +205,7 @@ def test_a_damaged_row_is_replaced_by_the_next_so_that_batches_keep_their_size(t
     assert shade_of(dataset[9]["pixel_values"]) == 0
 
 
-def test_damaged_rows_of_a_stream_are_left_out(tmp_path):
+def test_damaged_rows_of_a_stream_are_skipped(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", damaged=(3, 4))
     dataset = load_training_dataset(path, transform=TRANSFORM, streaming=True, shuffle_buffer=0)
     assert [shade_of(sample["pixel_values"]) for sample in dataset] == [0, 1, 2, 5, 6, 7, 8, 9]
@@ -241,7 +224,7 @@ def test_rows_without_a_caption_are_skipped(tmp_path, captions):
         assert set(dataset.skipped) == {1}
 
 
-def test_a_draw_gives_the_same_whether_a_row_is_found_unusable_or_known_to_be(tmp_path):
+def test_a_draw_does_not_depend_on_when_an_unusable_row_was_found(tmp_path):
     """The flip is drawn before the missing caption is noticed."""
     path = write_parquet(tmp_path / "a.parquet", 2, text=[None, ["a", "b", "c", "d", "e", "f"]])
 
@@ -272,7 +255,7 @@ def test_missing_image_files_are_skipped(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"cache_in_memory": True}, {"streaming": True, "shuffle_buffer": 0}])
-def test_a_data_set_without_a_usable_image_is_an_error(tmp_path, monkeypatch, options):
+def test_a_dataset_without_a_usable_image_is_an_error(tmp_path, monkeypatch, options):
     monkeypatch.setattr("flextok_hf.data.image_dataset.MAX_UNREADABLE_ROWS", 5)
     monkeypatch.setattr("flextok_hf.data.image_stream.MAX_UNREADABLE_ROWS", 5)
     path = write_parquet(tmp_path / "a.parquet", damaged=range(10))
@@ -296,7 +279,7 @@ def test_training_resumes_at_any_batch_with_the_same_draws(tmp_path, cached):
         )
         return TrainingBatches(build_dataloader(dataset, 4, seed=1, num_workers=num_workers)).start(first_batch)
 
-    whole = take(batches(), 7)  # three epochs of two batches and one more
+    whole = take(batches(), 7)  # three epochs of two batches, and one more batch
     for first_batch in (1, 2, 5):
         assert same_batches(take(batches(first_batch), 7 - first_batch), whole[first_batch:])
     assert same_batches(take(batches(3, num_workers=2), 4), whole[3:])
@@ -316,7 +299,7 @@ STREAMS = {
 
 
 def write_sharded(kind, folder):
-    """Write 40 images in 5 unequal files, with three that are damaged."""
+    """Write 40 images, three of them damaged, to 5 files of different sizes."""
     numbers, sizes = iter(range(40)), (12, 5, 9, 6, 8)
     for shard, size in enumerate(sizes):
         rows = [next(numbers) for _ in range(size)]
@@ -339,7 +322,7 @@ def write_sharded(kind, folder):
 
 
 def write_tar(path, samples):
-    """Write samples in the form of WebDataset: files of one sample share the name before the ending."""
+    """Write samples as a WebDataset: files of one sample share the name before the extension."""
     with tarfile.open(path, "w") as archive:
         for key, parts in samples.items():
             for ending, content in parts.items():
@@ -351,7 +334,7 @@ def write_tar(path, samples):
 @pytest.mark.parametrize(
     ("kind", "name"), [*(("parquet", name) for name in STREAMS), ("tar", "one reader"), ("tar", "two readers")]
 )
-def test_a_stream_goes_on_after_any_batch(tmp_path, kind, name):
+def test_a_stream_resumes_after_any_batch(tmp_path, kind, name):
     folder = write_sharded(kind, tmp_path / "data")
     columns = Columns(caption="text") if kind == "parquet" else Columns("png", caption="txt")
     options = dict(STREAMS[name])
@@ -373,7 +356,7 @@ def test_a_stream_goes_on_after_any_batch(tmp_path, kind, name):
         assert same_batches(take(resumed, 19 - stop), whole[stop + 1 :])
 
 
-def test_epochs_of_a_stream_have_orders_of_their_own(tmp_path):
+def test_epochs_of_a_stream_have_different_orders(tmp_path):
     folder = write_sharded("parquet", tmp_path / "data")
 
     def captions(shuffle_buffer):
@@ -397,7 +380,7 @@ def test_an_epoch_visits_every_row_once(num_rows, batch_size, drop_last):
 
 
 @pytest.mark.parametrize("drop_last", [True, False])
-def test_processes_divide_the_batches_of_a_single_one(drop_last):
+def test_processes_split_the_batches_of_a_single_one(drop_last):
     def batches(batch_size, process_index=0, num_processes=1):
         sampler = EpochBatchSampler(21, batch_size, True, 0, drop_last, process_index, num_processes)
         return list(sampler)
@@ -425,7 +408,7 @@ def test_processes_read_different_parts_of_a_stream(tmp_path):
     assert sorted(shades[0] + shades[1]) == list(range(10))
 
 
-def test_workers_of_a_stream_divide_its_shards():
+def test_workers_of_a_stream_split_its_shards():
     dataset = load_training_dataset(
         "synthetic",
         transform=TRANSFORM,
@@ -439,7 +422,7 @@ def test_workers_of_a_stream_divide_its_shards():
     assert sorted(with_workers) == sorted(sample["captions"] for sample in dataset)
 
 
-def test_loading_leaves_the_global_generator_alone(tmp_path):
+def test_loading_does_not_touch_the_global_generator(tmp_path):
     dataset = load_training_dataset(
         write_parquet(tmp_path / "a.parquet"), transform=ImageTransform(R, random_flip=True)
     )
@@ -452,7 +435,7 @@ def test_loading_leaves_the_global_generator_alone(tmp_path):
 # Wrong arguments
 
 
-def test_wrong_columns_are_refused_with_those_there_are(tmp_path):
+def test_wrong_columns_are_refused_and_the_existing_ones_listed(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", text=["x"] * 10, score=[0.5] * 10)
     for arguments, error, message in (
         ({"image": "photo"}, ValueError, "`image_column` is 'photo', but .* columns .*text"),
@@ -475,7 +458,7 @@ def test_wrong_options_are_refused(tmp_path):
         load_training_dataset(path, transform=ImageTransform(R, random_crop=True), cache_in_memory=True)
     with pytest.raises(ValueError, match="`max_samples` must be 1 or more"):
         load_training_dataset(path, transform=TRANSFORM, max_samples=0)
-    with pytest.raises(ValueError, match="`split` of the synthetic data set must be train or validation"):
+    with pytest.raises(ValueError, match="`split` of the synthetic dataset must be train or validation"):
         load_training_dataset("synthetic", "test", transform=TRANSFORM)
 
 
@@ -491,7 +474,7 @@ def test_files_of_another_kind_are_refused(tmp_path):
         load_training_dataset(tmp_path / "notes.txt", transform=TRANSFORM)
 
 
-def test_a_batch_larger_than_the_data_set_is_refused(tmp_path):
+def test_a_batch_larger_than_the_dataset_is_refused(tmp_path):
     dataset = load_training_dataset(write_parquet(tmp_path / "a.parquet"), transform=TRANSFORM)
     with pytest.raises(ValueError, match="10 rows do not fill one batch of `batch_size` 11"):
         build_dataloader(dataset, 11)

@@ -1,4 +1,4 @@
-"""What the tabs of the demo do with what strangers send; the page itself is tested in a browser, in tests/browser."""
+"""The actions of the demo on good and bad input; the page itself is tested in a browser, in tests/demo/browser."""
 
 import json
 import math
@@ -22,7 +22,7 @@ def actions(tiny_pipeline):
     return DemoActions(tiny_pipeline)
 
 
-def test_a_photo_comes_back_with_its_figures(actions, tiny_pipeline):
+def test_a_photo_is_reconstructed_with_figures(actions, tiny_pipeline):
     result = actions.reconstruct(PHOTO, 3, seed=5)
     expected = tiny_pipeline.reconstruct(PHOTO, [3], generator=torch.Generator().manual_seed(5))[0][0]
     assert result.image.tobytes() == expected.tobytes()
@@ -33,7 +33,7 @@ def test_a_photo_comes_back_with_its_figures(actions, tiny_pipeline):
     assert result.psnr_db == pytest.approx(10 * math.log10(255**2 / error), abs=1e-3)
 
 
-def test_images_of_a_prompt_grow_up_to_the_bound(actions, tiny_pipeline):
+def test_a_prompt_gives_images_up_to_the_maximum_number_of_tokens(actions, tiny_pipeline):
     shown = list(actions.generate("a red circle", 3, seed=2))
     assert [(number, count) for number, count, _ in shown] == [(1, 1), (2, 2), (3, 3)]
     generator = torch.Generator().manual_seed(2)
@@ -41,7 +41,7 @@ def test_images_of_a_prompt_grow_up_to_the_bound(actions, tiny_pipeline):
     assert shown[-1][2].tobytes() == whole.tobytes()
 
 
-def test_variations_show_what_is_kept_first(actions, tiny_pipeline):
+def test_variations_start_with_the_kept_tokens(actions, tiny_pipeline):
     shown = list(actions.vary(PHOTO, 2, "", seed=1))
     assert [title for title, _ in shown] == ["kept", *(f"variation {number}" for number in (1, 2, 3, 4))]
     kept = tiny_pipeline.reconstruct(PHOTO, [2], generator=torch.Generator().manual_seed(1))[0][0]
@@ -50,7 +50,7 @@ def test_variations_show_what_is_kept_first(actions, tiny_pipeline):
     assert shown[2][1].tobytes() == second.tobytes()
 
 
-def test_digits_spell_the_id(actions):
+def test_digits_encode_the_id(actions):
     for _, token_id, digits in actions.token_rows(list(range(15))):
         first, second = map(int, digits.split())
         assert first + 5 * second == token_id and first < 5 and second < 3
@@ -74,14 +74,14 @@ def bad_photos(folder: Path) -> dict[str, str]:
     return {
         "text.png": "not an image",
         "empty.jpg": "not an image",
-        "cut.jpg": "damaged or cut off",
+        "cut.jpg": "damaged or truncated",
         "huge.png": "too large",
         "large.png": "too large.*10000 x 6000",
         "bomb.png": "too large",
     }
 
 
-def test_bad_photos_are_answered_with_a_sentence(actions, tmp_path):
+def test_bad_photos_give_a_readable_message(actions, tmp_path):
     for name, words in bad_photos(tmp_path).items():
         with pytest.raises(ValueError, match=words) as caught:
             actions.open_photo(str(tmp_path / name))
@@ -90,7 +90,7 @@ def test_bad_photos_are_answered_with_a_sentence(actions, tmp_path):
         actions.open_photo(None)
 
 
-def test_the_first_frame_of_an_animation_is_taken(actions, tmp_path):
+def test_the_first_frame_of_an_animation_is_used(actions, tmp_path):
     frames = [Image.new("RGB", (32, 32), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
     assert actions.open_photo(str(tmp_path / "two.gif")).getpixel((8, 8)) == (255, 0, 0)
@@ -99,9 +99,9 @@ def test_the_first_frame_of_an_animation_is_taken(actions, tmp_path):
 @pytest.mark.parametrize(
     "job, words",
     [
-        (lambda actions: actions.generate("", 3), "Write what to draw"),
-        (lambda actions: actions.generate("  \n", 3), "Write what to draw"),
-        (lambda actions: actions.generate(None, 3), "Write what to draw"),
+        (lambda actions: actions.generate("", 3), "Enter a prompt"),
+        (lambda actions: actions.generate("  \n", 3), "Enter a prompt"),
+        (lambda actions: actions.generate(None, 3), "Enter a prompt"),
         (lambda actions: actions.generate("cat " * 2500, 3), f"9,999 characters.*{MAX_PROMPT_CHARACTERS}"),
         (lambda actions: actions.generate("a cat", 0), "from 1 to 6"),
         (lambda actions: actions.generate("a cat", float("nan")), "from 1 to 6"),
@@ -117,20 +117,20 @@ def test_the_first_frame_of_an_animation_is_taken(actions, tmp_path):
         (lambda actions: actions.replace_token([1, 2], 1, 15), "from 0 to 14"),
     ],
 )
-def test_wrong_requests_are_answered_with_a_sentence_before_any_work(actions, job, words):
+def test_wrong_requests_give_a_readable_message_before_any_work(actions, job, words):
     with pytest.raises(ValueError, match=words):
         job(actions)
 
 
-def test_a_model_without_a_prior_still_takes_photos_apart(tiny_tokenizer_pipeline):
+def test_a_model_without_a_prior_still_reconstructs_photos(tiny_tokenizer_pipeline):
     actions = DemoActions(tiny_tokenizer_pipeline)
     assert not actions.reads_prompts
     assert actions.reconstruct(PHOTO, 1).num_tokens == 1
-    with pytest.raises(ValueError, match="no prior"):
+    with pytest.raises(ValueError, match="no text prior"):
         actions.generate("a cat", 1)
 
 
-def test_the_space_has_what_the_hub_asks_for():
+def test_the_space_has_what_the_hub_requires():
     space = ROOT / "space"
     card = RepoCard.load(space / "README.md").data.to_dict()
     assert (card["sdk"], card["license"]) == ("gradio", "apache-2.0")
@@ -149,7 +149,7 @@ def test_the_space_has_what_the_hub_asks_for():
     assert "flextok_hf[demo]" in (space / "requirements.txt").read_text().split()
 
 
-def test_the_page_has_the_tabs_that_its_model_can_fill(tiny_pipeline, tiny_tokenizer_pipeline):
+def test_the_page_has_the_tabs_that_its_model_supports(tiny_pipeline, tiny_tokenizer_pipeline):
     pytest.importorskip("gradio")
     from flextok_hf.demo.page import build_demo
 
@@ -161,7 +161,7 @@ def test_the_page_has_the_tabs_that_its_model_can_fill(tiny_pipeline, tiny_token
     assert tabs(tiny_tokenizer_pipeline) == ["Reconstruct", "Tokens"]
 
 
-def test_the_page_works_on_one_job_of_the_model_at_a_time_and_calls_nowhere(tiny_pipeline):
+def test_the_page_runs_one_job_at_a_time_and_contacts_no_other_host(tiny_pipeline):
     pytest.importorskip("gradio")
     from flextok_hf.demo.page import build_demo, launch_options
 

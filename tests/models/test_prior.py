@@ -194,7 +194,7 @@ def test_logits_to_keep_are_the_last_ones(prior, input_ids):
 @torch.no_grad()
 def test_return_dict_false_gives_a_tuple(prior, input_ids):
     condition = make_condition(prior.config)
-    (logits,) = prior(input_ids, **condition, return_dict=False)
+    (logits,) = prior(input_ids, **condition, use_cache=False, return_dict=False)
     assert logits.equal(prior(input_ids, **condition).logits)
 
 
@@ -579,7 +579,7 @@ LABELS = torch.zeros(2, dtype=torch.long)
     ("unconditional", {"input_ids": START + 1}, "`input_ids` must hold values"),
     ("unconditional", {"input_ids": START.float()}, "`input_ids` must be integers"),
     ("unconditional", {"input_ids": START[:, :0]}, "`input_ids` must be integers of shape"),
-    ("unconditional", {"input_ids": START.repeat(1, NUM_TOKENS + 1)}, "`input_ids` needs 9 positions"),
+    ("unconditional", {"input_ids": START.repeat(1, NUM_TOKENS + 2)}, "`input_ids` needs 10 positions"),
     ("unconditional", {"input_ids": START, "labels": START}, "`labels` of shape"),
     ("unconditional", {"input_ids": START.repeat(1, 3), "labels": START.repeat(1, 3)}, "`labels` must hold values"),
 ])  # fmt: skip

@@ -1,4 +1,4 @@
-"""The embedded model's data: caption grammar and what goes into which split."""
+"""Data of the embedded model: caption grammar and splits."""
 
 from importlib import import_module
 
@@ -52,7 +52,7 @@ def test_unique_names_take_the_definite_article_first():
     assert data.make_captions(noun("sun", "unique"), "flat")[0] == "the sun"
 
 
-def test_captions_name_the_style_of_the_image_or_none():
+def test_captions_mention_the_style_of_the_image_or_none():
     captions = data.make_captions(noun("cat"), "noto")
     assert {"a cat", "cat", "a picture of a cat", "cat emoji", "cat, noto emoji"} <= set(captions)
     assert not any("3d" in caption or "flat" in caption for caption in captions)
@@ -64,13 +64,13 @@ def test_captions_are_distinct_and_cover_synonyms():
     assert "a bunny" in captions and "a rabbit" in captions
 
 
-def test_a_line_of_the_list_gives_name_form_and_synonyms():
+def test_a_line_of_the_list_is_parsed_into_name_form_and_synonyms():
     (parsed,) = data.read_names(["# a comment", "", "ear of corn = corn; mass; maize, ear of corn"])
     assert parsed.source_name == "ear of corn"
     assert (parsed.name, parsed.form, parsed.synonyms) == ("corn", "mass", ("maize", "ear of corn"))
 
 
-def test_a_word_for_two_names_is_refused():
+def test_a_word_shared_by_two_names_is_refused():
     with pytest.raises(ValueError, match="'bunny' stands for both"):
         data.read_names(["rabbit; ; bunny", "hare; ; bunny"])
 
@@ -100,12 +100,12 @@ def test_the_splits_of_the_source_are_kept():
         assert set(prepared[split]["split"][:]) == {split}
 
 
-def test_images_have_the_resolution_asked_for():
+def test_images_have_the_requested_resolution():
     prepared = data.prepare([(small_source(), None)], [], resolution=16)
     assert {row["image"].size for row in prepared["train"]} == {(16, 16)}
 
 
-def test_unwanted_names_are_left_out():
+def test_excluded_names_are_skipped():
     prepared = data.prepare([(small_source(), None)], [], resolution=16)
     assert set(prepared["train"]["name"][:]) == {"cat", "sun"}
 
@@ -119,13 +119,13 @@ def test_names_of_the_list_are_everyday_names_and_others_come_with_and_without_a
 
 
 @pytest.mark.parametrize("style", ["monochrome", "photo"])
-def test_black_and_white_drawings_and_photos_are_always_called_so(style):
+def test_captions_of_black_and_white_drawings_and_photos_always_say_so(style):
     captions = data.make_captions(noun("cat"), style)
     words = {"monochrome": ("black and white",), "photo": ("photo",)}[style]
     assert captions and all(any(word in caption for word in words) for caption in captions)
 
 
-def test_photos_get_the_names_that_people_use():
+def test_photos_get_common_names():
     source = small_source(names=("car_side", "Leopards"), styles=("",))
     prepared = data.prepare([(source, "photo")], [], resolution=16)
     assert prepared["train"][0]["name"] == "car"

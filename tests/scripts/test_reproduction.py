@@ -1,4 +1,4 @@
-"""The scripts behind docs/reproduction.md: data, feature network, list of steps, and what the summary concludes."""
+"""The scripts behind docs/reproduction.md: data, feature network, list of steps, and conclusions of the summary."""
 
 import json
 from collections import Counter
@@ -83,7 +83,7 @@ def network_folder(data_folder, tmp_path_factory):
 
 def test_the_feature_network_learns_its_classes_and_states_its_accuracy(network_folder, rows):
     record = json.loads((network_folder / "training.json").read_text())
-    assert record["validation_accuracy"] > 0.6  # chance is an eighth
+    assert record["validation_accuracy"] > 0.6  # chance level: an eighth
     assert record["classes"] == 8 and record["validation_images"] == 40
     network = load_feature_network(str(network_folder))
     assert network.description.name == "color network" and network.description.num_features == 16
@@ -92,7 +92,7 @@ def test_the_feature_network_learns_its_classes_and_states_its_accuracy(network_
     features, log_probabilities = network(pixels)
     seen = [network.class_names[index] for index in log_probabilities.argmax(dim=1).tolist()]
     accuracy = sum(name == row["color"] for name, row in zip(seen, rows["validation"])) / len(seen)
-    assert accuracy == pytest.approx(record["validation_accuracy"], abs=1 / 40)  # a tie may fall to either side
+    assert accuracy == pytest.approx(record["validation_accuracy"], abs=1 / 40)  # a tie may go either way
 
 
 def data_pixels(image):
@@ -139,7 +139,7 @@ def test_every_step_of_the_study_has_valid_options(tmp_path, toy):
     assert len(measuring) == 2 * len(reproduce.MODELS) + len(reproduce.DETAIL_MODELS)
 
 
-def test_the_models_of_the_study_differ_in_what_they_are_named_for_only(tmp_path):
+def test_the_models_of_the_study_differ_only_in_what_they_are_named_for(tmp_path):
     training, _ = read_steps(tmp_path)
     arguments = {
         result.parent.parent.name: parse_arguments(TokenizerArguments, words)
@@ -156,10 +156,10 @@ def test_the_models_of_the_study_differ_in_what_they_are_named_for_only(tmp_path
         assert changed <= allowed.get(name, {"num_registers", "full_length_probability"}), name
 
 
-def test_finished_steps_are_not_done_again(tmp_path, capsys):
+def test_finished_steps_are_skipped(tmp_path, capsys):
     (tmp_path / "done.json").write_text("{}")
     reproduce.run(iter([(tmp_path / "done.json", ["no_such_script.py"])]))
-    assert "is there" in capsys.readouterr().out
+    assert "exists, skipped" in capsys.readouterr().out
 
 
 def figure(value, half_width=0.05):
@@ -171,18 +171,18 @@ def figure(value, half_width=0.05):
     [
         ("psnr_db", 10, 12, "better"),
         ("psnr_db", 12, 10, "worse"),
-        ("psnr_db", 10, 10.05, "cannot be told apart"),
+        ("psnr_db", 10, 10.05, "no clear difference"),
         ("frechet_distance", 10, 12, "worse"),
         ("frechet_distance", 12, 10, "better"),
     ],
 )
-def test_a_difference_counts_only_beyond_its_intervals(key, first, second, verdict):
+def test_a_difference_counts_only_if_the_intervals_do_not_overlap(key, first, second, verdict):
     assert summary.judge(key, figure(first), figure(second)) == verdict
 
 
 @pytest.mark.parametrize(
     ("simple", "detailed", "verdict"),
-    [((1, 1, 2), (8, 4, 8), "held"), ((1, 1, 4), (8, 4, 8), "cannot be told"), ((8, 8, 8), (4, 4, 4), "did not hold")],
+    [((1, 1, 2), (8, 4, 8), "held"), ((1, 1, 4), (8, 4, 8), "inconclusive"), ((8, 8, 8), (4, 4, 4), "did not hold")],
 )
 def test_simple_conditions_need_fewer_tokens_only_if_the_intervals_say_so(simple, detailed, verdict):
     needed = {
@@ -194,19 +194,19 @@ def test_simple_conditions_need_fewer_tokens_only_if_the_intervals_say_so(simple
 
 @pytest.mark.parametrize(
     ("simple", "detailed", "verdict"),
-    [(0.8, 0.2, "held"), (0.5, 0.45, "cannot be told"), (0.2, 0.5, "did not hold"), (0.2, 0.0, "held")],
+    [(0.8, 0.2, "held"), (0.5, 0.45, "inconclusive"), (0.2, 0.5, "did not hold"), (0.2, 0.0, "held")],
 )
-def test_one_token_counts_for_more_only_beyond_the_intervals(simple, detailed, verdict):
+def test_one_token_covers_more_only_if_the_intervals_do_not_overlap(simple, detailed, verdict):
     def level(share):
         figures = {"1": (share, share - 0.05, share + 0.05), "16": (0.8, 0.8, 0.8)}
         return {count: {"adherence": dict(zip(("share", "low", "high"), values))} for count, values in figures.items()}
 
     records = {"flexible": {"complexity": {"results": {"a": level(simple), "b": level(detailed)}}}}
-    assert f"simple condition asks for: {verdict}." in summary.claim_one_token(records)[0]
+    assert f"simple condition: {verdict}." in summary.claim_one_token(records)[0]
 
 
-@pytest.mark.parametrize(("cut", "verdict"), [(50, "held"), (10, "cannot be told"), (5, "did not hold")])
-def test_every_length_is_plausible_if_a_model_of_one_length_is_worse_when_cut(cut, verdict):
+@pytest.mark.parametrize(("cut", "verdict"), [(50, "held"), (10, "inconclusive"), (5, "did not hold")])
+def test_every_length_is_plausible_if_a_fixed_length_model_is_worse_when_cut(cut, verdict):
     def model(first, last):
         counts = {
             count: {"frechet_distance": figure(value, 1), "precision": figure(0.5)}
@@ -219,7 +219,7 @@ def test_every_length_is_plausible_if_a_model_of_one_length_is_worse_when_cut(cu
     assert f"every length: {verdict}." in line and "fixed-16 cut" in line
 
 
-def test_recipes_of_the_evaluation_of_the_embedded_model_are_valid():
+def test_evaluation_recipes_of_the_embedded_model_are_valid():
     kinds = {"generation": GenerationOptions}
     for path in sorted((ROOT / "scripts" / "configs" / "embedded_evaluation").glob("*.yaml")):
         options = parse_arguments(

@@ -1,4 +1,4 @@
-"""Tokenizing a data set from end to end, with a tiny pipeline: what is written, resumed, refused and left out."""
+"""Tokenizing a dataset end to end with a tiny pipeline: output, resume, refused settings and skipped rows."""
 
 import json
 from importlib import import_module
@@ -84,7 +84,7 @@ def test_ids_captions_and_classes_are_written_and_damaged_images_reported(source
     assert card.data.configs[0]["data_files"] == [{"split": "train", "path": "train-*.parquet"}]
 
 
-def test_a_second_run_makes_only_what_is_missing_and_the_same(source, model, tmp_path):
+def test_a_second_run_creates_only_missing_shards_with_the_same_content(source, model, tmp_path):
     first = run(source, model, tmp_path, "--crops", 2, "--max_tokens", 2)["token_ids"][:]
     shards = sorted(tmp_path.glob("train-*.parquet"))
     assert [path.name for path in shards] == [f"train-{shard:05d}-of-00003.parquet" for shard in range(3)]
@@ -97,7 +97,7 @@ def test_a_second_run_makes_only_what_is_missing_and_the_same(source, model, tmp
 
 def test_shards_of_other_settings_are_not_mixed(source, model, tmp_path):
     run(source, model, tmp_path)
-    with pytest.raises(ValueError, match="num_tokens was 6 and is 3.*Name another folder"):
+    with pytest.raises(ValueError, match="num_tokens was 6 and is 3.*Choose another folder"):
         run(source, model, tmp_path, "--max_tokens", 3)
 
 
@@ -119,7 +119,7 @@ def test_processes_share_the_shards(source, tmp_path):
     assert parts == [[0, 1, 2, 6], [3, 4, 5]]
 
 
-def test_the_number_of_tokens_is_that_of_the_model_unless_asked_otherwise(source, model, tmp_path):
+def test_all_tokens_of_the_model_are_kept_by_default(source, model, tmp_path):
     rows = run(source, model, tmp_path)
     assert {len(ids) for crops in rows["token_ids"] for ids in crops} == {NUM_REGISTERS}
 

@@ -1,4 +1,4 @@
-"""The scripts around training: what it will cost, what one change does, and its curves."""
+"""The scripts around training: cost estimates, ablations and training curves."""
 
 import importlib.util
 import json
@@ -16,7 +16,7 @@ from flextok_hf.utils.option_parsing import parse_arguments
 def load_script(name):
     specification = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look up their module
     specification.loader.exec_module(module)
     return module
 
@@ -30,7 +30,7 @@ def config(tmp_path):
     return path
 
 
-def test_the_estimate_agrees_with_the_model(config, capsys, monkeypatch):
+def test_the_estimate_matches_the_model(config, capsys, monkeypatch):
     script = load_script("estimate_cost")
     monkeypatch.setattr(sys, "argv", ["estimate_cost", "tokenizer", str(config), "--num_processes", "3"])
     script.main()
@@ -40,13 +40,13 @@ def test_the_estimate_agrees_with_the_model(config, capsys, monkeypatch):
     work = script.tokenizer_work(arguments, script.torch.float32)
     assert float(row[1]) == pytest.approx(script.count_weights(work) / 1e6, abs=0.06)
     assert script.estimate("tokenizer", config, 3)[3] == "0.0"  # 48 images
-    # the line through one and two blocks meets three
+    # extrapolating from one and two blocks is right for three
     three = script.replace(arguments, encoder_num_layers=3, decoder_num_layers=3)
     measured = script.activation_bytes(script.tokenizer_work(three, script.torch.bfloat16))
     assert script.estimate_activations("tokenizer", three) == pytest.approx(measured, rel=0.02)
 
 
-def test_ablations_change_one_thing_and_go_on_where_they_stopped(config, tmp_path, monkeypatch, capsys):
+def test_ablations_change_one_thing_and_resume_where_they_stopped(config, tmp_path, monkeypatch, capsys):
     script = load_script("ablate_tokenizer")
     monkeypatch.setattr(script, "NUM_IMAGES", 4)
     names = ["baseline", "joint_lengths", script.SAME_WORK, "dropped_tokens_removed"]
@@ -57,7 +57,7 @@ def test_ablations_change_one_thing_and_go_on_where_they_stopped(config, tmp_pat
     assert record["seeds"] == [0, 1] and list(record["results"]) == names
     assert all(len(runs) == 2 and runs[0] != runs[1] for runs in record["results"].values())
     options = json.loads((tmp_path / "runs" / f"{script.SAME_WORK}-0" / "arguments.json").read_text())
-    assert options["joint_lengths"] and options["max_train_steps"] in (2, 3)  # of 4: the decoder works twice
+    assert options["joint_lengths"] and options["max_train_steps"] in (2, 3)  # of 4: the decoder runs twice
     table = (tmp_path / "results" / "table.md").read_text()
     assert all(f"| {name} | " in table for name in names) and "psnr_4" in table
 
@@ -66,7 +66,7 @@ def test_ablations_change_one_thing_and_go_on_where_they_stopped(config, tmp_pat
     assert json.loads((tmp_path / "results" / "figures.json").read_text())["results"] == record["results"]
 
 
-def test_curves_are_drawn_of_what_the_logs_have(tmp_path, monkeypatch):
+def test_curves_are_plotted_of_what_the_logs_have(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     script = load_script("plot_training")
     for name in ("one", "two"):
@@ -78,5 +78,5 @@ def test_curves_are_drawn_of_what_the_logs_have(tmp_path, monkeypatch):
     script.main()
     assert (tmp_path / "curves.png").stat().st_size > 1000
     monkeypatch.setattr(sys, "argv", [*command, "--figures", "speed"])
-    with pytest.raises(SystemExit, match="No log has speed. There are: loss"):
+    with pytest.raises(SystemExit, match="No log has speed. Available: loss"):
         script.main()

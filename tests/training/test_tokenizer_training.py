@@ -1,4 +1,4 @@
-"""The loss of stage 1: what it learns from, and what decides its rng."""
+"""The loss of stage 1: its gradients, randomness, penalties, REPA and learning rates."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def seeded(seed=0):
 
 
 def make_model(**options):
-    """Make a model in training of which no layer is left at zero, so that gradients pass everywhere."""
+    """Build a model in training mode without zero-initialized layers, so that gradients reach every layer."""
     arguments = TokenizerArguments(output_dir="unused", **{"null_condition_probability": 0.3, **options})
     decoder = make_decoder()
     decoder.register_to_config(remove_dropped=arguments.remove_dropped)
@@ -38,7 +38,7 @@ def batch(size=BATCH_SIZE):
 
 @pytest.fixture
 def dinov2(tmp_path):
-    """Folder of a tiny DINOv2, whose patches have 7 pixels."""
+    """Folder of a tiny DINOv2 with patches of 7 pixels."""
     torch.manual_seed(0)
     small = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
     Dinov2Model(Dinov2Config(**small)).save_pretrained(tmp_path / "dinov2")
@@ -75,7 +75,7 @@ def test_the_same_seed_gives_the_same_loss():
 
 
 @pytest.mark.parametrize("options", [{}, {"joint_lengths": True}, {"unrounded_probability": 0.5}])
-def test_chance_does_not_depend_on_how_a_step_is_divided(options):
+def test_randomness_does_not_depend_on_how_a_step_is_split(options):
     model = make_model(**options)
     pixel_values = batch()["pixel_values"]
     whole, _ = model({"pixel_values": pixel_values}, 0, StepRng(5))
@@ -86,7 +86,7 @@ def test_chance_does_not_depend_on_how_a_step_is_divided(options):
     torch.testing.assert_close(torch.stack(parts).mean(), whole)
 
 
-def test_dropped_tokens_teach_the_encoder_nothing():
+def test_dropped_tokens_give_the_encoder_no_gradient():
     model = make_model(keep_mode="uniform", null_condition_probability=0.0)
     sigma, _, is_unconditional = model.draw(BATCH_SIZE, StepRng(0))
     model.draw = lambda *_, **__: (sigma, torch.full((BATCH_SIZE,), 2), is_unconditional)
@@ -103,7 +103,7 @@ def test_the_draws_follow_the_options():
     assert sigma.min() > 0 and sigma.max() < 1
 
 
-def test_the_aids_against_collapse_fade_out(monkeypatch):
+def test_measures_against_collapse_fade_out(monkeypatch):
     model = make_model(unrounded_probability=1.0, max_train_steps=100)
     shares = []
     quantize = model.encoder.quantizer.forward
@@ -120,7 +120,7 @@ def test_the_aids_against_collapse_fade_out(monkeypatch):
     assert shares == pytest.approx([0, 0.5, 1, 1], abs=0.06)
 
 
-def test_a_perfect_velocity_has_no_loss(monkeypatch):
+def test_a_perfect_velocity_has_zero_loss(monkeypatch):
     model = make_model()
     pixel_values = batch()["pixel_values"]
     noise = StepRng(0)
@@ -146,7 +146,7 @@ def test_the_correlation_penalty_is_the_mean_squared_correlation_of_different_fe
     assert correlation_penalty(features).item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_the_correlation_penalty_is_1_where_all_features_say_the_same():
+def test_the_correlation_penalty_of_fully_correlated_features_is_1():
     one = torch.randn(40, 1, 1, generator=torch.Generator().manual_seed(0))
     assert correlation_penalty(one.expand(-1, 3, 2) * torch.tensor([1.0, -2.0])).item() == pytest.approx(1, abs=1e-4)
 
@@ -181,11 +181,11 @@ def test_joint_lengths_decode_each_image_with_all_tokens_and_with_those_it_keeps
     assert not torch.equal(*seen["noisy_latents"].chunk(2)) and not torch.equal(*seen["sigma"].chunk(2))
 
 
-# Dropped tokens that leave the sequence
+# Removing dropped tokens from the sequence
 
 
 @torch.no_grad()
-def test_removed_tokens_leave_no_trace():
+def test_removed_tokens_have_no_effect():
     decoder = make_decoder()
     decoder.register_to_config(remove_dropped=True)
     codes = torch.rand(3, NUM_REGISTERS, 2, generator=seeded()) * 2 - 1
@@ -206,7 +206,7 @@ def test_removed_tokens_leave_no_trace():
 
 
 @torch.no_grad()
-def test_removing_is_another_model_than_masking_except_at_full_length():
+def test_removing_differs_from_masking_except_at_full_length():
     masking, removing = make_decoder(), make_decoder()
     removing.register_to_config(remove_dropped=True)
     codes = torch.rand(2, NUM_REGISTERS, 2, generator=seeded()) * 2 - 1
@@ -217,7 +217,7 @@ def test_removing_is_another_model_than_masking_except_at_full_length():
     assert difference.abs().max() > 1e-3
 
 
-def test_removing_is_kept_in_the_saved_model(tmp_path):
+def test_remove_dropped_is_saved_with_the_model(tmp_path):
     arguments = TokenizerArguments(output_dir="unused", remove_dropped=True, resolution=32, decoder_num_layers=1)
     _, decoder = build_tokenizer(arguments, None)
     decoder.save_pretrained(tmp_path)
@@ -240,7 +240,7 @@ def test_a_frozen_encoder_receives_no_gradient_and_the_decoder_does():
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "vit"])
-def test_features_of_the_network_lie_where_the_patches_lie(kind, dinov2, tmp_path):
+def test_features_of_the_network_match_the_patches_in_position(kind, dinov2, tmp_path):
     folder = dinov2
     if kind == "vit":
         small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32}
@@ -260,7 +260,7 @@ def test_the_alignment_compares_each_image_with_its_own_states(dinov2):
     images = batch()
     _, metrics = model(images, 0, StepRng(0))
     assert 0 < metrics["repa_loss"] < 2
-    with torch.no_grad():  # one call of the decoder for all rows, in their order
+    with torch.no_grad():  # one decoder call for all rows, in order
         latents, rng = images["pixel_values"], StepRng(0)
         is_rounded = ~rng.bernoulli(0.0, BATCH_SIZE)
         codes = model.encoder.quantizer(model.encoder.compute_features(latents), is_rounded)
@@ -279,7 +279,7 @@ def test_the_network_is_neither_trained_nor_saved(dinov2):
     assert any(name.startswith("alignment.projector") for name in model.state_dict())
 
 
-def test_evaluation_leaves_alignment_and_penalties_out(dinov2):
+def test_evaluation_skips_alignment_and_penalties(dinov2):
     model = make_model(repa_network=dinov2, feature_penalty=0.5)
     plain = make_model()
     for each in (model, plain):
@@ -288,7 +288,7 @@ def test_evaluation_leaves_alignment_and_penalties_out(dinov2):
     assert model.tap.outputs == []
 
 
-def test_what_cannot_be_aligned_is_refused_by_name(tmp_path, dinov2):
+def test_invalid_repa_options_are_refused_by_name(tmp_path, dinov2):
     small = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
     small.hidden_size = 8
     ResNetModel(small).save_pretrained(tmp_path / "resnet")
@@ -301,7 +301,7 @@ def test_what_cannot_be_aligned_is_refused_by_name(tmp_path, dinov2):
 # Learning rates
 
 
-def test_matrices_that_read_the_width_learn_in_inverse_proportion_to_it():
+def test_learning_rates_of_matrices_are_inversely_proportional_to_the_width():
     model = make_model(mup_base_width=8, encoder_learning_rate_scale=0.5, learning_rate=1.0)
     rates = {
         id(weight): group["lr"] for group in tokenizer_groups(model.arguments, model) for weight in group["params"]
@@ -317,7 +317,7 @@ def test_matrices_that_read_the_width_learn_in_inverse_proportion_to_it():
     assert by_name["encoder.feature_proj.weight"] == 0.5 * 8 / 32 and by_name["encoder.register_tokens"] == 0.5
 
 
-def test_weight_decay_is_for_matrices_and_tables():
+def test_weight_decay_applies_to_matrices_and_embeddings_only():
     decayed = [
         weight.ndim
         for group in split_by_decay([make_decoder()], 1.0)
@@ -333,7 +333,7 @@ def test_weight_decay_is_for_matrices_and_tables():
     assert set(decayed) == {2} and set(plain) == {1}
 
 
-def test_updates_keep_their_size_at_all_widths_with_mup():
+def test_mup_keeps_the_size_of_updates_at_all_widths():
     """The change of the decoder's states after a few steps must not grow with the width."""
 
     def change(width, seed, **options):

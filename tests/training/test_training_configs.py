@@ -1,4 +1,4 @@
-"""The configurations in scripts/configs: they can be read, and those of the paper have the paper's sizes."""
+"""The configurations in scripts/configs: all can be read, and those of the paper have the paper's model sizes."""
 
 import re
 
@@ -52,7 +52,7 @@ def test_tokenizers_have_the_published_number_of_weights(name, encoder_weights, 
     with torch.device("meta"):
         vae = build_vae(VaeArguments(output_dir="", resolution=256, latent_channels=16))
         encoder, decoder = build_tokenizer(arguments, vae)
-    # the published counts hold the tables of positions, which are buffers here
+    # the published counts include position embeddings, which are buffers here
     counts = [sum(tensor.numel() for tensor in model.state_dict().values()) for model in (encoder, decoder)]
     assert counts == [encoder_weights, decoder_weights]
 

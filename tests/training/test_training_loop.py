@@ -1,4 +1,4 @@
-"""Training from options to a saved pipeline: checkpoints, exact resuming, and that something is learned."""
+"""Training from options to a saved pipeline: checkpoints, exact resuming, and whether anything is learned."""
 
 import json
 import shutil
@@ -9,9 +9,9 @@ import datasets
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from image_rows import write_parquet
 from PIL import Image
 from safetensors.torch import load_file
-from test_training_data import write_parquet
 from torch.utils.data import Dataset
 from training_processes import SMALL_TOKENIZER
 
@@ -58,7 +58,7 @@ def prior_arguments(folder, tokenizer, **changes):
 
 
 def all_weights(folder):
-    """Every tensor in the files below a folder, by file and name."""
+    """Return all tensors in the files under a folder, by file and name."""
     files = sorted(Path(folder).rglob("*.safetensors"))
     return {(file.name, name): tensor for file in files for name, tensor in load_file(file).items()}
 
@@ -75,19 +75,19 @@ def read_log(folder):
 
 
 def copy_checkpoint(source, step, target):
-    """Make an output folder that looks as if the run in `source` had been stopped after `step`."""
+    """Create an output folder as if the run in `source` had been stopped after `step`."""
     shutil.copytree(Path(source) / f"checkpoint-{step}", Path(target) / f"checkpoint-{step}")
 
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
-    """A run of 6 steps without a stop: validation and two micro-batches per step, several epochs."""
+    """An uninterrupted run of 6 steps over several epochs, with validation and two micro-batches per step."""
     folder = tmp_path_factory.mktemp("whole")
     train_tokenizer(tokenizer_arguments(folder, gradient_accumulation_steps=2, validation_steps=3))
     return folder
 
 
-def test_a_run_leaves_checkpoints_log_images_and_a_pipeline(whole_run):
+def test_a_run_writes_checkpoints_log_images_and_a_pipeline(whole_run):
     assert [path.name for path in list_checkpoints(whole_run)] == ["checkpoint-3", "checkpoint-6"]
     steps = [json.loads(line)["step"] for line in (whole_run / "log.jsonl").read_text().splitlines()]
     assert steps == [3, 6, 6]
@@ -113,7 +113,7 @@ def test_the_saved_pipeline_has_the_averaged_weights(whole_run):
     assert not torch.equal(saved["register_tokens"], trained["encoder.register_tokens"])
 
 
-def test_a_resumed_run_ends_with_the_same_bits(whole_run, tmp_path):
+def test_a_resumed_run_gives_bitwise_the_same_result(whole_run, tmp_path):
     copy_checkpoint(whole_run, 3, tmp_path)
     options = {"gradient_accumulation_steps": 2, "validation_steps": 3, "resume_from_checkpoint": "latest"}
     train_tokenizer(tokenizer_arguments(tmp_path, **options))
@@ -129,7 +129,7 @@ def test_an_unfinished_checkpoint_is_ignored(whole_run, tmp_path):
     assert_same_weights(whole_run / "pipeline", tmp_path / "pipeline")
 
 
-def test_a_folder_that_is_no_checkpoint_is_refused_by_name(tmp_path):
+def test_a_folder_that_is_not_a_checkpoint_is_refused_by_name(tmp_path):
     arguments = tokenizer_arguments(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     with pytest.raises(FileNotFoundError, match="`resume_from_checkpoint` .*checkpoint-5"):
         train_tokenizer(arguments)
@@ -148,7 +148,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
 
 
 class Repeated(Dataset):
-    """The same images in each epoch, without chance."""
+    """The same images in each epoch, without randomness."""
 
     def __init__(self, pixel_values):
         self.pixel_values, self.skipped = pixel_values, {}
@@ -181,7 +181,7 @@ def test_a_repeated_batch_is_learned(tmp_path):
     assert loss() < 0.6 * before
 
 
-def test_a_prior_is_trained_resumed_and_draws_from_a_prompt(tiny_tokenizer_pipeline, tmp_path):
+def test_a_prior_is_trained_resumed_and_generates_from_a_prompt(tiny_tokenizer_pipeline, tmp_path):
     tiny_tokenizer_pipeline.save_pretrained(tmp_path / "tokenizer")
     arguments = prior_arguments(tmp_path / "whole", tmp_path / "tokenizer")
     folder = train_prior(arguments)
@@ -238,7 +238,7 @@ def test_a_frozen_text_encoder_is_saved_with_the_prior_and_not_in_checkpoints(ti
     assert pipe("a red circle", num_inference_steps=1).images[0].size == (16, 16)
 
 
-def test_validating_a_prior_draws_its_prompts(tiny_tokenizer_pipeline, tmp_path):
+def test_validating_a_prior_generates_images_of_its_prompts(tiny_tokenizer_pipeline, tmp_path):
     tiny_tokenizer_pipeline.save_pretrained(tmp_path / "tokenizer")
     options = {"max_train_steps": 1, "validation_steps": 1, "validation_prompts": ["a red circle", "a star"]}
     train_prior(prior_arguments(tmp_path / "run", tmp_path / "tokenizer", **options))
@@ -272,10 +272,10 @@ def test_a_grid_tokenizer_is_trained_and_reconstructs(tmp_path):
     assert images[0][0].size == (16, 16)
 
 
-# Decoders of their own
+# Training the decoder alone
 
 
-def test_a_decoder_trained_alone_leaves_the_tokens_as_they_are(tiny_tokenizer_pipeline, tmp_path):
+def test_a_decoder_trained_alone_does_not_change_the_tokens(tiny_tokenizer_pipeline, tmp_path):
     tiny_tokenizer_pipeline.save_pretrained(tmp_path / "tokenizer")
     options = {"pretrained_tokenizer": str(tmp_path / "tokenizer"), "freeze_encoder": True, "weight_decay": 0.5}
     folder = train_tokenizer(tokenizer_arguments(tmp_path / "run", learning_rate=0.01, **options))
@@ -290,7 +290,7 @@ def test_a_decoder_trained_alone_leaves_the_tokens_as_they_are(tiny_tokenizer_pi
     assert torch.equal(FlexTokPipeline.from_pretrained(folder).tokenize(images), token_ids)
 
 
-def test_the_record_names_the_sizes_that_were_trained_not_those_of_options_without_effect(
+def test_the_record_has_the_sizes_that_were_trained_not_those_of_options_without_effect(
     tiny_tokenizer_pipeline, tmp_path
 ):
     tiny_tokenizer_pipeline.save_pretrained(tmp_path / "tokenizer")
@@ -309,7 +309,7 @@ def write_classes(path, names):
     rows.cast_column("label", datasets.ClassLabel(names=names)).to_parquet(str(path.with_name(f"named_{path.name}")))
 
 
-def test_a_prior_does_not_go_on_with_other_classes(tiny_tokenizer_pipeline, tmp_path):
+def test_a_prior_does_not_resume_with_other_classes(tiny_tokenizer_pipeline, tmp_path):
     tiny_tokenizer_pipeline.save_pretrained(tmp_path / "tokenizer")
     options = {"caption_column": None, "class_column": "label", "max_train_samples": None, "max_train_steps": 2}
     for name, classes in (("a", ["cat", "dog"]), ("b", ["dog", "cat"])):
@@ -319,23 +319,23 @@ def test_a_prior_does_not_go_on_with_other_classes(tiny_tokenizer_pipeline, tmp_
     )
     train_prior(arguments)
     other = {"train_data": [str(tmp_path / "named_b.parquet")], "max_train_steps": 3}
-    with pytest.raises(ValueError, match="The classes, or the pieces of text, .* are others"):
+    with pytest.raises(ValueError, match="The classes, or the text tokens, .* differ from"):
         train_prior(replace(arguments, **other, resume_from_checkpoint="latest"))
     other = {"validation_data": [str(tmp_path / "named_b.parquet")], "validation_steps": 1}
-    with pytest.raises(ValueError, match="`validation_data` has other classes .*'dog' for 'cat'"):
+    with pytest.raises(ValueError, match="`validation_data` and .* different classes, such as 'dog' and 'cat'"):
         train_prior(replace(arguments, **other, output_dir=str(tmp_path / "new")))
 
 
-def test_an_average_is_not_begun_on_the_way_but_may_end(tmp_path):
+def test_averaging_cannot_start_at_a_resume_but_may_end(tmp_path):
     train_tokenizer(tokenizer_arguments(tmp_path / "without", ema_decay=0.0, max_train_steps=1))
     resumed = {"resume_from_checkpoint": "latest", "max_train_steps": 2}
-    with pytest.raises(ValueError, match="`ema_decay` is 0.9, but the checkpoint was made without an average"):
+    with pytest.raises(ValueError, match="`ema_decay` is 0.9, but the checkpoint was made without averaged weights"):
         train_tokenizer(tokenizer_arguments(tmp_path / "without", **resumed))
     train_tokenizer(tokenizer_arguments(tmp_path / "with", max_train_steps=1))
     train_tokenizer(tokenizer_arguments(tmp_path / "with", ema_decay=0.0, **resumed))
 
 
-def test_a_checkpoint_of_an_earlier_version_is_gone_on_from(whole_run, tmp_path):
+def test_a_checkpoint_of_an_earlier_version_can_be_resumed(whole_run, tmp_path):
     copy_checkpoint(whole_run, 3, tmp_path)
     file = tmp_path / "checkpoint-3" / "training_state.json"
     state = json.loads(file.read_text())
@@ -346,16 +346,16 @@ def test_a_checkpoint_of_an_earlier_version_is_gone_on_from(whole_run, tmp_path)
     assert_same_weights(whole_run / "pipeline", tmp_path / "pipeline")
 
 
-# Data that is not in order
+# Unreadable data
 
 
 @pytest.mark.parametrize("data", [{}, {"dataloader_num_workers": 1}, {"streaming": True}, {"cache_in_memory": True}])
-def test_unreadable_images_are_counted_and_named_in_a_report(tmp_path, monkeypatch, data):
+def test_unreadable_images_are_counted_and_reported(tmp_path, monkeypatch, data):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     path = write_parquet(tmp_path / "a.parquet", 12, damaged=(3, 7))
     options = {"train_data": [str(path)], "max_train_samples": None, "logging_steps": 1, **data}
     train_tokenizer(tokenizer_arguments(tmp_path / "run", **options))
-    # a stream does not know that it meets a row again in its next epoch
+    # a stream counts a row again in its next epoch
     assert read_log(tmp_path / "run")[-1]["unreadable_rows"] in ((4, 5, 6) if "streaming" in data else (2,))
     report = json.loads((tmp_path / "run" / "unreadable_rows.json").read_text())
     assert all("an image of 4 bytes is not an image" in reason for reason in report.values())
@@ -364,7 +364,7 @@ def test_unreadable_images_are_counted_and_named_in_a_report(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("data", [{}, {"streaming": True}, {"cache_in_memory": True}])
-def test_an_unreadable_image_stops_training_if_asked_to(tmp_path, monkeypatch, data):
+def test_an_unreadable_image_stops_training_with_fail_on_unreadable(tmp_path, monkeypatch, data):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     path = write_parquet(tmp_path / "a.parquet", 12, damaged=(3,))
     options = {"train_data": [str(path)], "max_train_samples": None, "fail_on_unreadable": True, **data}
@@ -376,7 +376,7 @@ def test_an_unreadable_image_stops_training_if_asked_to(tmp_path, monkeypatch, d
 
 
 def write_token_ids(path, num_rows=16, num_crops=3, num_tokens=6, largest=7):
-    """Write a data set as scripts/tokenize_dataset.py does, with ids that follow from the class."""
+    """Write a dataset like scripts/tokenize_dataset.py, with ids determined by the class."""
     rows = {"token_ids": [], "text": [], "label": []}
     for row in range(num_rows):
         label = row % 2
@@ -400,7 +400,7 @@ def test_a_prior_learns_from_token_ids_without_the_tokenizer(
     tiny_tokenizer_pipeline, tmp_path, monkeypatch, streaming, column
 ):
     if streaming and column == "text":
-        pytest.skip("a text tokenizer is not learned from a stream")
+        pytest.skip("a text tokenizer cannot be learned from a stream")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     tiny_tokenizer_pipeline.save_pretrained(tmp_path / "tokenizer")
     data = write_token_ids(tmp_path / "ids.parquet")
@@ -418,7 +418,7 @@ def test_a_prior_learns_from_token_ids_without_the_tokenizer(
 
     monkeypatch.setattr(FlexTokPipeline, "from_pretrained", classmethod(note))
     folder = train_prior(prior_arguments(tmp_path / "run", tmp_path / "tokenizer", **options))
-    assert loaded == [len(read_log(tmp_path / "run"))]  # once, after the last entry of the log
+    assert loaded == [len(read_log(tmp_path / "run"))]  # once, after the last log entry
 
     assert read_log(tmp_path / "run")[-1]["validation_loss"] < 0.2
     pipe = FlexTokPipeline.from_pretrained(folder)
@@ -458,7 +458,7 @@ def test_token_ids_of_other_weights_are_refused(tiny_tokenizer_pipeline, tmp_pat
             train_prior(arguments)
 
 
-def test_a_prior_of_classes_shows_them_by_name(tiny_tokenizer_pipeline, tmp_path, monkeypatch):
+def test_a_class_conditional_prior_is_validated_by_class_name(tiny_tokenizer_pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     tiny_tokenizer_pipeline.save_pretrained(tmp_path / "tokenizer")
     options = {"train_data": [write_token_ids(tmp_path / "ids.parquet")], "max_train_samples": None}
@@ -468,10 +468,10 @@ def test_a_prior_of_classes_shows_them_by_name(tiny_tokenizer_pipeline, tmp_path
     assert (tmp_path / "run" / "validation-1.png").is_file()
 
 
-# What is logged and left behind
+# Log, model card, schedule and trackers
 
 
-def test_the_log_says_how_fast_training_is(whole_run):
+def test_the_log_reports_throughput(whole_run):
     entry = next(entry for entry in read_log(whole_run) if "images_per_s" in entry)
     assert entry["images_per_s"] > 0 and entry["tflops_per_process"] > 0
     assert 0 < entry["matmul_share"] < 1 and 0 <= entry["data_wait_share"] < 1
@@ -479,13 +479,13 @@ def test_the_log_says_how_fast_training_is(whole_run):
     assert 0 < read_log(whole_run)[-1]["validation_loss"] < 5
 
 
-def test_the_model_is_left_with_a_card(whole_run):
+def test_the_model_is_saved_with_a_card(whole_run):
     card = ModelCard.load(whole_run / "pipeline" / "README.md")
     assert card.data.library_name == "flextok_hf" and "arxiv:2502.13967" in card.data.tags
     assert "6 steps of 8 images" in card.text and "precision float32" in card.text
 
 
-def test_the_learning_rate_ends_where_it_should(tmp_path):
+def test_the_learning_rate_ends_at_lr_end_ratio(tmp_path):
     options = {"max_train_steps": 9, "lr_warmup_steps": 3, "lr_end_ratio": 0.1, "learning_rate": 1.0}
     train_tokenizer(tokenizer_arguments(tmp_path, logging_steps=1, **options))
     rates = [entry["lr"] for entry in read_log(tmp_path)]
@@ -493,7 +493,7 @@ def test_the_learning_rate_ends_where_it_should(tmp_path):
     assert rates[-1] == pytest.approx(0.1) and rates[3:] == sorted(rates[3:], reverse=True)
 
 
-def test_trackers_receive_figures_and_images(tmp_path):
+def test_trackers_receive_metrics_and_images(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -1,4 +1,4 @@
-"""Options of training: where they come from, and that what cannot work is refused before the first step, by name."""
+"""Training options: their sources, and that invalid ones are refused by name before the first step."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ import json
 import datasets
 import pytest
 import torch
-from test_training_data import png, write_parquet
+from image_rows import png, write_parquet
 from test_training_loop import prior_arguments, tokenizer_arguments
 from test_vae_training import vae_arguments
 
@@ -20,10 +20,10 @@ STAGES = (VaeArguments, TokenizerArguments, PriorArguments)
 
 
 @pytest.fixture(autouse=True)
-def no_step_is_made(tmp_path, monkeypatch):
-    """Make a training step a failure, and keep what `datasets` writes out of the user's cache."""
+def no_training_step(tmp_path, monkeypatch):
+    """Fail on any training step, and keep the `datasets` cache out of the user's folder."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(Trainer, "train_step", lambda *_: pytest.fail("a step was made"))
+    monkeypatch.setattr(Trainer, "train_step", lambda *_: pytest.fail("a training step was run"))
 
 
 def write_config(folder, text):
@@ -32,10 +32,10 @@ def write_config(folder, text):
     return str(path)
 
 
-# The file and the flags
+# YAML file and flags
 
 
-def test_flags_win_over_the_file(tmp_path):
+def test_flags_override_the_file(tmp_path):
     config = write_config(tmp_path, "output_dir: x\nlearning_rate: 1e-2\nfsq_levels: [8, 5]\ncompile: true\n")
     arguments = parse_arguments(TokenizerArguments, ["--config", config, "--output_dir", "y"])
     assert (arguments.output_dir, arguments.learning_rate) == ("y", 0.01)
@@ -43,7 +43,7 @@ def test_flags_win_over_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("kind", STAGES)
-def test_every_option_survives_the_way_through_a_file(tmp_path, kind):
+def test_every_option_round_trips_through_a_file(tmp_path, kind):
     required = {field.name: "x" for field in dataclasses.fields(kind) if field.default is field.default_factory}
     condition = {"caption_column": "text"} if kind is PriorArguments else {}
     arguments = kind(**required, **condition)
@@ -68,7 +68,7 @@ def test_every_option_survives_the_way_through_a_file(tmp_path, kind):
         ("ema_decay: 1.0", "`ema_decay` must be from 0 to 1"),
         ("export_dtype: float8", "`export_dtype` must be one of float32, float16, bfloat16"),
         ("encoder_hidden_size: 100", "`encoder_hidden_size` must be a multiple of `head_dim` \\(64\\)"),
-        ("fsq_levels: [8, 1]", "`fsq_levels` must hold one or more numbers of 2 or more"),
+        ("fsq_levels: [8, 1]", "`fsq_levels` must be a non-empty list of numbers of at least 2"),
         ("min_crop_scale: 0.5", "`min_crop_scale` is 0.5, but crops are fixed: set `random_crop`"),
         ("hub_model_id: someone/model", "`hub_model_id` .* set `push_to_hub`"),
         ("joint_lengths: true\nfull_length_probability: 0.5", "`joint_lengths` .* `full_length_probability` to 0"),
@@ -77,10 +77,10 @@ def test_every_option_survives_the_way_through_a_file(tmp_path, kind):
             "freeze_encoder: true\npretrained_tokenizer: x\nfeature_penalty: 0.1",
             "`feature_penalty` trains the encoder",
         ),
-        ("repa_network: x\ncache_latents: true", "`repa_network` looks at images, which `cache_latents`"),
+        ("repa_network: x\ncache_latents: true", "`repa_network` needs images, which `cache_latents`"),
     ],
 )
-def test_what_the_options_say_themselves_is_checked_at_once(tmp_path, text, message):
+def test_options_are_checked_when_they_are_read(tmp_path, text, message):
     config = write_config(tmp_path, "output_dir: x\n" * (not text.startswith("-")) + text)
     with pytest.raises(ValueError, match=message):
         parse_arguments(TokenizerArguments, ["--config", config])
@@ -102,7 +102,7 @@ def test_unknown_and_shortened_flags_are_refused(flags, capsys):
         parse_arguments(TokenizerArguments, ["--output_dir", "x", *flags])
 
 
-def test_a_file_that_is_not_there_is_refused():
+def test_a_missing_file_is_refused():
     with pytest.raises(FileNotFoundError, match="`config` 'nowhere.yaml' is no file"):
         parse_arguments(TokenizerArguments, ["--config", "nowhere.yaml"])
 
@@ -110,19 +110,19 @@ def test_a_file_that_is_not_there_is_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"caption_column": None}, "Name either `caption_column` or `class_column`"),
-        ({"class_column": "label"}, "Name either `caption_column` or `class_column`"),
+        ({"caption_column": None}, "Set either `caption_column` or `class_column`"),
+        ({"class_column": "label"}, "Set either `caption_column` or `class_column`"),
         ({"hidden_size": 30, "num_heads": 4}, "`hidden_size` must be a multiple of `num_heads` \\(4\\), got 30"),
-        ({"token_column": "ids", "random_flip": True}, "`random_flip` is about images, but `token_column`"),
+        ({"token_column": "ids", "random_flip": True}, "`random_flip` applies to images, but `token_column`"),
         ({"text_vocab_size": 100}, "`text_vocab_size` must be 259 or more"),
     ],
 )
-def test_options_of_the_prior_are_checked_at_once(options, message):
+def test_options_of_the_prior_are_checked_on_construction(options, message):
     with pytest.raises(ValueError, match=message):
         prior_arguments("x", "y", **options)
 
 
-# What the options name
+# What the options refer to
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_options_of_the_prior_are_checked_at_once(options, message):
         ({"train_batch_size": 13}, "12 rows do not fill one batch"),
     ],
 )
-def test_what_a_tokenizer_cannot_be_trained_with_is_refused(tmp_path, options, message):
+def test_invalid_options_of_the_tokenizer_are_refused(tmp_path, options, message):
     with pytest.raises((ValueError, OSError), match=message):
         train_tokenizer(tokenizer_arguments(tmp_path, **options))
 
@@ -163,7 +163,7 @@ def test_a_tokenizer_of_another_size_is_refused(tiny_tokenizer_pipeline, tmp_pat
         ({"perceptual_network": "./nowhere"}, "`perceptual_network` './nowhere' cannot be loaded"),
     ],
 )
-def test_what_a_vae_cannot_be_trained_with_is_refused(tmp_path, options, message):
+def test_invalid_options_of_the_vae_are_refused(tmp_path, options, message):
     with pytest.raises((ValueError, OSError), match=message):
         train_vae(vae_arguments(tmp_path, **options))
 
@@ -187,14 +187,14 @@ PRIOR_CASES = {
             "validation_prompts": ["cat"],
             "validation_steps": 1,
         },
-        "`validation_prompts` names 'cat', which is no class. There are: 0, 1, 2",
+        "`validation_prompts` contains 'cat', which is not a class. Classes: 0, 1, 2",
     ),
 }
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["rows", "stream"])
 @pytest.mark.parametrize(("options", "message"), PRIOR_CASES.values(), ids=PRIOR_CASES)
-def test_what_a_prior_cannot_be_trained_with_is_refused(
+def test_invalid_options_of_the_prior_are_refused(
     tiny_tokenizer_pipeline, tmp_path, options, message, streaming, monkeypatch
 ):
     monkeypatch.setattr("flextok_hf.data.image_stream.MAX_UNREADABLE_ROWS", 5)
@@ -208,7 +208,7 @@ def test_what_a_prior_cannot_be_trained_with_is_refused(
     arguments = prior_arguments(
         tmp_path / "run",
         options.pop("tokenizer", tmp_path / "tokenizer"),
-        # in one batch, so that a stream meets every row before the first step
+        # in one batch, so that a stream reads every row before the first step
         **{"train_data": [data], "max_train_samples": None, "streaming": streaming, "train_batch_size": 10, **options},
     )
     with pytest.raises((ValueError, TypeError), match=message):
@@ -239,7 +239,7 @@ def save_text_encoder(folder):
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["rows", "stream"])
-def test_an_empty_data_set_is_refused(tmp_path, streaming):
+def test_an_empty_dataset_is_refused(tmp_path, streaming):
     path = write_parquet(tmp_path / "a.parquet", num_rows=0)
     options = {"train_data": [str(path)], "streaming": streaming, "max_train_samples": None}
     with pytest.raises(ValueError, match="empty|did not fill one batch|no examples|no data"):

@@ -1,4 +1,4 @@
-"""Several processes, kills and full disks: a run ends as if nothing had happened."""
+"""Several processes, kills and full disks: a run gives the same result in spite of them."""
 
 import importlib.util
 import json
@@ -43,7 +43,7 @@ def losses(folder):
 
 
 def die_after(step, arguments):
-    """Train, and be killed as the system would do it once `step` is done."""
+    """Train until one step after `step`, then die as if killed by the system."""
     train_step = Trainer.train_step
 
     def fatal_step(trainer, micro_batches):
@@ -51,18 +51,18 @@ def die_after(step, arguments):
         if trainer.step == step + 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Trainer.train_step = fatal_step  # in a process of its own
+    Trainer.train_step = fatal_step  # runs in a separate process
     train_tokenizer(arguments)
 
 
-# The division of the work
+# Splits of a step
 
 
-AIDS = {"unrounded_probability": 0.5, "feature_penalty": 0.1, "max_train_steps": 8, "checkpointing_steps": 8}
+PENALTY = {"unrounded_probability": 0.5, "feature_penalty": 0.1, "max_train_steps": 8, "checkpointing_steps": 8}
 
 
-@pytest.mark.parametrize("options", [{}, {"joint_lengths": True}, AIDS], ids=["plain", "joint lengths", "aids"])
-def test_two_processes_follow_the_curve_of_one(tmp_path, options):
+@pytest.mark.parametrize("options", [{}, {"joint_lengths": True}, PENALTY], ids=["plain", "joint lengths", "penalty"])
+def test_two_processes_have_the_loss_curve_of_one(tmp_path, options):
     one = arguments_for(tmp_path / "one", train_batch_size=8, **options)
     two = replace(one, output_dir=str(tmp_path / "two"), train_batch_size=4)
     assert run(lambda: train_tokenizer(one), tmp_path / "one") == [0]
@@ -73,7 +73,7 @@ def test_two_processes_follow_the_curve_of_one(tmp_path, options):
     )
 
 
-def test_accumulated_gradients_follow_the_curve_of_a_large_batch(tmp_path):
+def test_accumulated_gradients_have_the_loss_curve_of_a_large_batch(tmp_path):
     large = arguments_for(tmp_path / "large", train_batch_size=8, joint_lengths=True)
     parts = replace(large, output_dir=str(tmp_path / "parts"), train_batch_size=2, gradient_accumulation_steps=4)
     train_tokenizer(large)
@@ -81,7 +81,7 @@ def test_accumulated_gradients_follow_the_curve_of_a_large_batch(tmp_path):
     torch.testing.assert_close(losses(tmp_path / "parts"), losses(tmp_path / "large"), atol=1e-5, rtol=1e-5)
 
 
-def test_memory_saving_changes_nothing(tmp_path):
+def test_gradient_checkpointing_changes_nothing(tmp_path):
     plain = arguments_for(tmp_path / "plain")
     train_tokenizer(plain)
     train_tokenizer(replace(plain, output_dir=str(tmp_path / "saving"), gradient_checkpointing=True))
@@ -105,7 +105,7 @@ ZERO2 = {
 
 
 def sharded(kind, train):
-    """Train with shards. Accelerate makes them on accelerators only, so the processes are told that they have some."""
+    """Train with shards. Accelerate makes them only on accelerators, so the processes pretend to have some."""
     PartialState(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     del os.environ["ACCELERATE_USE_CPU"]
@@ -114,7 +114,7 @@ def sharded(kind, train):
 
 
 @pytest.mark.parametrize("kind", [FSDP2, ZERO2], ids=["FSDP2", "ZeRO-2"])
-def test_sharded_weights_follow_the_curve_of_whole_ones_and_are_saved_whole(tmp_path, kind):
+def test_sharded_weights_have_the_loss_curve_of_whole_ones_and_are_saved_whole(tmp_path, kind):
     if kind is ZERO2 and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
     whole = arguments_for(tmp_path / "whole", train_batch_size=8, feature_penalty=0.1, validation_steps=6)
@@ -148,7 +148,7 @@ def test_sharded_weights_follow_the_curve_of_whole_ones_and_are_saved_whole(tmp_
 @pytest.mark.parametrize(
     "data", [{}, {"streaming": True, "shuffle_buffer": 5, "dataloader_num_workers": 1}], ids=["rows", "stream"]
 )
-def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, data, num_processes):
+def test_a_killed_run_resumes_to_bitwise_the_same_result(tmp_path, data, num_processes):
     options = {"random_flip": True, "gradient_accumulation_steps": 2, "unrounded_probability": 0.5, **data}
     whole = arguments_for(tmp_path / "whole", **options)
     killed = replace(whole, output_dir=str(tmp_path / "killed"))
@@ -164,15 +164,15 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, data, num_processes):
 
 
 @pytest.mark.parametrize("parts", [1, 4], ids=["one process", "micro-batches"])
-def test_a_run_goes_on_in_another_division(tmp_path, parts):
+def test_a_run_resumes_with_another_split(tmp_path, parts):
     whole = arguments_for(tmp_path / "whole", train_batch_size=8)
     assert run(lambda: train_tokenizer(whole), tmp_path / "whole") == [0]
     first = replace(whole, output_dir=str(tmp_path / "run"), train_batch_size=4)
     run(lambda: die_after(3, first), tmp_path / "run", num_processes=2)
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-3"]
 
-    division = {"train_batch_size": 8 // parts, "gradient_accumulation_steps": parts}
-    second = replace(first, resume_from_checkpoint="latest", **division)
+    split = {"train_batch_size": 8 // parts, "gradient_accumulation_steps": parts}
+    second = replace(first, resume_from_checkpoint="latest", **split)
     assert run(lambda: train_tokenizer(second), tmp_path / "run") == [0], errors(tmp_path / "run")
     torch.testing.assert_close(losses(tmp_path / "run"), losses(tmp_path / "whole"), atol=1e-5, rtol=1e-5)
     assert [entry["lr"] for entry in curve(tmp_path / "run")] == pytest.approx(
@@ -181,24 +181,24 @@ def test_a_run_goes_on_in_another_division(tmp_path, parts):
 
 
 def unfinished(folder):
-    """Identities of folders that are being written."""
+    """Return the inodes of folders that are being written."""
     return {path.stat().st_ino for path in folder.glob("checkpoint-*.partial") if path.exists()}
 
 
-def test_a_run_killed_at_any_moment_of_writing_goes_on(tmp_path):
+def test_a_run_killed_at_any_moment_of_writing_resumes(tmp_path):
     options = {"max_train_steps": 60, "checkpointing_steps": 1, "checkpoints_total_limit": 1}
     whole = arguments_for(tmp_path / "whole", **options)
     assert run(lambda: train_tokenizer(whole), tmp_path / "whole") == [0]
     weights = load_file(tmp_path / "whole" / "checkpoint-60" / "model.safetensors").keys()
 
-    folder, chance, moments = tmp_path / "killed", random.Random(0), []
+    folder, rng, moments = tmp_path / "killed", random.Random(0), []
     killed = replace(whole, output_dir=str(folder), resume_from_checkpoint="latest")
     while len(moments) < 20:
         left_over = unfinished(folder)
         (process,) = start(lambda: train_tokenizer(killed), folder)
         while process.is_alive() and not unfinished(folder) - left_over:
             time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.1))  # a step lasts about that long, most of it spent on writing
+        time.sleep(rng.uniform(0, 0.1))  # about the length of a step, most of it spent on writing
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         assert process.exitcode == -signal.SIGKILL, errors(folder)
@@ -207,7 +207,7 @@ def test_a_run_killed_at_any_moment_of_writing_goes_on(tmp_path):
         for checkpoint in complete:
             assert json.loads((checkpoint / "training_state.json").read_text())["step"] < 60
             assert load_file(checkpoint / "model.safetensors").keys() == weights
-    assert len({str(moment) for moment in moments}) >= 3  # the kills met different states of the folder
+    assert len({str(moment) for moment in moments}) >= 3  # the kills hit different states of the folder
     assert run(lambda: train_tokenizer(killed), folder) == [0]
     assert_same_state(tmp_path / "whole" / "checkpoint-60", folder / "checkpoint-60")
     assert not list(folder.glob("*.partial"))
@@ -216,7 +216,7 @@ def test_a_run_killed_at_any_moment_of_writing_goes_on(tmp_path):
 # Full disks
 
 
-def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
     first = arguments_for(tmp_path, max_train_steps=4, checkpointing_steps=2)
     whole = replace(first, output_dir=str(tmp_path / "whole"))
     train_tokenizer(whole)
@@ -224,7 +224,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
     before = {file: file.read_bytes() for file in (tmp_path / "checkpoint-2").iterdir()}
 
     def train_with_little_disk():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing fails with an error, as on a full disk
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing raises an error, as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
         train_tokenizer(replace(first, resume_from_checkpoint="latest"))
 
@@ -237,7 +237,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
     assert_same_state(tmp_path / "whole" / "checkpoint-4", tmp_path / "checkpoint-4")
 
 
-# What a run finds
+# Existing checkpoints
 
 
 def test_a_run_does_not_overwrite_another(tmp_path):
@@ -258,26 +258,26 @@ def test_a_run_does_not_overwrite_another(tmp_path):
     ("change", "name"),
     [({"learning_rate": 0.1}, "learning_rate"), ({"streaming": True, "shuffle_buffer": 3}, "shuffle_buffer")],
 )
-def test_what_a_checkpoint_decides_cannot_be_changed(tmp_path, change, name):
+def test_options_fixed_by_a_checkpoint_cannot_be_changed(tmp_path, change, name):
     train_tokenizer(arguments_for(tmp_path, max_train_steps=2, checkpointing_steps=1))
     other = arguments_for(tmp_path, max_train_steps=4, resume_from_checkpoint="latest", **change)
     with pytest.raises(ValueError, match=f"`{name}` is .* but the checkpoint was made with"):
         train_tokenizer(other)
 
 
-def test_other_options_than_before_are_named(tmp_path, caplog):
+def test_changed_options_are_logged(tmp_path, caplog):
     train_tokenizer(arguments_for(tmp_path, max_train_steps=2, checkpointing_steps=1))
     train_tokenizer(arguments_for(tmp_path, max_train_steps=3, resume_from_checkpoint="latest", keep_mode="uniform"))
     messages = " ".join(record.getMessage() for record in caplog.records)
     assert "max_train_steps: 2 -> 3" in messages and "keep_mode: powers_of_two -> uniform" in messages
 
 
-# The commands of the documentation
+# Commands of the documentation
 
 
 @pytest.mark.slow
 def test_torchrun_and_accelerate_train_alike(tmp_path):
-    """Two processes of torchrun see what one process of accelerate sees, from the same file of options."""
+    """Two torchrun processes get the same losses as one accelerate process, from the same options file."""
     options = {"train_data": ["synthetic"], "max_train_steps": 3, "logging_steps": 1, "validation_steps": 0}
     options |= {**SMALL_DATA, **SMALL_TOKENIZER, "feature_penalty": 0.1, "train_batch_size": 4}
     config = tmp_path / "tokenizer.yaml"

@@ -1,4 +1,4 @@
-"""Uploading a trained model, to a Hub on this machine."""
+"""Uploading a trained model, to a fake Hub on localhost."""
 
 import base64
 import http.server
@@ -16,9 +16,9 @@ from flextok_hf.training.stages import train_tokenizer
 
 
 class UploadHandler(http.server.BaseHTTPRequestHandler):
-    """Takes commits as the Hub does, all files as plain content."""
+    """Accepts commits like the Hub, with all files as plain content."""
 
-    def do_POST(self):  # noqa: N802, the name that http.server looks for
+    def do_POST(self):  # noqa: N802, name required by http.server
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
         repository = f"{self.server.user}/{self.server.name}" if self.server.name else None
         address = f"http://127.0.0.1:{self.server.server_port}/{repository}"
@@ -89,12 +89,12 @@ def test_a_trained_model_is_uploaded_whole_with_its_card(hub, tmp_path, name):
 
 def test_a_missing_permission_shows_before_the_first_step(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "wrong")
-    monkeypatch.setattr(Trainer, "train_step", lambda *_: pytest.fail("a step was made"))
+    monkeypatch.setattr(Trainer, "train_step", lambda *_: pytest.fail("a training step was run"))
     with pytest.raises(ValueError, match="`push_to_hub` cannot upload to 'someone/shapes': 403 Forbidden"):
         train_tokenizer(tokenizer_arguments(tmp_path, push_to_hub=True, hub_model_id="someone/shapes"))
 
 
-def test_an_upload_that_fails_leaves_the_model_where_it_is(hub, tmp_path):
+def test_a_failed_upload_keeps_the_model_on_disk(hub, tmp_path):
     hub.is_full = True
     with pytest.raises(huggingface_hub.errors.HfHubHTTPError):
         train_tokenizer(tokenizer_arguments(tmp_path, max_train_steps=1, push_to_hub=True))

@@ -1,10 +1,10 @@
-"""Stage 0: the losses of the VAE, its export, latents that are computed once, and the way to stage 1."""
+"""Stage 0: the losses of the VAE, its export, cached latents, and the transition to stage 1."""
 
 import datasets
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from test_training_data import TRANSFORM, write_parquet
+from image_rows import TRANSFORM, write_parquet
 from training_processes import SMALL_TOKENIZER
 from transformers import ResNetConfig, ResNetModel
 
@@ -77,8 +77,8 @@ def test_every_parameter_receives_a_gradient(options):
     loss, _ = model(batch(), 0, rng())
     loss.backward()
     without = [name for name, tensor in model.named_parameters() if tensor.grad is None or not tensor.grad.any()]
-    # The bias of keys shifts all logits of a query alike, which the softmax does not see, and the critic's last bias
-    # shifts real and fake scores alike, which the hinges of a fresh critic do not see.
+    # The key bias shifts all logits of a query equally, so the softmax ignores it. The last bias of the discriminator
+    # shifts real and fake scores equally, so the hinge losses of a new discriminator ignore it.
     unseen = ("to_k.bias", "discriminator.layers.11.bias")
     assert [name for name in without if not name.endswith(unseen)] == []
 
@@ -91,7 +91,7 @@ def test_the_same_generator_gives_the_same_loss():
     assert torch.get_rng_state().equal(before)
 
 
-def test_a_perfect_reconstruction_leaves_only_the_divergence():
+def test_a_perfect_reconstruction_leaves_only_the_kl_divergence():
     model = make_model(kl_weight=0.5)
     data = batch()
     model.vae.decode = lambda latents: type("Decoded", (), {"sample": data["pixel_values"]})
@@ -100,38 +100,38 @@ def test_a_perfect_reconstruction_leaves_only_the_divergence():
     assert loss == 0.5 * metrics["kl"]
 
 
-def test_the_critic_is_left_alone_by_the_loss_of_the_generator():
-    critic, fake = PatchDiscriminator(hidden_size=16), torch.rand(2, 3, 32, 32, requires_grad=True)
-    generator_loss(critic, fake).backward()
+def test_the_generator_loss_gives_the_discriminator_no_gradient():
+    discriminator, fake = PatchDiscriminator(hidden_size=16), torch.rand(2, 3, 32, 32, requires_grad=True)
+    generator_loss(discriminator, fake).backward()
     assert fake.grad.any()
-    assert all(weight.grad is None for weight in critic.parameters())
+    assert all(weight.grad is None for weight in discriminator.parameters())
 
 
-def test_the_critic_learns_to_tell_images_apart():
+def test_the_discriminator_learns_to_tell_images_apart():
     torch.manual_seed(0)
-    critic = PatchDiscriminator(hidden_size=16)
-    optimizer = torch.optim.AdamW(critic.parameters(), lr=1e-3)
+    discriminator = PatchDiscriminator(hidden_size=16)
+    optimizer = torch.optim.AdamW(discriminator.parameters(), lr=1e-3)
     real, fake = torch.rand(8, 3, 32, 32) * 0.2, torch.rand(8, 3, 32, 32) * 0.2 + 0.5
     for _ in range(30):
-        loss = discriminator_loss(critic, real, fake)
+        loss = discriminator_loss(discriminator, real, fake)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss < 0.1 < discriminator_loss(critic, fake, real)
-    assert critic(real).mean() > 0 > critic(fake).mean()
+    assert loss < 0.1 < discriminator_loss(discriminator, fake, real)
+    assert discriminator(real).mean() > 0 > discriminator(fake).mean()
 
 
-def test_the_critic_takes_no_part_before_its_start():
+def test_the_discriminator_is_unused_before_its_start():
     model = make_model(adversarial_weight=0.5, adversarial_start=3)
     loss, metrics = model(batch(), 2, rng())
     loss.backward()
     assert "discriminator_loss" not in metrics
-    # distributed training wants a gradient of every parameter in every step
+    # distributed training needs a gradient for every parameter in every step
     assert all(not weight.grad.any() for weight in model.discriminator.parameters())
     assert "discriminator_loss" in model(batch(), 3, rng())[1]
 
 
-def test_the_adaptive_weight_makes_both_gradients_equally_long():
+def test_the_adaptive_weight_equalizes_the_gradient_norms():
     weight = torch.tensor([1.0, 2.0], requires_grad=True)
     balance = adaptive_weight(3 * weight.sum(), 0.5 * weight.sum(), weight)
     assert balance.item() == pytest.approx(6, rel=1e-4)
@@ -152,7 +152,7 @@ def test_the_perceptual_distance_is_zero_for_equal_images_only(kind, resnet, tmp
     assert distance(images, -images) > 0.001
 
 
-def test_the_perceptual_term_teaches_the_vae_and_not_its_network(resnet):
+def test_the_perceptual_loss_trains_the_vae_and_not_its_network(resnet):
     model = make_model(perceptual_network=resnet, perceptual_weight=1.0)
     loss, metrics = model(batch(), 0, rng())
     assert loss > metrics["reconstruction_loss"] + 0.5 * metrics["perceptual_loss"] > metrics["reconstruction_loss"]
@@ -185,7 +185,7 @@ def test_the_scaling_factor_brings_latents_to_unit_variance():
     assert encode_latents(vae, torch.cat(images)).std().item() == pytest.approx(1, abs=0.01)
 
 
-def test_the_three_stages_follow_each_other(tmp_path):
+def test_the_three_stages_run_in_sequence(tmp_path):
     small = {"max_train_samples": 8, "train_batch_size": 4, "max_train_steps": 2, "validation_steps": 2}
     small |= {"num_validation_images": 2, "resolution": 32}
     vae = train_vae(vae_arguments(tmp_path / "vae", **{**small, "adversarial_weight": 0.1, "adversarial_start": 1}))
@@ -229,21 +229,21 @@ def test_cached_latents_are_served_in_batches(tmp_path):
     assert served["latents"].shape == (4, 4, 16, 16) and len(served["captions"]) == 4
 
 
-def test_images_that_cannot_be_read_are_left_out_of_the_cache(tmp_path):
+def test_unreadable_images_are_skipped_in_the_cache(tmp_path):
     dataset, vae = caching_case(tmp_path, damaged=(2, 5))
     cached = cache_latents(dataset, vae)
     assert len(cached) == 8 and len(dataset.skipped) == 2
     assert [cached[row]["captions"][0] for row in range(8)] == list("01346789")
 
 
-def test_a_data_set_without_a_usable_image_is_refused(tmp_path):
+def test_a_dataset_without_a_usable_image_is_refused(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", num_rows=3, damaged=(0, 1, 2))
     with pytest.raises(ValueError, match="No usable image in all 3 rows"):
         cache_latents(load_training_dataset(path, transform=TRANSFORM), make_model().vae)
 
 
 @pytest.mark.parametrize("options", [{}, {"vae": "given", "cache_in_memory": True}])
-def test_caching_latents_that_are_not_there_is_refused(options, tmp_path):
+def test_caching_latents_without_a_vae_or_of_cached_images_is_refused(options, tmp_path):
     if "vae" in options:
         make_model().vae.save_pretrained(tmp_path / "vae")
         options = options | {"vae": str(tmp_path / "vae")}

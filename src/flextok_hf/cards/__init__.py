@@ -1,4 +1,4 @@
-"""Model cards, written from the files of a saved model.
+"""Model cards, generated from the files of a saved model.
 
 Imports `utils` only, so that a pipeline can write its card when it is saved.
 """

@@ -1,12 +1,12 @@
-"""Model cards, written from what a model's folder holds and never by hand.
+"""Model cards, generated from the files in a model's folder rather than written by hand.
 
-A folder of a saved model may hold, beside configuration and weights:
+Besides configuration and weights, the folder of a saved model may hold:
 
-    training.json      what training was asked for and what it took; written by training
+    training.json      options, duration and hardware of the training; written by training
     original.json      what the model was converted from; written by the conversion
-    model_card.yaml    what no other file knows: title, license, data and their terms, limits; part of the recipe
+    model_card.yaml    what no other file holds: title, license, data and its terms, limits; part of the recipe
     results/*.json     result files of the evaluation scripts
-    images/*         images for the card
+    images/*           images for the card
 """
 
 import shutil
@@ -40,7 +40,7 @@ FACT_NAMES = (
     *("title", "summary", "prompt", "license", "license_name", "language", "base_model"),
     *("data", "data_note", "datasets", "limits"),
 )
-# By this line a card of ours is known: such a card is replaced, one that somebody wrote is not.
+# This line marks a generated card: such a card is replaced, a hand-written one is not.
 MARK = "Written by flextok_hf from the files of this repository."
 DIFFUSERS_MARK = "This model card has been automatically generated."
 METHOD = "(Bachmann et al., 2025, [arXiv 2502.13967](https://arxiv.org/abs/2502.13967))"
@@ -48,18 +48,18 @@ TAGS = ["flextok", "image-tokenizer", "arxiv:2502.13967"]
 
 
 def write_model_card(folder: str | Path, name: str | None = None, changed_from: str | None = None) -> Path:
-    """Write `README.md` for a saved pipeline or VAE from the files beside it (see the top of this module).
+    """Write `README.md` for a saved pipeline or VAE from the files next to it (see the top of this module).
 
     Args:
-        folder: the model, with whatever of these files there is.
-        name: what users load it by, such as a Hub id; the name of the folder by default.
-        changed_from: the model that this one was made from, if it may have other weights and nothing says how.
+        folder: the model, with whichever of these files exist.
+        name: what users load it by, such as a Hub id; defaults to the name of the folder.
+        changed_from: the model that this one was made from, if its weights may have changed in an unrecorded way.
 
     Returns:
         The path of the card.
 
     Raises:
-        ValueError: if `model_card.yaml` names unknown facts, or metadata that huggingface_hub refuses.
+        ValueError: if `model_card.yaml` has unknown facts, or metadata that huggingface_hub rejects.
     """
     folder = Path(folder)
     facts = read_facts(folder / FACTS_FILE)
@@ -75,35 +75,35 @@ def write_model_card(folder: str | Path, name: str | None = None, changed_from: 
         "Model": model_section(folder),
         "Data": data_section(record, facts),
         "Training": training_section(record, original),
-        "Measured": results_section(results),
-        "Limits and bias": limits(folder, facts),
+        "Evaluation": results_section(results),
+        "Limitations and bias": limits(folder, facts),
     }
     if changed_from:
-        sections["Training"] = f"Made from `{changed_from}`. Whether and how it was trained further is not recorded."
+        sections["Training"] = f"Made from `{changed_from}`. Any further training is not recorded."
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text)
     title = facts.get("title") or name
     text = f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{summary(folder, facts)}\n\n{body}\n\n{MARK}\n"
-    ModelCard(text)  # refuses metadata that cannot be read back
+    ModelCard(text)  # rejects metadata that cannot be read back
     path = folder / CARD_FILE
     write_text(path, text)
     return path
 
 
 class CardMixin:
-    """What `FlexTokPipeline` needs to be saved and uploaded with a card; `self` is one."""
+    """Mixin that lets `FlexTokPipeline` save and upload itself with a model card."""
 
     def save_pretrained(self: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Save the pipeline as Diffusers does, with a model card written from what is known about the model.
+        """Save the pipeline as Diffusers does, with a model card generated from what is known about the model.
 
-        Recipe, result files and images beside the model that was loaded come along, unless its weights changed.
-        A card that somebody wrote by hand stays.
+        Recipe, result files and images of the loaded model are copied along, unless its weights changed.
+        A hand-written card is kept.
         """
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        if not kwargs.get("push_to_hub"):  # else the card was written for the upload
+        if not kwargs.get("push_to_hub"):  # otherwise the upload wrote the card
             write_saved_card(self.config.get("_name_or_path"), Path(save_directory), None)
 
     def _upload_folder(self: Any, working_dir: str | Path, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        # Diffusers ends here with a pipeline saved for an upload, beside a placeholder of a card or that of the Hub.
+        # Diffusers calls this once the pipeline is saved for upload, with a placeholder card or the one from the Hub.
         write_saved_card(self.config.get("_name_or_path"), Path(working_dir), repo_id)
         return super()._upload_folder(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]
 
@@ -112,7 +112,7 @@ def write_saved_card(source_name: str | None, folder: Path, name: str | None) ->
     """Write the card of a pipeline that was just saved.
 
     Args:
-        source_name: folder or Hub id that it was loaded from, if it was.
+        source_name: folder or Hub id that it was loaded from, if any.
         folder: where it was saved.
         name: what users load it by.
     """
@@ -120,7 +120,7 @@ def write_saved_card(source_name: str | None, folder: Path, name: str | None) ->
     if source_name:
         source = Path(source_name)
         if not (source / "model_index.json").is_file():
-            changed_from = source_name  # from the Hub, or gone
+            changed_from = source_name  # from the Hub, or deleted
         elif source.resolve() != folder.resolve() and not carry_card_files(source, folder):
             changed_from = source.name
     if is_replaceable(folder / CARD_FILE):
@@ -128,16 +128,16 @@ def write_saved_card(source_name: str | None, folder: Path, name: str | None) ->
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """Read `model_card.yaml`; names that no card has a place for are an error."""
+    """Read `model_card.yaml`; unknown names are an error."""
     facts = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
     unknown = sorted(set(facts) - set(FACT_NAMES)) if isinstance(facts, dict) else [type(facts).__name__]
     if unknown:
-        raise ValueError(f"{path} holds {unknown}, for which a card has no place. Use {', '.join(FACT_NAMES)}.")
+        raise ValueError(f"{path} holds {unknown}, which a card does not use. Choose from {', '.join(FACT_NAMES)}.")
     return facts
 
 
 def is_replaceable(card: Path) -> bool:
-    """Whether a card may be written over: there is none, it is ours, or it is the placeholder of Diffusers."""
+    """Whether a card may be overwritten: it does not exist, is generated, or is the placeholder of Diffusers."""
     if not card.is_file():
         return True
     text = card.read_text(encoding="utf-8")
@@ -145,10 +145,10 @@ def is_replaceable(card: Path) -> bool:
 
 
 def carry_card_files(source: Path, target: Path) -> bool:
-    """Copy recipe, facts, results and images to a newly saved folder, if it holds the same weights.
+    """Copy recipe, facts, results and images to a newly saved folder if it holds the same weights.
 
     Returns:
-        Whether the weights are the same; figures of other weights are not carried along.
+        Whether the weights are the same; if not, nothing is copied.
     """
     if not same_weights(source, target):
         return False
@@ -162,7 +162,7 @@ def carry_card_files(source: Path, target: Path) -> bool:
 
 
 def same_weights(source: Path, target: Path) -> bool:
-    """Whether two saved models have the same parts with equal weights, whatever the precision they are stored in."""
+    """Whether two saved models have the same components with equal weights, whatever their stored precision."""
     parts = component_folders(source)
     if parts.keys() != component_folders(target).keys():
         return False
@@ -170,7 +170,7 @@ def same_weights(source: Path, target: Path) -> bool:
 
 
 def equal_tensors(source: Path, target: Path) -> bool:
-    """Compare the tensors of two folders of weight files one by one, so that one pair is in memory at a time."""
+    """Compare the tensors in two folders of weight files, with only one pair in memory at a time."""
     files = [sorted(folder.glob("*.safetensors")) for folder in (source, target)]
     opened = [[safe_open(path, framework="pt") for path in paths] for paths in files]
     owners = [{key: weights for weights in group for key in weights.keys()} for group in opened]
@@ -203,7 +203,7 @@ def card_data(
 
 
 def evaluation_results(results: Mapping[str, Any], task: str) -> list[EvalResult]:
-    """Return the figures at full length as metadata, for result files with one set of images."""
+    """Return the results with all tokens as metadata, for result files with one set of images."""
     entries = []
     for name, record in results.items():
         by_count = record["results"]
@@ -226,20 +226,20 @@ def evaluation_results(results: Mapping[str, Any], task: str) -> list[EvalResult
 
 
 def summary(folder: Path, facts: Mapping[str, Any]) -> str:
-    """Say in two sentences what the model is."""
+    """Describe the model in two sentences."""
     if facts.get("summary"):
         return f"{facts['summary'].strip()} The method is FlexTok {METHOD}."
     if not (folder / "encoder").is_dir():
-        return f"A VAE for models of the kind FlexTok {METHOD}."
-    what = "draws images, and turns images" if (folder / "prior").is_dir() else "turns images"
+        return f"A VAE for FlexTok models {METHOD}."
+    what = "generates images, and turns images" if (folder / "prior").is_dir() else "turns images"
     return (
-        f"A FlexTok model {METHOD}: it {what} into ordered tokens and back. Every number of tokens gives an image;"
-        " the first say what it is about, later ones add detail."
+        f"A FlexTok model {METHOD}: it {what} into ordered tokens and back. Any number of tokens gives an image:"
+        " the first ones set its content, later ones add detail."
     )
 
 
 def usage(folder: Path, name: str, facts: Mapping[str, Any]) -> str:
-    """Show how to load and use the model."""
+    """Return example code that loads and uses the model."""
     if not (folder / "model_index.json").is_file():
         return f'```python\nfrom diffusers import AutoencoderKL\n\nvae = AutoencoderKL.from_pretrained("{name}")\n```'
     lines = ["from flextok_hf import FlexTokPipeline", "", f'pipe = FlexTokPipeline.from_pretrained("{name}")']
@@ -258,19 +258,19 @@ def usage(folder: Path, name: str, facts: Mapping[str, Any]) -> str:
 
 
 def images_section(folder: Path) -> str:
-    """Show the images beside the model; what they show is their file's name."""
+    """Show the images next to the model, captioned with their file names."""
     files = sorted(path for path in (folder / IMAGES_FOLDER).glob("*") if path.is_file())
     return "\n\n".join(f"![{path.stem.replace('_', ' ')}]({IMAGES_FOLDER}/{path.name})" for path in files)
 
 
 def limits(folder: Path, facts: Mapping[str, Any]) -> str:
-    """Say what not to expect."""
+    """Describe the limitations of the model."""
     lines = [facts["limits"].strip()] if facts.get("limits") else []
     side = image_side(folder)
     if side is not None:
         lines.append(
-            f"Images are {side} x {side} pixels. What the training images do not show comes back as the nearest"
-            " thing they do, and their view of the world is the model's. An image from few tokens is a plausible"
-            " guess, not a record: do not take its details for facts."
+            f"Images are {side} x {side} pixels. Content that the training images lack is reconstructed as the"
+            " nearest thing they contain, and the model inherits their biases. An image from few tokens is a plausible"
+            " guess, not a faithful copy: do not rely on its details."
         )
     return "\n\n".join(lines)

@@ -1,6 +1,6 @@
-"""Parts of a model card, each made from one kind of file: configuration, recipe, results.
+"""Sections of a model card, each made from one kind of file: configuration, recipe, results.
 
-Nothing is loaded but JSON and the headers of weight files.
+Only JSON files and the headers of weight files are read.
 """
 
 import math
@@ -17,7 +17,7 @@ from ..utils.tables import markdown_table, measure_title
 
 
 RECIPE_FILE = "training.json"
-ORIGINAL_FILE = "original.json"  # where a converted model came from
+ORIGINAL_FILE = "original.json"  # what a converted model was converted from
 COMPONENT_TITLES = {
     "vae": "VAE",
     "encoder": "encoder",
@@ -28,14 +28,14 @@ COMPONENT_TITLES = {
 
 
 def stage_name(record: Mapping[str, Any]) -> str:
-    """Return the stage that a recipe is of: vae, tokenizer or prior."""
+    """Return the stage that a recipe belongs to: vae, tokenizer or prior."""
     arguments = record["arguments"]
     named = "prior" if "tokenizer" in arguments else "tokenizer" if "num_registers" in arguments else "vae"
     return record.get("stage") or named
 
 
 def count_weights(folder: Path) -> tuple[int, str]:
-    """Return how many numbers the weight files of a folder hold, buffers included, and their kind ("float16")."""
+    """Return the number of weights in the files of a folder, buffers included, and their dtypes ("float16")."""
     sizes: dict[str, int] = {}  # by name, since a folder may hold the same weights in two precisions
     kinds = set()
     for path in sorted(folder.glob("*.safetensors")):
@@ -48,7 +48,7 @@ def count_weights(folder: Path) -> tuple[int, str]:
 
 
 def component_folders(folder: Path) -> dict[str, Path]:
-    """Return the parts of a pipeline that have weights; a VAE saved by itself is its own part."""
+    """Return the components of a pipeline that have weights; a VAE saved on its own is its only component."""
     if (folder / "model_index.json").is_file():
         return {name: folder / name for name in COMPONENT_TITLES if (folder / name / "config.json").is_file()}
     return {"vae": folder}
@@ -64,46 +64,46 @@ def image_side(folder: Path) -> int | None:
 
 
 def model_section(folder: Path) -> str:
-    """Say what the model consists of."""
+    """Describe the components of the model and its tokens."""
     rows = []
     for name, part in component_folders(folder).items():
         weights, kind = count_weights(part)
         rows.append([COMPONENT_TITLES[name], f"{weights:,}", kind])
-    lines = [markdown_table(["part", "weights", "stored as"], rows)]
+    lines = [markdown_table(["component", "weights", "stored as"], rows)]
     encoder = read_json(folder / "encoder" / "config.json", {})
     if encoder:
         levels, registers = encoder["fsq_levels"], encoder["num_registers"]
         size, side = math.prod(levels), image_side(folder)
         lines.append(
-            f"Images of {side} x {side} pixels as 1 to {registers} tokens. A token is one of {size:,} codes (finite"
-            f" scalar quantization with {' x '.join(map(str, levels))} levels), {math.log2(size):.1f} bits; a whole"
-            f" image takes {registers * math.log2(size) / 8:.0f} bytes."
-            + ("" if (folder / "vae").is_dir() else " The model works on pixels, without a VAE.")
+            f"Images of {side} x {side} pixels become 1 to {registers} tokens. Each token is one of {size:,} codes"
+            f" (finite scalar quantization with {' x '.join(map(str, levels))} levels), or {math.log2(size):.1f} bits;"
+            f" all tokens of an image take {registers * math.log2(size) / 8:.0f} bytes."
+            + ("" if (folder / "vae").is_dir() else " The model works in pixel space, without a VAE.")
         )
     return "\n\n".join(lines)
 
 
 def training_facts(arguments: Mapping[str, Any], log: Sequence[Mapping[str, Any]], images_per_step: int) -> dict:
-    """Return what `training.json` should hold for a card beside options and steps.
+    """Return what `training.json` should hold for a card besides options and steps.
 
     Args:
         arguments: the options of the stage.
         log: the entries of its log.
-        images_per_step: images that an optimizer step sees.
+        images_per_step: images per optimizer step.
 
     Returns:
-        `hardware`, `seconds` that the steps took, and the recipes of the stages before, `earlier`.
+        `hardware`, the `seconds` that the steps took, and `earlier`, the recipes of the previous stages.
     """
     if torch.cuda.is_available():
         hardware = torch.cuda.get_device_name()
     else:
-        hardware = f"{torch.get_num_threads()} threads of a CPU ({platform.machine()})"
+        hardware = f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
     seconds = round(logged_seconds(log, images_per_step), 1)
     return {"hardware": hardware, "seconds": seconds, "earlier": earlier_recipes(arguments)}
 
 
 def earlier_recipes(arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the recipes of the stages that a stage builds on, first things first, from beside their models."""
+    """Return the recipes of the stages that a stage builds on, earliest first, from the folders of their models."""
     recipes = []
     for option in ("vae", "tokenizer", "pretrained_tokenizer"):
         if arguments.get(option):
@@ -113,18 +113,18 @@ def earlier_recipes(arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def origins(original: Mapping[str, Any]) -> list[str]:
-    """Return the sources that a converted model came from, by `original.json`."""
+    """Return the sources of a converted model, from its `original.json`."""
     parts = (original.get(name, {}) for name in ("tokenizer", "prior"))
     return [part["source"] for part in parts if isinstance(part, Mapping) and part.get("source")]
 
 
 def training_section(record: Mapping[str, Any], original: Mapping[str, Any] | None = None) -> str:
-    """Say how all stages were trained, from what training leaves in `training.json`, or what it was converted from."""
+    """Describe how all stages were trained, from `training.json`, or what the model was converted from."""
     if original:
         names = " and ".join(f"`{name}`" for name in origins(original))
         return (
-            f"Converted from {names}, with the same weights; how they were trained is said there, and their license"
-            " binds this copy too."
+            f"Converted from {names}, with the same weights. See there for how they were trained; their license"
+            " applies to this copy too."
         )
     if not record.get("arguments"):
         return "How it was trained is not recorded."
@@ -132,7 +132,7 @@ def training_section(record: Mapping[str, Any], original: Mapping[str, Any] | No
 
 
 def stage_recipe(record: Mapping[str, Any]) -> str:
-    """Say how one stage was trained."""
+    """Describe how one stage was trained."""
     arguments = record["arguments"]
     per_step = record.get("images_per_step", arguments.get("train_batch_size"))
     line = f"Stage `{stage_name(record)}`: {record['steps']:,} steps of {per_step} images"
@@ -146,12 +146,12 @@ def stage_recipe(record: Mapping[str, Any]) -> str:
 
 
 def is_telling(value: Any) -> bool:
-    """Whether an option of training says something: set, and no path of the machine it ran on."""
+    """Whether a training option is worth showing: set, and not an absolute path on the training machine."""
     return value is not None and not (isinstance(value, str) and Path(value).is_absolute())
 
 
 def logged_seconds(log: Sequence[Mapping[str, Any]], images_per_step: int) -> float:
-    """Add up the time of a run from the speeds in its log; a resumed run repeats steps, which count once."""
+    """Add up the time of a run from the speeds in its log; steps repeated after a resume count once."""
     seconds, last_step = 0.0, 0
     for entry in log:
         if entry.get("images_per_s"):
@@ -161,14 +161,14 @@ def logged_seconds(log: Sequence[Mapping[str, Any]], images_per_step: int) -> fl
 
 
 def duration(seconds: float) -> str:
-    """Return `35 minutes` or `3.5 hours`."""
+    """Format a duration, for example as `35 minutes` or `3.5 hours`."""
     if seconds < 90:
         return f"{seconds:.0f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def data_section(record: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
-    """Say what the model was trained on, and under which terms that is."""
+    """Describe the training data and its terms."""
     arguments = record.get("arguments", {})
     lines = [facts["data_note"].strip()] if facts.get("data_note") else []
     for source in facts.get("data", ()):
@@ -177,16 +177,16 @@ def data_section(record: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     if not facts.get("data"):
         names = [source for source in arguments.get("train_data", ()) if is_telling(source)]
         lines.append(f"Trained on: {', '.join(f'`{name}`' for name in names) or 'not recorded'}.")
-        lines.append("The terms of these data are not stated here; they bind whoever uses the model.")
+        lines.append("The terms of this data are not stated here; they apply to anyone who uses the model.")
     bullets = [line for line in lines if line.startswith("- ")]
     return "\n\n".join([*(line for line in lines if line not in bullets), *(["\n".join(bullets)] if bullets else [])])
 
 
 def results_section(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Show result files, by name: what was measured and how, and the figures per number of tokens."""
+    """Show result files, by name: the evaluation protocol, and the results per number of tokens."""
     parts = []
     for name, record in results.items():
-        settings = record.get("settings", "defaults of the pipeline")
+        settings = record.get("settings", "pipeline defaults")
         if isinstance(settings, Mapping):
             settings = ", ".join(f"{option} {value}" for option, value in settings.items())
         protocol = {
@@ -202,9 +202,9 @@ def results_section(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def results_table(results: Mapping[str, Any]) -> str:
-    """Lay figures out with a row per number of tokens: {count: {measure: value}} or {set: {count: {measure: value}}}.
+    """Format results with a row per number of tokens: {count: {metric: value}} or {set: {count: {metric: value}}}.
 
-    Of several sets, the first measure is shown, a column per set.
+    For several sets, only the first metric is shown, with one column per set.
     """
     if all(str(key).isdigit() for key in results):
         measures = [key for key, value in next(iter(results.values())).items() if is_figure(value)]
@@ -216,16 +216,16 @@ def results_table(results: Mapping[str, Any]) -> str:
     header = ["tokens", *(key.replace("_", " ") for key in results)]
     rows = [[count, *(cell(results[key][count][measure]) for key in results)] for count in counts]
     title = measure_title(measure)
-    return f"Measure: {title}.\n\n{markdown_table(header, rows)}"
+    return f"Metric: {title}.\n\n{markdown_table(header, rows)}"
 
 
 def is_figure(value: Any) -> bool:
-    """Whether a value of a result file is a figure with its interval."""
+    """Whether a value in a result file is a metric with its confidence interval."""
     return isinstance(value, Mapping) and ("mean" in value or "share" in value)
 
 
 def cell(value: Mapping[str, float]) -> str:
-    """Return a share or a mean with its 95% interval: `81% (78 to 84)`, `13.70 (13.10 to 14.25)`."""
+    """Return a share or a mean with its 95% confidence interval: `81% (78 to 84)`, `13.70 (13.10 to 14.25)`."""
     if "share" in value:
         return f"{value['share']:.0%} ({100 * value['low']:.0f} to {100 * value['high']:.0f})"
     return f"{value['mean']:.2f} ({value['low']:.2f} to {value['high']:.2f})"

@@ -1,6 +1,6 @@
-"""The command line: `arguments.py` reads and checks what the user typed, `commands.py` does it.
+"""The command line: `arguments.py` parses and checks the arguments, `commands.py` runs the commands.
 
-Imports every other folder, but only once the arguments are known to be good: `flextok --help` loads no PyTorch.
+Imports every other folder, but only after the arguments have been checked: `flextok --help` does not load PyTorch.
 """
 
 from .arguments import build_parser, main

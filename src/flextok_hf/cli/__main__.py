@@ -1,4 +1,4 @@
-"""`python -m flextok_hf.cli` is the command `flextok`."""
+"""`python -m flextok_hf.cli` is the same as the command `flextok`."""
 
 import sys
 

@@ -1,7 +1,7 @@
 """The command line: `flextok generate | stream | tokenize | detokenize | reconstruct | convert | demo | info`.
 
-This module reads and checks arguments. What the commands do is in `commands.py`, imported once the arguments are known
-to be good, so that a mistake costs no wait for PyTorch.
+This module parses and checks arguments. The commands are in `commands.py`, which is imported only after the arguments
+have been checked, so that mistakes are reported without waiting for PyTorch.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 
-# What a user can cause and mend. Anything else is a defect of ours and keeps its traceback.
+# Errors that a user can cause and fix. Anything else is a bug of ours and keeps its traceback.
 USER_ERRORS = (ValueError, TypeError, OSError)
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -29,10 +29,10 @@ EPILOGS = {
 
 
 class OneLineErrorParser(argparse.ArgumentParser):
-    """A parser that answers a mistake with one line instead of the whole usage."""
+    """A parser that reports a mistake in one line instead of printing the whole usage."""
 
     def error(self, message: str) -> NoReturn:
-        """Print `message` and the place to look, then leave with exit code 2."""
+        """Print `message` and a pointer to `--help`, then exit with code 2."""
         self.exit(2, f"flextok: error: {message} (see `{self.prog} --help`)\n")
 
 
@@ -48,10 +48,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineErrorParser(
         prog="flextok",
         description="Images as ordered token sequences of any length, and back.",
-        epilog=f"`flextok COMMAND --help` explains one command.\n\n{EPILOGS['generate']}",
+        epilog=f"See `flextok COMMAND --help` for the options of a command.\n\n{EPILOGS['generate']}",
         formatter_class=WideHelpFormatter,
     )
-    parser.add_argument("--version", action=PrintVersion, help="print the installed version and leave")
+    parser.add_argument("--version", action=PrintVersion, help="print the installed version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_generate(commands)
     _add_stream(commands)
@@ -68,10 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: words after `flextok`; those of the process by default.
+        arguments: what follows `flextok`; by default those of the process.
 
     Returns:
-        The exit code: 0 done, 1 nobody reads the output, 2 wrong input (one line on stderr), 130 interrupted.
+        The exit code: 0 success, 1 closed output pipe, 2 wrong input (one line on stderr), 130 interrupted.
     """
     options = build_parser().parse_args(arguments)
     try:
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         COMMANDS[options.command](options)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader of our output has seen enough, as in `flextok info | head -1`; leave nothing to flush at exit.
+        # The reader closed the pipe, as in `flextok info | head -1`; leave nothing to flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
@@ -97,11 +97,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def check_files(options: argparse.Namespace) -> None:
-    """Check every file that the options name, and put the folder of the model in place of its name.
+    """Check every path in the options, and resolve `options.model` to a folder or Hub id.
 
     Raises:
-        ValueError: a result cannot be written where it should go, or the model is neither a folder nor a Hub id.
-        FileNotFoundError: there is no such photo or file of ids.
+        ValueError: if an output cannot be written there, or the model is neither a folder nor a Hub id.
+        FileNotFoundError: if a photo or token file does not exist.
     """
     from ..embedded import resolve_model
     from ..utils.files import IMAGE_EXTENSIONS, check_output_folder, check_output_path
@@ -109,66 +109,68 @@ def check_files(options: argparse.Namespace) -> None:
     if options.command == "convert":
         check_output_folder(options.output)
         if options.tokenizer is None and options.prior is None:
-            raise ValueError("name a TOKENIZER, a --prior, or both")
+            raise ValueError("pass a TOKENIZER, a --prior, or both")
         return
     if "output" in options:
         check_output_path(options.output, (".json",) if options.command == "tokenize" else IMAGE_EXTENSIONS)
     if (getattr(options, "image", None) is None) != (getattr(options, "keep_tokens", None) is None):
-        raise ValueError("`--image` and `--keep-tokens` go together: a photo to vary, and how many of its tokens stay")
+        raise ValueError(
+            "`--image` and `--keep-tokens` go together: a photo to vary and how many tokens of it to keep"
+        )
     photos = [*getattr(options, "photos", ()), *filter(None, [getattr(options, "image", None)])]
     for path in photos:
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"there is no photo {path!r}; check the path")
+            raise FileNotFoundError(f"the photo {path!r} does not exist; check the path")
     if "ids" in options and not os.path.isfile(options.ids):
-        raise FileNotFoundError(f"there is no file {options.ids!r}; `flextok tokenize` makes one from a photo")
+        raise FileNotFoundError(f"the file {options.ids!r} does not exist; `flextok tokenize` makes one from a photo")
     options.model = resolve_model(options.model)
 
 
 class PrintVersion(argparse.Action):
-    """Read the version from the installed package only when somebody asks for it."""
+    """Look up the installed version only when it is asked for."""
 
     def __init__(self, option_strings, dest, **kwargs):
         super().__init__(option_strings, dest, nargs=0, **kwargs)
 
     def __call__(self, parser, namespace, values, option_string=None):
-        """Print the version and leave with exit code 0."""
+        """Print the version and exit with code 0."""
         from importlib.metadata import version
 
         parser.exit(0, f"flextok_hf {version('flextok_hf')}\n")
 
 
 def positive_int(text: str) -> int:
-    """Read an integer of at least 1."""
+    """Parse an integer of at least 1."""
     return _bounded(int, text, "an integer of at least 1", lambda value: value >= 1)
 
 
 def non_negative_int(text: str) -> int:
-    """Read an integer of at least 0."""
+    """Parse an integer of at least 0."""
     return _bounded(int, text, "an integer of at least 0", lambda value: value >= 0)
 
 
 def port(text: str) -> int:
-    """Read the number of a port."""
+    """Parse a port number."""
     return _bounded(int, text, "an integer from 1 to 65535", lambda value: 1 <= value < 2**16)
 
 
 def seed(text: str) -> int:
-    """Read a seed that leaves room for the seeds of further images below what PyTorch takes."""
+    """Parse a seed that leaves room for the seeds of further images within the range of PyTorch."""
     return _bounded(int, text, "an integer from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63)
 
 
 def non_negative_float(text: str) -> float:
-    """Read a finite number of at least 0."""
+    """Parse a finite number of at least 0."""
     return _bounded(float, text, "a number of at least 0", lambda value: 0 <= value < float("inf"))
 
 
 def positive_float(text: str) -> float:
-    """Read a finite number above 0."""
+    """Parse a finite number above 0."""
     return _bounded(float, text, "a number above 0", lambda value: 0 < value < float("inf"))
 
 
 def probability(text: str) -> float:
-    """Read a number above 0 and up to 1."""
+    """Parse a number above 0 and up to 1."""
     return _bounded(float, text, "a number above 0 and up to 1", lambda value: 0 < value <= 1)
 
 
@@ -195,17 +197,17 @@ def _add_command(commands, name: str, summary: str) -> argparse.ArgumentParser:
 def _add_shared(parser: argparse.ArgumentParser, has_seed: bool = True) -> None:
     if has_seed:
         parser.add_argument("--seed", type=seed, default=0, metavar="N", help="same seed, same result (0)")
-    parser.add_argument("--model", metavar="PATH_OR_ID", help="folder or Hub id (the model in the package)")
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (the best there is)")
+    parser.add_argument("--model", metavar="PATH_OR_ID", help="folder or Hub id (the embedded model)")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (best available)")
     parser.add_argument(
-        "--dtype", metavar="TYPE", choices=DTYPES, default="float32", help="or bfloat16, float16 (float32)"
+        "--dtype", metavar="TYPE", choices=DTYPES, default="float32", help="float32, bfloat16, float16 (float32)"
     )
-    _add_talk(parser)
+    _add_verbosity(parser)
 
 
-def _add_talk(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quiet", action="store_true", help="no progress bars and no report")
-    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+def _add_verbosity(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quiet", action="store_true", help="no progress bars and no summary")
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
 
 
 def _add_decoding(parser: argparse.ArgumentParser, steps: int) -> None:
@@ -216,33 +218,31 @@ def _add_decoding(parser: argparse.ArgumentParser, steps: int) -> None:
         "--guidance-scale",
         type=non_negative_float,
         metavar="X",
-        help="guidance of the decoder, 1 is off (the model's)",
+        help="decoder guidance, 1 is off (the model's)",
     )
 
 
 def _add_generate(commands) -> None:
-    parser = _add_command(commands, "generate", "turn a prompt into one or more images")
-    parser.add_argument("prompt", help='what to draw, such as "a cat"; or a class')
-    parser.add_argument(
-        "--output", required=True, metavar="FILE", help="image file; several get numbers: cat-1.png, ..."
-    )
-    parser.add_argument("--max-tokens", type=positive_int, metavar="N", help="at most so many tokens (all)")
-    parser.add_argument("--num-images", type=positive_int, default=1, metavar="N", help="images to draw (1)")
-    parser.add_argument("--image", metavar="PHOTO", help="vary this photo")
-    parser.add_argument("--keep-tokens", type=positive_int, metavar="K", help="keep its first K tokens")
+    parser = _add_command(commands, "generate", "generate one or more images from a prompt")
+    parser.add_argument("prompt", help='what to generate, such as "a cat"; or a class')
+    parser.add_argument("--output", required=True, metavar="FILE", help="image file; several are numbered: cat-1.png")
+    parser.add_argument("--max-tokens", type=positive_int, metavar="N", help="maximum number of tokens (all)")
+    parser.add_argument("--num-images", type=positive_int, default=1, metavar="N", help="number of images (1)")
+    parser.add_argument("--image", metavar="PHOTO", help="photo to vary")
+    parser.add_argument("--keep-tokens", type=positive_int, metavar="K", help="keep the first K tokens of PHOTO")
     _add_prior(parser)
     _add_decoding(parser, steps=25)
     _add_shared(parser)
 
 
 def _add_stream(commands) -> None:
-    parser = _add_command(commands, "stream", "draw an image and show it while its tokens are being written")
-    parser.add_argument("prompt", help='what to draw, such as "a cat"; or a class')
+    parser = _add_command(commands, "stream", "show an image while its tokens are being generated")
+    parser.add_argument("prompt", help='what to generate, such as "a cat"; or a class')
     parser.add_argument(
-        "--output", required=True, metavar="FILE", help=".webp: one animation; others get numbers: cat-04.png"
+        "--output", required=True, metavar="FILE", help=".webp: one animation; others: cat-04.png, ..."
     )
     parser.add_argument(
-        "--token-counts", type=positive_int, nargs="+", metavar="N", help="when to show it, growing (1 2 4 ... all)"
+        "--token-counts", type=positive_int, nargs="+", metavar="N", help="counts to show, increasing (1 2 4 ... all)"
     )
     parser.add_argument(
         "--frame-ms", type=positive_int, default=700, metavar="N", help="milliseconds per frame of a .webp (700)"
@@ -257,16 +257,16 @@ def _add_prior(parser: argparse.ArgumentParser) -> None:
         "--prior-guidance-scale",
         type=non_negative_float,
         metavar="X",
-        help="guidance of the prior, 1 is off (the model's)",
+        help="prior guidance, 1 is off (the model's)",
     )
     parser.add_argument(
-        "--temperature", type=positive_float, default=1.0, metavar="X", help="below 1 typical, above 1 varied (1)"
+        "--temperature", type=positive_float, default=1.0, metavar="X", help="higher values vary more (1)"
     )
     parser.add_argument(
-        "--top-k", type=non_negative_int, default=0, metavar="N", help="draw from the N likeliest, 0 is off (0)"
+        "--top-k", type=non_negative_int, default=0, metavar="N", help="sample from the top N codes, 0 is off (0)"
     )
     parser.add_argument(
-        "--top-p", type=probability, default=1.0, metavar="P", help="draw from the likeliest mass P (1)"
+        "--top-p", type=probability, default=1.0, metavar="P", help="sample from the top probability mass P (1)"
     )
 
 
@@ -274,23 +274,21 @@ def _add_tokenize(commands) -> None:
     parser = _add_command(commands, "tokenize", "turn photos into token ids")
     parser.add_argument("photos", nargs="+", metavar="PHOTO", help="image files of any size and mode")
     parser.add_argument("--output", required=True, metavar="FILE", help="JSON file for the ids")
-    parser.add_argument("--max-tokens", type=positive_int, metavar="N", help="at most so many tokens (all)")
+    parser.add_argument("--max-tokens", type=positive_int, metavar="N", help="maximum number of tokens (all)")
     _add_shared(parser, has_seed=False)
 
 
 def _add_detokenize(commands) -> None:
     parser = _add_command(commands, "detokenize", "turn token ids back into images")
-    parser.add_argument("ids", metavar="IDS", help="JSON file of `flextok tokenize`, or a plain list of ids")
-    parser.add_argument(
-        "--output", required=True, metavar="FILE", help="image file; several get numbers: cat-1.png, ..."
-    )
-    parser.add_argument("--max-tokens", type=positive_int, metavar="N", help="use the first N tokens only (all)")
+    parser.add_argument("ids", metavar="IDS", help="JSON file from `flextok tokenize`, or a plain list of ids")
+    parser.add_argument("--output", required=True, metavar="FILE", help="image file; several are numbered: cat-1.png")
+    parser.add_argument("--max-tokens", type=positive_int, metavar="N", help="use only the first N tokens (all)")
     _add_decoding(parser, steps=20)
     _add_shared(parser)
 
 
 def _add_reconstruct(commands) -> None:
-    parser = _add_command(commands, "reconstruct", "show photos as they come back from more and more tokens")
+    parser = _add_command(commands, "reconstruct", "reconstruct photos from increasing numbers of tokens")
     parser.add_argument("photos", nargs="+", metavar="PHOTO", help="image files of any size and mode, one row each")
     parser.add_argument("--output", required=True, metavar="FILE", help="image file for the contact sheet")
     parser.add_argument(
@@ -298,34 +296,34 @@ def _add_reconstruct(commands) -> None:
         type=positive_int,
         nargs="+",
         metavar="N",
-        help="token counts, a column each (1 2 4 ... all)",
+        help="token counts, one column each (1 2 4 ... all)",
     )
     _add_decoding(parser, steps=20)
     _add_shared(parser)
 
 
 def _add_demo(commands) -> None:
-    parser = _add_command(commands, "demo", "show a model in the browser (needs the extra: flextok_hf[demo])")
+    parser = _add_command(commands, "demo", "serve a demo in the browser (needs the extra flextok_hf[demo])")
     parser.add_argument(
-        "--host", default="127.0.0.1", metavar="NAME", help="0.0.0.0 lets other machines in (127.0.0.1)"
+        "--host", default="127.0.0.1", metavar="NAME", help="0.0.0.0 allows other machines (127.0.0.1)"
     )
-    parser.add_argument("--port", type=port, default=7860, metavar="N", help="where to listen (7860)")
+    parser.add_argument("--port", type=port, default=7860, metavar="N", help="port to listen on (7860)")
     _add_shared(parser, has_seed=False)
 
 
 def _add_convert(commands) -> None:
-    parser = _add_command(commands, "convert", "turn official checkpoints into a model of this package")
+    parser = _add_command(commands, "convert", "convert official checkpoints to a model of this package")
     parser.add_argument("tokenizer", nargs="?", metavar="TOKENIZER", help="Hub id, folder or safetensors file")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to make")
-    parser.add_argument("--prior", metavar="PRIOR", help="Hub id, folder or safetensors file; also by itself")
-    parser.add_argument("--text-encoder", metavar="NAME", help="Hub id or folder (what the prior names)")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to create")
+    parser.add_argument("--prior", metavar="PRIOR", help="Hub id, folder or safetensors file; also on its own")
+    parser.add_argument("--text-encoder", metavar="NAME", help="Hub id or folder (the prior's own)")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of the tokenizer on the Hub")
-    parser.add_argument("--prior-revision", metavar="NAME", help="the same of the prior")
+    parser.add_argument("--prior-revision", metavar="NAME", help="the same for the prior")
     parser.add_argument("--dtype", metavar="TYPE", choices=DTYPES, help="float32, bfloat16, float16 (as stored)")
     parser.add_argument(
-        "--ignore", action="append", default=[], metavar="KEY", help="read over a setting: --ignore pipeline.new_key"
+        "--ignore", action="append", default=[], metavar="KEY", help="ignore a setting: --ignore pipeline.new_key"
     )
-    _add_talk(parser)
+    _add_verbosity(parser)
 
 
 def _add_info(commands) -> None:

@@ -1,4 +1,4 @@
-"""What each command of the command line does; `cli.py` reads and checks the arguments."""
+"""The commands of the command line; `arguments.py` parses and checks their arguments."""
 
 import argparse
 import json
@@ -24,16 +24,16 @@ from ..utils.sheets import contact_sheet, token_count_title
 from .token_files import parse_token_ids, write_token_file
 
 
-# Images that are in memory at the same time; more of them are worked on in turns.
+# Maximum number of images in memory at a time; more are processed in batches.
 BATCH_SIZE = 16
 
 
 def generate(options: argparse.Namespace) -> None:
-    """Turn a prompt into images."""
+    """Generate images from a prompt."""
     pipe = open_pipeline(options)
     paths = numbered_paths(options.output, options.num_images)
     for start, batch in batches(paths, options, "images", pipe):
-        # A generator per image: image n of seed s is the first image of seed s + n, whatever the batch.
+        # One generator per image: image n of seed s is the first image of seed s + n, whatever the batch.
         result = pipe(
             **condition(pipe, options.prompt),
             max_tokens=options.max_tokens,
@@ -50,7 +50,7 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def stream(options: argparse.Namespace) -> None:
-    """Write the images of a growing number of tokens, as files or as one animation."""
+    """Save the image at increasing token counts, as files or as one animation."""
     pipe = open_pipeline(options)
     pipe.set_progress_bar_config(disable=True if options.quiet else None, leave=False)
     path = Path(options.output)
@@ -73,7 +73,7 @@ def stream(options: argparse.Namespace) -> None:
 
 
 def condition(pipe: FlexTokPipeline, prompt: str) -> dict[str, Any]:
-    """Return the prompt as the pipeline's call takes it: a text, or for a prior of classes a name or number."""
+    """Return the prompt as an argument of the pipeline: a text, or for a class prior a class name or number."""
     has_classes = pipe.prior is not None and pipe.prior.config.num_classes is not None
     if has_classes and pipe.prior.config.text_hidden_size is None:
         return {"class_labels": int(prompt) if prompt.isdecimal() else prompt}
@@ -81,7 +81,7 @@ def condition(pipe: FlexTokPipeline, prompt: str) -> dict[str, Any]:
 
 
 def sampling(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of prior and decoder that all drawing shares, under the names of the pipeline's call."""
+    """Return the sampling options of prior and decoder, under the names of the pipeline's call."""
     names = ("num_inference_steps", "guidance_scale", "prior_guidance_scale", "temperature", "top_k", "top_p")
     return {name: getattr(options, name) for name in names}
 
@@ -121,7 +121,7 @@ def detokenize(options: argparse.Namespace) -> None:
 
 
 def reconstruct(options: argparse.Namespace) -> None:
-    """Draw a contact sheet: a row per photo, a column per number of tokens."""
+    """Save a contact sheet: a row per photo, a column per token count."""
     pipe = open_pipeline(options)
     counts = check_token_counts(options.max_tokens, pipe.num_registers)
     cell_size = max(128, pipe.resolution)
@@ -144,7 +144,7 @@ def reconstruct(options: argparse.Namespace) -> None:
 
 
 def demo(options: argparse.Namespace) -> None:
-    """Serve the page of the demo until it is interrupted."""
+    """Serve the demo page until interrupted."""
     try:
         from ..demo.page import build_demo, launch_options
     except ModuleNotFoundError as error:
@@ -157,8 +157,8 @@ def demo(options: argparse.Namespace) -> None:
 
 
 def convert(options: argparse.Namespace) -> None:
-    """Turn official checkpoints into a folder of ours."""
-    from ..conversion.convert import convert_checkpoint  # here, because the other commands need not wait for it
+    """Convert official checkpoints to a folder."""
+    from ..conversion.convert import convert_checkpoint  # here, so that other commands do not wait for it
 
     set_verbosity(options)
     notes = convert_checkpoint(
@@ -178,7 +178,7 @@ def convert(options: argparse.Namespace) -> None:
 
 
 def info(options: argparse.Namespace) -> None:
-    """Print what a model consists of."""
+    """Print the components and sizes of a model."""
     pipe = open_pipeline(options)
     folder = Path(options.model)
     components = {}
@@ -202,11 +202,11 @@ def info(options: argparse.Namespace) -> None:
 
 
 def info_table(facts: dict[str, Any]) -> str:
-    """Return the facts of `flextok info` as lines for people."""
+    """Return the facts of `flextok info` as a readable table."""
     side = facts["resolution"]
     lines = [
         f"model       {facts['model']}",
-        f"images    {side} x {side}",
+        f"images      {side} x {side}",
         f"tokens      1 to {facts['num_registers']} per image, {facts['codebook_size']:,} codes",
         "",
         f"{'component':<14}{'class':<34}{'parameters':>14}{'on disk':>12}",
@@ -217,22 +217,22 @@ def info_table(facts: dict[str, Any]) -> str:
         lines.append(f"{name:<14}{entry['class']:<34}{parameters:>14}{on_disk:>12}")
     total = sum(entry.get("parameters", 0) for entry in facts["components"].values())
     total_bytes = sum(entry.get("bytes_on_disk", 0) for entry in facts["components"].values())
-    lines.append(f"{'in all':<48}{total:>14,}{f'{total_bytes / 2**20:.1f} MiB' if total_bytes else '-':>12}")
+    lines.append(f"{'total':<48}{total:>14,}{f'{total_bytes / 2**20:.1f} MiB' if total_bytes else '-':>12}")
     return "\n".join(lines)
 
 
 def open_pipeline(options: argparse.Namespace) -> FlexTokPipeline:
-    """Load the pipeline that the options name onto their device."""
+    """Load the pipeline in the options onto their device."""
     set_verbosity(options)
     return load_pipeline(options.model, options.device, getattr(torch, options.dtype))
 
 
 def set_verbosity(options: argparse.Namespace) -> None:
-    """Let the libraries say no more than the user wants."""
+    """Hide the loading bars of the libraries, and with `--quiet` also their warnings."""
     if options.quiet:
         diffusers_logging.set_verbosity_error()
         transformers_logging.set_verbosity_error()
-    # Loading bars of both libraries would bury the bars that say how long the work takes.
+    # Their loading bars would distract from the bars that show how long the work takes.
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
 
@@ -240,10 +240,10 @@ def set_verbosity(options: argparse.Namespace) -> None:
 def batches(
     items: Sequence, options: argparse.Namespace, unit: str, pipe: FlexTokPipeline
 ) -> Iterator[tuple[int, Sequence]]:
-    """Yield (index of the first item, items) in portions of `BATCH_SIZE`, with one progress bar."""
-    # One portion: the pipeline's own bar, over decoder steps, says more. Several: a bar over all items.
+    """Yield (index of the first item, items) in batches of `BATCH_SIZE`, with one progress bar."""
+    # One batch: the pipeline's own bar, over decoder steps, says more. Several: a bar over all items.
     is_single = len(items) <= BATCH_SIZE
-    is_hidden = True if options.quiet else None  # None: shown in a terminal, not in a log
+    is_hidden = True if options.quiet else None  # None: shown only in a terminal
     pipe.set_progress_bar_config(disable=is_hidden if is_single else True, leave=False)
     with tqdm(total=len(items), unit=f" {unit}", disable=True if is_single else is_hidden, leave=False) as progress:
         for start in range(0, len(items), BATCH_SIZE):
@@ -253,12 +253,12 @@ def batches(
 
 
 def seeded(seed: int) -> torch.Generator:
-    """Return a generator on the CPU, so that a seed means the same on every device."""
+    """Return a CPU generator, so that a seed gives the same random numbers on every device."""
     return torch.Generator("cpu").manual_seed(seed)
 
 
 def report(options: argparse.Namespace, line: str) -> None:
-    """Print one line about a result, unless the user wants quiet."""
+    """Print one line about a result, unless `--quiet` is set."""
     if not options.quiet:
         print(line)
 

@@ -1,4 +1,4 @@
-"""Files of token ids: what `flextok tokenize` writes and `flextok detokenize` reads."""
+"""Token files: what `flextok tokenize` writes and `flextok detokenize` reads."""
 
 import json
 import os
@@ -16,10 +16,10 @@ def write_token_file(
     """Write token ids as JSON.
 
     Args:
-        path: where to.
+        path: output file.
         images: one entry per image, with its `file` and `token_ids`.
-        codebook_size: number of codes of the model that made the ids; reading checks it.
-        num_registers: longest sequence of that model.
+        codebook_size: number of codes of the model that made the ids; checked on reading.
+        num_registers: maximum sequence length of that model.
     """
     content = {
         "format": TOKEN_FILE_FORMAT,
@@ -32,19 +32,19 @@ def write_token_file(
 
 
 def parse_token_ids(content: Any, path: str, codebook_size: int, num_registers: int) -> list[list[int]]:
-    """Return the token sequences of a JSON file.
+    """Return the token sequences in a JSON file, after checking them.
 
     Args:
         content: what `flextok tokenize` writes, or one list of ids, or a list of such lists; lengths may differ.
-        path: where it was read, for messages.
-        codebook_size: every id is below it.
-        num_registers: no sequence is longer.
+        path: where it came from, for messages.
+        codebook_size: every id must be below it.
+        num_registers: no sequence may be longer.
 
     Raises:
-        ValueError: the content is something else, or was made for another model.
+        ValueError: if the content is something else, or was made for another model.
     """
     if isinstance(content, dict):
-        entries = content.get("images", content.get("pictures"))  # their name in files of version 1
+        entries = content.get("images", content.get("pictures"))  # their key in files of version 1
         if content.get("format") != TOKEN_FILE_FORMAT or not isinstance(entries, list):
             raise ValueError(
                 f"{path!r} was not written by `flextok tokenize`: its `format` is {content.get('format')!r}"
@@ -52,7 +52,7 @@ def parse_token_ids(content: Any, path: str, codebook_size: int, num_registers: 
         if content.get("codebook_size") != codebook_size:
             raise ValueError(
                 f"{path!r} holds ids of a codebook of {content.get('codebook_size')} codes, but this model has"
-                f" {codebook_size}; name the model they were made with: --model"
+                f" {codebook_size}; pass the model they were made with as --model"
             )
         content = [entry.get("token_ids") if isinstance(entry, dict) else entry for entry in entries]
     elif isinstance(content, list) and content and all(type(entry) is int for entry in content):

@@ -1,4 +1,4 @@
-"""Components: a model of ours without values, and for each of its tensors the official ones it is made from."""
+"""Components: one of our models on the meta device, and how its tensors are made from official ones."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +17,7 @@ def same(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a tensor of ours comes about: the names of official tensors, and what to do with them."""
+    """How one of our tensors is made: the names of official tensors, and a function that combines them."""
 
     sources: tuple[str, ...]
     make: Callable[..., Tensor] = same
@@ -25,10 +25,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Component:
-    """One of our models and how to fill it.
+    """One of our models and where its weights come from.
 
-    model: on the meta device, where tensors have shapes and no values.
-    recipes: one for each entry of its state dictionary.
+    model: on the meta device, so its tensors have shapes but no values.
+    recipes: one for each entry of its state dict.
     weights: the official file.
     """
 
@@ -37,12 +37,12 @@ class Component:
     weights: Weights
 
     def check(self) -> None:
-        """Raise a ValueError if the file lacks tensors, or they have other shapes; no values are read."""
+        """Raise a ValueError if tensors are missing or have the wrong shape; no values are read."""
         missing = [name for recipe in self.recipes.values() for name in recipe.sources if name not in self.weights]
         if missing:
             raise ValueError(
                 f"{str(self.weights.path)!r} lacks tensors: {shorten_list(missing)}. It is incomplete, or its"
-                " configuration belongs to other weights."
+                " configuration is that of other weights."
             )
         for name, expected in self.model.state_dict().items():
             recipe = self.recipes[name]
@@ -50,18 +50,18 @@ class Component:
                 found = ", ".join(f"`{source}` {self.weights.shapes[source]}" for source in recipe.sources)
                 raise ValueError(
                     f"{str(self.weights.path)!r} holds {found}, which does not give the shape"
-                    f" {tuple(expected.shape)} that the configuration asks for. They do not belong together."
+                    f" {tuple(expected.shape)} that the configuration asks for. They do not match."
                 )
 
     def shape_of(self, recipe: Recipe) -> tuple[int, ...] | None:
-        """Return the shape that a recipe gives, `None` if its tensors do not fit together."""
+        """Return the shape that a recipe gives, or `None` if its tensors cannot be combined."""
         try:
             return tuple(recipe.make(*(self.weights.meta(source) for source in recipe.sources)).shape)
         except (RuntimeError, IndexError, ValueError):
             return None
 
     def layout(self, dtype: torch.dtype | None) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Return data type and shape of every tensor; `dtype` is `None` for what is stored."""
+        """Return the data type and shape of every tensor; `dtype=None` keeps the stored data type."""
         layout, most_common = {}, Counter(self.weights.dtypes.values()).most_common(1)[0][0]
         for name, expected in self.model.state_dict().items():
             recipe = self.recipes[name]
@@ -71,7 +71,7 @@ class Component:
         return layout
 
     def tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Read one tensor after the other, in memory of its own; `dtype` is `None` for what is stored.
+        """Read the tensors one at a time, each into its own memory; `dtype=None` keeps the stored data type.
 
         Raises:
             ValueError: if values are not finite, or too large for `dtype`.
@@ -88,7 +88,7 @@ class Component:
             yield name, tensor
 
     def load(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """Return the model with its values, in evaluation mode."""
+        """Return the model with its weights, in evaluation mode."""
         self.model.load_state_dict(dict(self.tensors(dtype)), assign=True)
         return self.model.eval()
 
@@ -98,8 +98,8 @@ def check_nothing_left(weights: Weights, components: Iterable[Component], is_ign
 
     Args:
         weights: the official file.
-        components: all that is made from it.
-        is_ignored: tells the names of tensors that may be left over.
+        components: everything made from it.
+        is_ignored: returns whether the tensor of a given name may stay unused.
     """
     used = {name for one in components for recipe in one.recipes.values() for name in recipe.sources}
     left = [name for name in weights.shapes if name not in used and not is_ignored(name)]
@@ -111,11 +111,11 @@ def check_nothing_left(weights: Weights, components: Iterable[Component], is_ign
 
 
 def check_shape(weights: Weights, name: str, shape: tuple[int, ...]) -> None:
-    """Raise a ValueError unless a tensor is there in the shape that the configuration asks for."""
+    """Raise a ValueError unless a tensor exists with the shape that the configuration asks for."""
     found = weights.shapes.get(name)
     if found != shape:
         state = "is missing" if found is None else f"has the shape {found}"
-        raise ValueError(f"`{name}` in {str(weights.path)!r} {state}, and the configuration asks for {shape}.")
+        raise ValueError(f"`{name}` in {str(weights.path)!r} {state}, but the configuration asks for {shape}.")
 
 
 def check_num_blocks(weights: Weights, prefix: str, num_blocks: int) -> None:
@@ -123,13 +123,13 @@ def check_num_blocks(weights: Weights, prefix: str, num_blocks: int) -> None:
     indices = {name.removeprefix(prefix).partition(".")[0] for name in weights.shapes if name.startswith(prefix)}
     if len(indices) != num_blocks:
         raise ValueError(
-            f"{str(weights.path)!r} holds {len(indices)} blocks `{prefix}...`, and the configuration asks for"
+            f"{str(weights.path)!r} holds {len(indices)} blocks `{prefix}...`, but the configuration asks for"
             f" {num_blocks}."
         )
 
 
 def build(make: Callable[[], nn.Module]) -> nn.Module:
-    """Make a model without memory for its values.
+    """Build a model on the meta device, without memory for its weights.
 
     Raises:
         ValueError: if its settings do not fit together.

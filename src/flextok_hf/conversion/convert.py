@@ -1,4 +1,4 @@
-"""Conversion: official checkpoints in, a folder of ours out."""
+"""Convert official checkpoints to a folder in the format of this package."""
 
 import json
 import os
@@ -30,26 +30,26 @@ def convert_checkpoint(
 ) -> list[str]:
     """Convert official checkpoints to a folder for `from_pretrained`.
 
-    Tensors are read, checked and written one after the other, so that a model need not fit into memory; only a text
-    encoder is loaded as a whole.
+    Tensors are read, checked and written one at a time, so the model need not fit in memory; only a text encoder is
+    loaded as a whole.
 
     Args:
-        output: folder to make: with a tokenizer a pipeline, otherwise a `FlexTokPriorForCausalLM`. It appears when all
-            is done, or not at all.
+        output: folder to create: a pipeline if `tokenizer` is given, otherwise a `FlexTokPriorForCausalLM`. It appears
+            once everything is written, or not at all.
         tokenizer: Hub id, folder or safetensors file.
-        prior: the same; with a tokenizer it becomes part of the pipeline.
-        text_encoder: Hub id or folder of the prior's text encoder; `None` for the one that the prior names.
-        dtype: of the weights; `None` keeps what is stored.
-        max_shard_bytes: size from which weights are split into several files.
-        is_quiet: show no progress.
+        prior: the same; if `tokenizer` is given, it becomes part of the pipeline.
+        text_encoder: Hub id or folder of the prior's text encoder; `None` for the one in the prior's configuration.
+        dtype: of the weights; `None` keeps the stored data type.
+        max_shard_bytes: maximum size of a weight file; larger weights are split into several files.
+        is_quiet: hide the progress bars.
         options: `revision`, `prior_revision`, `ignore`, and `cache_dir`, `token`, `local_files_only` for the Hub.
 
     Returns:
-        What differs from the official code or was left out, in words.
+        Notes on what differs from the official code or was not converted.
 
     Raises:
         ValueError: if a checkpoint is damaged, incomplete, unknown or not supported.
-        OSError: if files are missing, the Hub cannot be reached, or there is no space.
+        OSError: if files are missing, the Hub cannot be reached, or the disk is too full.
     """
     output = check_output_folder(Path(output).expanduser())
     original = read_original(tokenizer, prior, text_encoder, dtype=dtype, **options)
@@ -69,7 +69,7 @@ def convert_checkpoint(
 
 
 def write_pipeline_files(folder: Path, original: Original, max_shard_bytes: int) -> None:
-    """Write what `save_pretrained` of a pipeline writes, but for the converted models."""
+    """Write what a pipeline's `save_pretrained` writes, except the converted models."""
     models = {name: one.model for name, one in original.components.items()}
     pipe = FlexTokPipeline(**original.pipeline_arguments(models))
     pipe.save_config(folder)  # model_index.json

@@ -1,4 +1,4 @@
-"""Official checkpoints, opened and checked: the models they hold, and what is known of them."""
+"""Open and check official checkpoints: the models they hold, their defaults, and where they came from."""
 
 import os
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from .text_encoder import load_text_encoder
 from .tokenizer import Tokenizer, read_tokenizer
 
 
-# Of the official settings on sampling, those that are defaults of our pipeline too; strengths of guidance are saved
+# Official sampling defaults that our pipeline shares; guidance scales are saved with the pipeline instead
 SAMPLING_DEFAULTS = {
     "sample": True,
     "temperature": 1.0,
@@ -33,14 +33,14 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class Original:
-    """Official checkpoints, read but for the values of their tensors.
+    """Official checkpoints, read except for the tensor values.
 
-    components: models under the names that the pipeline gives them.
-    others: what is loaded already: text encoder and text tokenizer.
-    defaults: strengths of guidance to save with the pipeline.
-    text: which text encoder the prior reads.
-    record: where all came from, and what has no place in our configurations.
-    notes: what differs from the official code, in words.
+    components: models, by their names in the pipeline.
+    others: already loaded: text encoder and text tokenizer.
+    defaults: guidance scales to save with the pipeline.
+    text: the text encoder of the prior, if it takes text.
+    record: where everything came from, and settings that our configurations have no field for.
+    notes: what differs from the official code, for the user.
     """
 
     components: dict[str, Component] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class Original:
     notes: list[str] = field(default_factory=list)
 
     def pipeline_arguments(self, models: dict[str, Any]) -> dict[str, Any]:
-        """Return what a `FlexTokPipeline` is made from, with `models` under the names of `components`."""
+        """Return the arguments of `FlexTokPipeline`, with `models` under the names of `components`."""
         return {"scheduler": FlowMatchEulerDiscreteScheduler(), **models, **self.others, **self.defaults}
 
 
@@ -62,7 +62,7 @@ def load_original(
     dtype: torch.dtype | None = torch.float32,
     **options: Any,
 ) -> dict[str, Any]:
-    """Load official checkpoints; returns what a `FlexTokPipeline` is made from (see its `from_original`)."""
+    """Load official checkpoints and return the arguments of `FlexTokPipeline` (see its `from_original`)."""
     original = read_original(tokenizer, prior, text_encoder, dtype=dtype, **options)
     for note in original.notes:
         logger.warning(note)
@@ -81,27 +81,27 @@ def read_original(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Original:
-    """Open and check official checkpoints; apart from a text encoder, no values are read yet."""
+    """Open and check official checkpoints; no tensor values are read yet, except those of a text encoder."""
     if dtype not in (None, *DTYPES.values()):
         raise ValueError(f"`dtype` must be {', '.join(map(str, DTYPES.values()))} or None, got {dtype!r}.")
     original = Original()
     hub_options = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
     if tokenizer is None and prior is None:
-        raise ValueError("Name a tokenizer, a prior, or both.")
+        raise ValueError("Pass `tokenizer`, `prior`, or both.")
     if tokenizer is not None:
         checkpoint = open_checkpoint(tokenizer, "tokenizer", ignore, revision=revision, **hub_options)
         add_tokenizer(original, checkpoint, read_tokenizer(checkpoint, **hub_options))
     elif revision is not None:
-        raise ValueError("`revision` is that of a tokenizer. For a prior, pass `prior_revision`.")
+        raise ValueError("`revision` is for a tokenizer. For a prior, pass `prior_revision`.")
     if prior is None:
         if text_encoder is not None or prior_revision is not None:
-            raise ValueError("`text_encoder` and `prior_revision` belong to a prior. Name it as `prior`.")
+            raise ValueError("`text_encoder` and `prior_revision` need a prior. Pass one as `prior`.")
         return original
     checkpoint = open_checkpoint(prior, "prior", ignore, revision=prior_revision, **hub_options)
     add_prior(original, checkpoint, read_prior(checkpoint))
     if original.text is None and text_encoder is not None:
-        raise ValueError(f"{str(prior)!r} reads no text. Leave `text_encoder` out.")
-    if original.text is not None and tokenizer is not None:  # a prior by itself is saved without its text encoder
+        raise ValueError(f"{str(prior)!r} does not take text. Leave out `text_encoder`.")
+    if original.text is not None and tokenizer is not None:  # a prior on its own is saved without its text encoder
         width = original.components["prior"].model.config.text_hidden_size
         original.others["text_encoder"], original.others["tokenizer"] = load_text_encoder(
             text_encoder, original.text, checkpoint, width, dtype, **hub_options
@@ -117,7 +117,7 @@ def add_tokenizer(original: Original, checkpoint: Checkpoint, tokenizer: Tokeniz
 
 
 def add_prior(original: Original, checkpoint: Checkpoint, prior: Prior) -> None:
-    """Add a prior, if it writes the tokens of the tokenizer."""
+    """Add a prior; its tokens must be those of the tokenizer."""
     settings, model = prior.settings, prior.component.model
     if "encoder" in original.components:
         encoder = original.components["encoder"].model
@@ -125,8 +125,8 @@ def add_prior(original: Original, checkpoint: Checkpoint, prior: Prior) -> None:
         theirs = (model.config.codebook_size, model.config.max_position_embeddings)
         if ours != theirs:
             raise ValueError(
-                f"{checkpoint.name!r} writes {theirs[1]} tokens of {theirs[0]} codes, but the tokenizer has {ours[1]}"
-                f" of {ours[0]}. They do not belong together."
+                f"{checkpoint.name!r} generates {theirs[1]} tokens of {theirs[0]} codes, but the tokenizer has"
+                f" {ours[1]} tokens of {ours[0]} codes. They do not match."
             )
     original.components["prior"], original.text = prior.component, settings.text
     original.record["prior"] = {**origin(checkpoint), "generation": settings.generation}
@@ -134,26 +134,26 @@ def add_prior(original: Original, checkpoint: Checkpoint, prior: Prior) -> None:
         original.record["prior"]["text_encoder"] = settings.text.reference
     if settings.tokenizer is not None:
         original.record["prior"]["tokenizer"] = settings.tokenizer
-        named = original.record.get("tokenizer", {}).get("source", settings.tokenizer)
-        if named != settings.tokenizer:
+        source = original.record.get("tokenizer", {}).get("source", settings.tokenizer)
+        if source != settings.tokenizer:
             original.notes.append(
-                f"The prior was trained with the tokenizer {settings.tokenizer!r}; with another than that, its tokens"
-                f" mean nothing. Here it is {named!r}."
+                f"The prior was trained with the tokenizer {settings.tokenizer!r}; its tokens are meaningless to any"
+                f" other. Here it is {source!r}."
             )
     names = {"default_prior_guidance_scale": "cfg_factor", "default_guidance_scale": "tokenizer_cfg_factor"}
     for name, key in names.items():
         value = settings.generation.get(key, "missing")
-        value = 1.0 if value is None else value  # none is no guidance
+        value = 1.0 if value is None else value  # null means no guidance
         if isinstance(value, int | float) and not isinstance(value, bool):
             original.defaults[name] = float(value)
-    unlike = {key: settings.generation.get(key, value) for key, value in SAMPLING_DEFAULTS.items()}
-    unlike = {key: value for key, value in unlike.items() if value != SAMPLING_DEFAULTS[key]}
-    if unlike:
-        original.notes.append(f"The official code samples with {unlike} by default; here, pass them with each call.")
+    sampling = {key: settings.generation.get(key, value) for key, value in SAMPLING_DEFAULTS.items()}
+    changed = {key: value for key, value in sampling.items() if value != SAMPLING_DEFAULTS[key]}
+    if changed:
+        original.notes.append(f"The official code samples with {changed} by default; here, pass them in each call.")
 
 
 def origin(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return where a checkpoint came from, without the paths of this machine."""
+    """Return where a checkpoint came from, without local paths."""
     if checkpoint.is_local:
         return {"source": checkpoint.folder.resolve().name}
     return {"source": checkpoint.name, "commit": checkpoint.folder.name}

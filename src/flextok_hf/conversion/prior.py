@@ -1,4 +1,4 @@
-"""Official prior -> `FlexTokPriorForCausalLM`, with the names under which its tensors are stored."""
+"""Official prior -> `FlexTokPriorForCausalLM`, with the names of its tensors in official checkpoints."""
 
 import re
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from .prior_settings import BLOCKS_PREFIX, IMAGE_PREFIX, TEXT_PREFIX, PriorSetti
 from .source import Checkpoint, Weights
 
 
-# Parts with repositories of their own, which may lie in the file as well
+# Parts that have their own repositories, but may be in the file as well
 OTHER_PREFIXES = ("models.text_encoder.t5_embedder.", "models.image_tokenizer.")
 
 PREPROCESSOR = f"{IMAGE_PREFIX}preprocessor."
-# Ours -> official: layers whose rows are put below each other; several choices where official classes differ in names
+# Ours -> official layers, whose rows are concatenated; several choices where the official classes use different names
 LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "class_embedding": ((f"{PREPROCESSOR}cls_embedding",),),
     "text_projector.fc1": ((f"{TEXT_PREFIX}fc1",),),
@@ -27,7 +27,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "head_norm": ((f"{IMAGE_PREFIX}head.norm",),),
     "head": ((f"{IMAGE_PREFIX}head.linear",), (f"{IMAGE_PREFIX}head.module",)),
 }
-# With text. Without it, `self_attn` is called `attn`, and `norm_3` is `norm_2`.
+# Names in priors with text. Without text, `self_attn` is called `attn`, and `norm_3` is `norm_2`.
 BLOCK_LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "self_attention_norm": (("norm_1",),),
     "self_attention.qkv_proj": (("self_attn.qkv",), ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
@@ -51,16 +51,16 @@ def join(*tensors: Tensor) -> Tensor:
 
 
 def append_start(embedding: Tensor, start: Tensor) -> Tensor:
-    """Put the start vector (1, 1, D) below the embedding (V, D): as an ordinary row, the last."""
+    """Append the start vector (1, 1, D) to the embedding (V, D) as its last row."""
     return torch.cat([embedding, start[0]])
 
 
 @dataclass(frozen=True)
 class Prior:
-    """An official prior, read.
+    """An official prior, with its configuration read.
 
     component: the model.
-    settings: what its configuration says.
+    settings: from its configuration.
     """
 
     component: Component
@@ -68,17 +68,17 @@ class Prior:
 
 
 def read_prior(checkpoint: Checkpoint) -> Prior:
-    """Read the configuration of an official prior and the names and shapes of its tensors, no values yet.
+    """Read the configuration of an official prior and the names and shapes of its tensors, but no values.
 
     Args:
-        checkpoint: opened.
+        checkpoint: the opened checkpoint.
 
     Raises:
         ValueError: if anything is missing, unknown or not supported; the message names it.
     """
     weights = checkpoint.weights
     if "encoder" in checkpoint.settings and "model" not in checkpoint.settings:
-        raise ValueError(f"{checkpoint.name!r} is a tokenizer, no prior. Pass it as the tokenizer.")
+        raise ValueError(f"{checkpoint.name!r} is a tokenizer, not a prior. Pass it as the tokenizer.")
     settings = read_prior_settings(checkpoint.settings, weights)
     checkpoint.settings.close()
     check_num_blocks(weights, BLOCKS_PREFIX, settings.config["num_hidden_layers"])
@@ -90,7 +90,7 @@ def read_prior(checkpoint: Checkpoint) -> Prior:
 
 
 def make_recipes(model: FlexTokPriorForCausalLM, weights: Weights) -> dict[str, Recipe]:
-    """Find for each tensor of the prior the official ones; biases that only other layers have are zero."""
+    """Map each tensor of the prior to official ones; layers without a bias in the checkpoint get zeros."""
     with_weight = layers_with(weights, "weight")
     groups_with_bias = {bias_group(name) for name in layers_with(weights, "bias")}
     embedding, start = f"{PREPROCESSOR}embedding.weight", f"{PREPROCESSOR}sos_token_embed"
@@ -106,7 +106,7 @@ def make_recipes(model: FlexTokPriorForCausalLM, weights: Weights) -> dict[str, 
         choices = BLOCK_LAYERS[block[2]] if block else LAYERS[layer]
         if block and model.config.text_hidden_size is None:
             choices = tuple(tuple(map(name_without_text, names)) for names in choices)
-        # of the official classes, the one with most names in the file: what it lacks is missing
+        # take the choice with most names in the file; what it lacks is then reported as missing
         names = max(choices, key=lambda names: len(with_weight.intersection(names)))
         if kind == "bias" and "norm" not in layer and groups_with_bias.isdisjoint(map(bias_group, names)):
             recipes[name] = Recipe((), partial(torch.zeros, tensor.shape))
@@ -117,10 +117,10 @@ def make_recipes(model: FlexTokPriorForCausalLM, weights: Weights) -> dict[str, 
 
 
 def bias_group(name: str) -> str:
-    """Return what layers that have biases only together share: `mlp.fc` for each of `mlp.fc1` to `mlp.fc3`."""
+    """Return the common name of layers that either all have a bias or none: `mlp.fc` for `mlp.fc1` to `mlp.fc3`."""
     return name.rstrip("123qkv")
 
 
 def name_without_text(name: str) -> str:
-    """Return what a layer of a block is called in models that read no text."""
+    """Return the name of a block's layer in models without text."""
     return {"norm_3": "norm_2"}.get(name, name.replace("self_attn.", "attn."))

@@ -1,7 +1,7 @@
-"""Settings of an official prior -> configuration of ours, and which text encoder it reads.
+"""Settings of an official prior -> our configuration, and the text encoder to use.
 
-What the tensors tell, such as the width of the feed-forward layers, is read from them. What they cannot tell, such as
-heads and the kind of normalization, has to be in the configuration. What our model cannot compute is refused by name.
+What the tensors reveal, such as the width of the feed-forward layers, is read from them. What they do not, such as
+heads and the kind of normalization, must be in the configuration. Unsupported settings are refused by name.
 """
 
 import math
@@ -41,7 +41,7 @@ HEAD = f"{L3M}.heads.classifier.LinearClassifier"
 
 @dataclass(frozen=True)
 class TextSettings:
-    """Which text encoder a prior reads, `reference` as in its configuration, and to which length texts are cut."""
+    """The text encoder of a prior (the value `reference` of the setting `where`), and the maximum length of texts."""
 
     reference: str
     where: str
@@ -54,8 +54,8 @@ class PriorSettings:
 
     config: arguments of `FlexTokPriorConfig`.
     text: of the text encoder; `None` for a prior without text.
-    generation: how the official code samples unless told otherwise.
-    tokenizer: the tokenizer that the prior was trained with, if it names one.
+    generation: sampling defaults of the official code.
+    tokenizer: the tokenizer that the prior was trained with, if specified.
     """
 
     config: dict[str, Any]
@@ -101,7 +101,7 @@ def own_tensors(weights: Weights) -> list[str]:
 
 
 def read_tokenizer_name(models: Section) -> str | None:
-    """Read over the image tokenizer, which has a repository of its own; return its name."""
+    """Skip the settings of the image tokenizer, which has its own repository; return its name."""
     models.skip("image_tokenizer")
     values = models.values.get("image_tokenizer")
     name = values.get("model_id") if isinstance(values, dict) else None
@@ -109,12 +109,12 @@ def read_tokenizer_name(models: Section) -> str | None:
 
 
 def read_preprocessor(part: Section, width: int) -> dict[str, Any]:
-    """Read vocabulary, length and classes."""
+    """Read the vocabulary size, the sequence length and the number of classes."""
     part.target(f"{OWN}.preprocessors.ARImageEmbedPreprocessor")
     part.expect("embed_dim", width)
-    # each kind is a table in the checkpoint, and is read from there
+    # each kind is stored as a table in the checkpoint, and read from there
     part.expect("pos_embed_type", "absolute", "sincos1d", "sincos2d")
-    part.skip("init_style", "cond_dropout_prob")  # of training
+    part.skip("init_style", "cond_dropout_prob")  # training only
     return {
         "codebook_size": part.count("codebook_size"),
         "max_position_embeddings": math.prod(part.counts("token_grid_size", 2)),
@@ -127,7 +127,7 @@ def read_trunk(trunk: Section, weights: Weights, has_text: bool) -> dict[str, An
     decoder, plain = f"{L3M}.trunks.transformer_decoder.TransformerDecoder", f"{L3M}.trunks.transformer.Transformer"
     trunk.target(decoder if has_text else plain)
     width, depth = trunk.count("embed_dim"), trunk.count("num_blocks")
-    trunk.skip("mlp_ratio", "mlp_hidden_dim")  # the tensors tell the width of the feed-forward layers
+    trunk.skip("mlp_ratio", "mlp_hidden_dim")  # the width of the feed-forward layers is read from the tensors
     feed_forward = trunk.section("ffn_target")
     feed_forward.target(f"{L3M}.layers.ffn.SwiGLUFFN")
     feed_forward.skip("multiple_of")
@@ -151,7 +151,7 @@ def read_trunk(trunk: Section, weights: Weights, has_text: bool) -> dict[str, An
 
 
 def read_feed_forward_width(weights: Weights, width: int) -> int:
-    """Read how wide the feed-forward layers are inside, which several settings tell in ways of their own."""
+    """Read the hidden width of the feed-forward layers from a tensor, since several settings can specify it."""
     name = f"{BLOCKS_PREFIX}0.mlp.fc1.weight"
     shape = weights.shapes.get(name, (0, 0))
     check_shape(weights, name, (shape[0] if shape else 0, width))
@@ -159,7 +159,7 @@ def read_feed_forward_width(weights: Weights, width: int) -> int:
 
 
 def read_self_attention(attention: Section, weights: Weights, width: int) -> dict[str, Any]:
-    """Read heads, scale and normalization of queries and keys."""
+    """Read the heads, the scale and the normalization of queries and keys."""
     name = attention.target(*SELF_ATTENTIONS)
     attention.expect("dim", width)
     attention.expect("is_causal", True, default=True)
@@ -180,7 +180,7 @@ def read_self_attention(attention: Section, weights: Weights, width: int) -> dic
 
 
 def read_cross_attention(attention: Section, weights: Weights, config: dict[str, Any]) -> bool:
-    """Read the attention to the text; tells whether its queries and keys are normalized."""
+    """Read the cross-attention to the text; returns whether its queries and keys are normalized."""
     attention.target(f"{OWN}.attention.GeneralizedAttentionWithMask")
     attention.expect("dim", config["hidden_size"])
     attention.expect("encoder_dim", config["hidden_size"], default=config["hidden_size"])
@@ -190,7 +190,7 @@ def read_cross_attention(attention: Section, weights: Weights, config: dict[str,
     norm = read_qk_norm(attention)
     if norm is not None and config["qk_norm"] and norm != (config["qk_norm_type"], config["qk_norm_eps"]):
         raise ValueError(
-            f"{attention.describe('qk_norm')} differs from that of self-attention; one kind is supported."
+            f"{attention.describe('qk_norm')} differs from that of self-attention; both must be the same."
         )
     if norm is not None:
         config.update(qk_norm_type=norm[0], qk_norm_eps=norm[1])
@@ -200,7 +200,7 @@ def read_cross_attention(attention: Section, weights: Weights, config: dict[str,
 
 
 def read_norm(part: Section) -> tuple[str, float]:
-    """Read kind and epsilon of a normalization."""
+    """Read the kind and the epsilon of a normalization."""
     kind, default_eps = NORMS[part.target(*NORMS)]
     part.expect("elementwise_affine", True, default=True)
     if kind == "layer_norm":
@@ -209,7 +209,7 @@ def read_norm(part: Section) -> tuple[str, float]:
 
 
 def read_qk_norm(attention: Section) -> tuple[str, float] | None:
-    """Read the normalization of queries and keys over a head, if there is one."""
+    """Read the per-head normalization of queries and keys, if there is one."""
     if not attention.values.get("qk_norm"):  # null, false or missing
         attention.skip("qk_norm")
         return None
@@ -227,9 +227,9 @@ def read_head(head: Section, weights: Weights, width: int, codebook_size: int) -
 
 
 def read_text_embedder(embedder: Section) -> TextSettings:
-    """Read which text encoder is used, and how long texts may be."""
+    """Read which text encoder is used, and the maximum length of texts."""
     embedder.target(f"{OWN}.text_encoder.T5Embedder")
-    embedder.skip("decoder_seqlen", "cond_dropout_p")  # the size of a mask, which follows from the tokens; training
+    embedder.skip("decoder_seqlen", "cond_dropout_p")  # a mask size, which follows from the tokens; training only
     return TextSettings(
         reference=embedder.text("hf_hub_path", DEFAULT_TEXT_ENCODER),
         where=embedder.describe("hf_hub_path"),
@@ -238,7 +238,7 @@ def read_text_embedder(embedder: Section) -> TextSettings:
 
 
 def read_projector(mlp: Section, weights: Weights, width: int) -> dict[str, Any]:
-    """Read the layers that fit text to the prior."""
+    """Read the layers that project text states to the width of the prior."""
     mlp.target(f"{OWN}.text_encoder.TextToEmbedMLP")
     mlp.expect("embed_dim", width)
     check_biases(mlp, "use_bias", False, {name for name in layers_with_bias(weights) if name.startswith(TEXT_PREFIX)})
@@ -252,24 +252,24 @@ def read_projector(mlp: Section, weights: Weights, width: int) -> dict[str, Any]
 
 
 def layers_with(weights: Weights, kind: str) -> set[str]:
-    """Return which layers have a tensor of this kind: `mlp.fc1` for one in any block, full names for the others."""
+    """Return the layers with a tensor of this kind: `mlp.fc1` if it is in any block, full names outside blocks."""
     names = [name.removesuffix(f".{kind}") for name in own_tensors(weights) if name.endswith(f".{kind}")]
     return {re.sub(rf"^{re.escape(BLOCKS_PREFIX)}\d+\.", "", name) for name in names}
 
 
 def layers_with_bias(weights: Weights) -> set[str]:
-    """Return which layers but normalizations have a bias, named as by `layers_with`."""
+    """Return the layers other than normalizations that have a bias, named as in `layers_with`."""
     return {name for name in layers_with(weights, "bias") if "norm" not in name}
 
 
 def check_biases(part: Section, name: str, default: bool, found: set[str]) -> None:
-    """Refuse a checkpoint that has biases where its configuration says no, or none where it says yes.
+    """Refuse a checkpoint whose biases contradict its configuration.
 
     Args:
-        part: has the setting.
+        part: the section with the setting.
         name: of the setting.
         default: its value where it is missing.
-        found: layers that the setting is about and that have biases.
+        found: the layers under this setting that have a bias.
     """
     says = part.flag(name, default)
     if says != bool(found):

@@ -1,4 +1,4 @@
-"""What a checkpoint names beside itself: a folder next to its files, or a repository on the Hub."""
+"""References in a checkpoint: to a folder next to its files, or to a repository on the Hub."""
 
 from pathlib import Path, PurePosixPath
 
@@ -9,24 +9,24 @@ from .source import Checkpoint
 
 
 def resolve_reference(reference: str, checkpoint: Checkpoint, what: str, remedy: str) -> Path | str:
-    """Return the folder, or the Hub id, that a setting of a checkpoint means.
+    """Return the folder or Hub id that a setting of a checkpoint refers to.
 
     Args:
-        reference: untrusted.
-        checkpoint: that has the setting; folders count only beside a local one.
+        reference: value of the setting, untrusted.
+        checkpoint: the one with the setting; folders are allowed only beside a local one.
         what: the setting, for messages.
         remedy: what a user can do instead, for messages.
 
     Raises:
-        ValueError: if it leads out of the checkpoint's folder, or is neither a folder nor a Hub id.
+        ValueError: if it points outside the checkpoint's folder, or is neither a folder nor a Hub id.
     """
     parts = PurePosixPath(reference).parts
     if reference.startswith(("/", "~")) or "\\" in reference or "\0" in reference or ".." in parts:
-        raise ValueError(f"{what} is {reference!r}, which leads out of the checkpoint's own folder. {remedy}")
+        raise ValueError(f"{what} is {reference!r}, which points outside the checkpoint's folder. {remedy}")
     folder = checkpoint.folder / reference
     if checkpoint.is_local and folder.is_dir():
         if not folder.resolve().is_relative_to(checkpoint.folder.resolve()):
-            raise ValueError(f"{what} is {reference!r}, which leads out of the checkpoint's own folder. {remedy}")
+            raise ValueError(f"{what} is {reference!r}, which points outside the checkpoint's folder. {remedy}")
         return folder
     try:
         validate_repo_id(reference)

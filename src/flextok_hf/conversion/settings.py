@@ -10,56 +10,56 @@ from typing import Any
 import yaml
 
 
-MAX_CHARACTERS = 100_000  # of one text; published configurations have about a tenth of it
+MAX_CHARACTERS = 100_000  # per text; published configurations have about a tenth of that
 MAX_DEPTH = 30
 MAX_COUNT = 2**31 - 1
 REQUIRED = object()
 
 
 class PlainLoader(yaml.SafeLoader):
-    """YAML without anchors and aliases, which can make a short text huge, and without keys that occur twice."""
+    """A YAML loader that refuses anchors and aliases, which can make a short text huge, and duplicate keys."""
 
     def compose_node(self, parent, index):
-        """Build the next node, unless it is shared."""
+        """Build the next node; refuse an anchor."""
         event = self.peek_event()
         if getattr(event, "anchor", None) is not None:
-            raise yaml.YAMLError(f"it shares the part {event.anchor!r}; write it out at each place")
+            raise yaml.YAMLError(f"it has the anchor {event.anchor!r}; write the values out instead")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
-        """Build a dictionary, each key of which occurs once."""
+        """Build a dictionary; refuse duplicate keys."""
         refuse_repeated([key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1 takes 1e-05 for a string; the loader of the official code takes it for a number
+# YAML 1.1 reads 1e-05 as a string; the official loader reads it as a number
 PlainLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
 
 def refuse_repeated(names: list) -> None:
-    """Raise a ValueError if a name occurs twice."""
+    """Raise a ValueError if a name occurs more than once."""
     repeated = [str(name) for name, count in Counter(names).items() if count > 1]
     if repeated:
-        raise ValueError(f"it names {shorten_list(repeated)} more than once")
+        raise ValueError(f"it has {shorten_list(repeated)} more than once")
 
 
 def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a dictionary of the entries of a JSON object, each name of which occurs once."""
+    """Return the entries of a JSON object as a dictionary; refuse duplicate names."""
     refuse_repeated([name for name, _ in pairs])
     return dict(pairs)
 
 
 def parse_literal_or_json(text: str) -> Any:
-    """Read the literal of a Python dictionary, or JSON."""
+    """Parse a Python literal, or else JSON."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError) as error:
         try:
             return json.loads(text, object_pairs_hook=unique_pairs)
         except json.JSONDecodeError:
-            # it is the first error that tells what is wrong, if not by the name of an object in memory
+            # report the first error, unless it only shows the address of an object in memory
             if "malformed node" in str(error):
                 raise ValueError("it holds more than plain values") from None
             raise error from None
@@ -73,20 +73,20 @@ PARSERS = {
 
 
 def parse_settings(text: str, kind: str, name: str) -> Any:
-    """Turn the text of a configuration into dictionaries, lists, strings, numbers, booleans and `None`.
+    """Parse the text of a configuration into dictionaries, lists, strings, numbers, booleans and `None`.
 
     Args:
         text: untrusted.
         kind: "literal" (of Python, or else JSON), "json" or "yaml".
-        name: of what is read, for messages.
+        name: what is parsed, for messages.
 
     Raises:
-        ValueError: if the text is too long, no such data, nested too deeply, or holds other values.
+        ValueError: if the text is too long, cannot be parsed, is nested too deeply or holds other values.
     """
     if len(text) > MAX_CHARACTERS:
         raise ValueError(
-            f"{name} has {len(text):,} characters, and no configuration needs more than {MAX_CHARACTERS:,}. This is"
-            " not a checkpoint that flextok_hf converts."
+            f"{name} has {len(text):,} characters, but no configuration needs more than {MAX_CHARACTERS:,}. This is"
+            " not a checkpoint that flextok_hf can convert."
         )
     try:
         value = PARSERS[kind](text)
@@ -103,7 +103,7 @@ def refuse_other_data(value: Any, depth: int) -> None:
         raise ValueError("it is nested too deeply")
     if isinstance(value, dict):
         if not all(isinstance(key, str) for key in value):
-            raise ValueError("it has keys that are no strings")
+            raise ValueError("it has keys that are not strings")
         for entry in value.values():
             refuse_other_data(entry, depth - 1)
     elif isinstance(value, list | tuple):
@@ -116,16 +116,16 @@ def refuse_other_data(value: Any, depth: int) -> None:
 
 
 class Section:
-    """A named part of a configuration. Values are taken by name, and what nobody took is refused at the end."""
+    """A named part of a configuration. Settings are taken by name; `close` refuses those that were not taken."""
 
     def __init__(self, values: Any, source: str, path: str = "", ignored: frozenset[str] = frozenset()):
-        """Begin to read.
+        """Wrap a group of settings.
 
         Args:
             values: a dictionary.
-            source: of the checkpoint, for messages.
-            path: names of this part and those around it, with dots between them.
-            ignored: paths of settings to read over.
+            source: name of the checkpoint, for messages.
+            path: of this part in the configuration, with dots between names.
+            ignored: paths of settings to ignore.
         """
         self.source, self.path, self.ignored = source, path, ignored
         if not isinstance(values, dict):
@@ -142,23 +142,23 @@ class Section:
         return f"{self.path}.{name}" if self.path else name
 
     def describe(self, name: str | None = None) -> str:
-        """Name this part, or a setting of it, with the checkpoint it comes from."""
+        """Return the name of this part, or of a setting in it, and of its checkpoint, for messages."""
         path = self.path if name is None else self.join(name)
         return f"`{path}` of {self.source!r}" if path else f"the configuration of {self.source!r}"
 
     def take(self, name: str, kinds: type | tuple[type, ...], expected: str, default: Any = REQUIRED) -> Any:
-        """Return a setting, after a check of its type.
+        """Return a setting after checking its type.
 
         Args:
             name: of the setting.
-            kinds: types it may have.
-            expected: the same in words.
-            default: value if there is none, and the only one that may be `None`.
+            kinds: allowed types.
+            expected: the allowed types in words.
+            default: value if the setting is missing; `None` is accepted only if it is the default.
         """
         self.left.discard(name)
         value = self.values.get(name, default)
         if value is REQUIRED:
-            raise ValueError(f"{self.describe(name)} is missing, and there is no safe guess for it: {expected}.")
+            raise ValueError(f"{self.describe(name)} is missing and has no safe default. It must be {expected}.")
         is_flag = isinstance(value, bool) and kinds is not bool
         if value is not default and (is_flag or not isinstance(value, kinds)):
             raise ValueError(f"{self.describe(name)} must be {expected}, got {shorten(value)}.")
@@ -178,11 +178,11 @@ class Section:
         """Take a whole number of at least 1."""
         value = self.take(name, int, "a whole number", default)
         if value is not default and not 1 <= value <= MAX_COUNT:
-            raise ValueError(f"{self.describe(name)} must lie between 1 and {MAX_COUNT}, got {value}.")
+            raise ValueError(f"{self.describe(name)} must be between 1 and {MAX_COUNT}, got {value}.")
         return value
 
     def counts(self, name: str, length: int | None = None) -> list[int]:
-        """Take a list of whole numbers of at least 1; of `length` of them, if that is given."""
+        """Take a list of whole numbers of at least 1, exactly `length` of them if given."""
         expected = "a list of whole numbers" if length is None else f"a list of {length} whole numbers"
         values = self.take(name, (list, tuple), expected)
         are_counts = all(isinstance(value, int) and value is not True and 1 <= value <= MAX_COUNT for value in values)
@@ -197,12 +197,12 @@ class Section:
         return self.parts[-1]
 
     def expect(self, name: str, *allowed: Any, default: Any = REQUIRED) -> None:
-        """Refuse every value of a setting but those that the models here compute with.
+        """Refuse a setting unless its value is one that our models support.
 
         Args:
             name: of the setting.
-            default: value that counts where the setting is missing.
-            allowed: values.
+            default: value if the setting is missing.
+            allowed: supported values.
         """
         self.left.discard(name)
         value = self.values.get(name, default)
@@ -215,43 +215,43 @@ class Section:
             )
 
     def target(self, *known: str) -> str:
-        """Take the name of the official class of this part, one of `known`; it is compared and never imported."""
+        """Take the official class name of this part, one of `known`; it is compared, never imported."""
         name = self.text("_target_")
         if name not in known:
             raise ValueError(
-                f"{self.describe('_target_')} is {shorten(name)}, which flextok_hf does not convert. It knows"
-                f" {' and '.join(known)} here. (Such names are only compared; nothing is imported or run.)"
+                f"{self.describe('_target_')} is {shorten(name)}, which flextok_hf does not convert. It must be"
+                f" {' or '.join(known)}. (Class names are only compared; nothing is imported or run.)"
             )
         self.skip("_partial_")
         return name
 
     def skip(self, *names: str) -> None:
-        """Read over settings that do not change what a trained model computes."""
+        """Ignore settings that do not change what a trained model computes."""
         self.left.difference_update(names)
 
     def unread(self) -> list[str]:
-        """Return the paths of the settings that nobody took."""
-        # names of entries in the official code's data dictionary: wiring, which is fixed here
+        """Return the paths of the settings that were not taken."""
+        # keys of the official code's data dictionary are wiring, which is fixed here
         own = [name for name in self.values if name in self.left and not name.endswith(("_key", "_keys"))]
         return [self.join(name) for name in own] + [path for part in self.parts for path in part.unread()]
 
     def close(self) -> None:
-        """Raise a ValueError that names the settings that nobody took."""
+        """Raise a ValueError that lists the settings that were not taken."""
         unread = self.unread()
         if unread:
             raise ValueError(
                 f"{self.source!r} has settings that flextok_hf does not know: {shorten_list(unread)}. If you are sure"
-                " that they do not change what the model computes, name them in `ignore` (`--ignore`)."
+                " that they do not change what the model computes, pass them in `ignore` (`--ignore`)."
             )
 
 
 def shorten(value: Any) -> str:
-    """Write a value so that it fits a message."""
+    """Return a value as text that is short enough for a message."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def shorten_list(names: list[str], limit: int = 8) -> str:
-    """Write the first names of a list, and how many more there are."""
+    """Return the first names of a list, and how many more there are, as text."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(f"`{name}`"[:200] for name in names[:limit]) + more

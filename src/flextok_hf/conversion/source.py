@@ -1,4 +1,4 @@
-"""Sources of official checkpoints: a Hub id, a folder or a file -> its configuration and lazily read weights."""
+"""Official checkpoints: a Hub id, folder or file -> its configuration and lazily read weights."""
 
 import os
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # The header lists names and shapes of the tensors; the largest published one is well below a tenth of this.
 MAX_HEADER_BYTES = 8 * 2**20
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# Parts of the configuration in the metadata of a single file; `format` is what every library writes.
+# Parts of the configuration in the metadata of a single file; every library writes `format`.
 METADATA_SECTIONS = ("vae", "encoder", "decoder", "regularizer", "flow_matching_noise_module", "pipeline")
 METADATA_NAMES = {*METADATA_SECTIONS, "_target_", "format"}
 
 
 class Weights:
-    """Tensors of a safetensors file, mapped into memory and read one at a time."""
+    """Tensors of a safetensors file, memory-mapped and read one at a time."""
 
     def __init__(self, path: Path):
         check_header_length(path)
@@ -37,15 +37,15 @@ class Weights:
             self.file = safe_open(path, "pt")
             slices = {name: self.file.get_slice(name) for name in sorted(self.file.keys())}
         except SafetensorError as error:
-            raise ValueError(f"{str(path)!r} is damaged or was cut off ({error}). Fetch it again.") from None
+            raise ValueError(f"{str(path)!r} is damaged or truncated ({error}). Fetch it again.") from None
         self.metadata: dict[str, str] = self.file.metadata() or {}
         self.shapes = {name: tuple(one.get_shape()) for name, one in slices.items()}
         unknown = {name: one.get_dtype() for name, one in slices.items() if one.get_dtype() not in DTYPES}
         if unknown:
             name, dtype = next(iter(unknown.items()))
             raise ValueError(
-                f"{str(path)!r} holds `{name}` as {dtype}, but weights are {', '.join(DTYPES)}. Convert it to one of"
-                " them where it was made."
+                f"{str(path)!r} holds `{name}` as {dtype}, but weights must be {', '.join(DTYPES)}. Convert it to one"
+                " of them first."
             )
         self.dtypes = {name: DTYPES[one.get_dtype()] for name, one in slices.items()}
 
@@ -57,7 +57,7 @@ class Weights:
         return torch.empty(self.shapes[name], dtype=self.dtypes[name], device="meta")
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor as it lies in the file; do not change it.
+        """Return a tensor as it is stored; do not change it.
 
         Raises:
             ValueError: if it holds values that are not finite.
@@ -69,29 +69,29 @@ class Weights:
 
 
 def check_header_length(path: Path) -> None:
-    """Raise a ValueError if a file cannot be of safetensors, or if its header is too long to be read."""
+    """Raise a ValueError if a file cannot be in safetensors format, or its header is too long."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > size - 8:
         raise ValueError(
-            f"{str(path)!r} is damaged, was cut off, or is no safetensors file: {size:,} bytes, and its header should"
-            f" have {length:,}. Fetch it again."
+            f"{str(path)!r} is damaged, truncated or not a safetensors file: it has {size:,} bytes, but its header"
+            f" claims {length:,}. Fetch it again."
         )
     if length > MAX_HEADER_BYTES:
         raise ValueError(
-            f"{str(path)!r} has a header of {length:,} bytes, and no checkpoint needs more than {MAX_HEADER_BYTES:,}."
-            " It is not read."
+            f"{str(path)!r} has a header of {length:,} bytes, but no checkpoint needs more than {MAX_HEADER_BYTES:,}."
+            " It was not read."
         )
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An official checkpoint, opened.
+    """An opened official checkpoint.
 
     name: as the user gave it.
     folder: where its files are on this machine.
-    is_local: the user gave a folder or file; names of folders in its configuration then mean those beside it.
+    is_local: the user gave a folder or file; its configuration may then refer to folders beside it.
     settings: its configuration.
     weights: its tensors.
     """
@@ -104,25 +104,25 @@ class Checkpoint:
 
 
 def open_checkpoint(name: str | os.PathLike, kind: str, ignore: Sequence[str] = (), **hub_options: Any) -> Checkpoint:
-    """Open an official checkpoint; values of tensors are not read yet.
+    """Open an official checkpoint; no tensor values are read yet.
 
     Args:
         name: Hub id, folder or safetensors file.
         kind: "tokenizer" or "prior".
-        ignore: paths of settings to read over.
+        ignore: paths of settings to ignore.
         hub_options: `revision`, `cache_dir`, `token` and `local_files_only` for the Hub.
 
     Raises:
-        ValueError: if it is no such checkpoint, or damaged.
+        ValueError: if it is not such a checkpoint, or is damaged.
         OSError: if files are missing, or the Hub cannot be reached.
     """
     name = os.fspath(name)
     if not name:
-        raise ValueError(f"The name of a {kind} is empty. Give a Hub id, a folder or a safetensors file.")
+        raise ValueError(f"The name of the {kind} is empty. Pass a Hub id, a folder or a safetensors file.")
     path = Path(name).expanduser()
     is_local = path.exists()
     if is_local and hub_options.get("revision") is not None:
-        raise ValueError(f"{name!r} is on this machine and has no revisions. Leave the revision out.")
+        raise ValueError(f"{name!r} is a local path, which has no revisions. Leave out the revision.")
     folder = path if is_local else download(name, kind, hub_options)
     if is_local and not folder.is_dir():
         weights_path, folder = folder, folder.parent
@@ -137,7 +137,7 @@ def open_checkpoint(name: str | os.PathLike, kind: str, ignore: Sequence[str] = 
 
 
 def download(name: str, kind: str, hub_options: dict[str, Any]) -> Path:
-    """Fetch configuration and weights of a Hub repository, or find them in the cache."""
+    """Download the configuration and weights of a Hub repository, or find them in the cache."""
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"{name!r} is neither a folder or file nor a Hub id of the form owner/name.")
     validate_repo_id(name)
@@ -149,30 +149,30 @@ def check_folder(folder: Path, name: str) -> None:
     """Raise an error unless a folder has weights that can be read."""
     if (folder / "model_index.json").is_file():
         raise ValueError(
-            f"{name!r} is a pipeline of this package already. Load it with `FlexTokPipeline.from_pretrained`."
+            f"{name!r} is already a pipeline of this package. Load it with `FlexTokPipeline.from_pretrained`."
         )
     if (folder / WEIGHTS_NAME).is_file():
         return
     pickles = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLE_ENDINGS)
-    hint = f" Its {', '.join(pickles)} stays closed: pickled files can run code." if pickles else ""
-    raise FileNotFoundError(f"{name!r} has no `{WEIGHTS_NAME}`, the only kind of weights that is read.{hint}")
+    hint = f" Pickle files can run code and are not read: {', '.join(pickles)}." if pickles else ""
+    raise FileNotFoundError(f"{name!r} has no `{WEIGHTS_NAME}`, the only weights file that is read.{hint}")
 
 
 def check_file(path: Path, name: str) -> None:
-    """Raise an error unless a path is that of a safetensors file."""
+    """Raise an error unless a path is a safetensors file."""
     if path.suffix in PICKLE_ENDINGS:
         raise ValueError(
-            f"{name!r} stays closed: pickled files can run code. Give the safetensors file of the same release."
+            f"{name!r} is a pickle file, which can run code. Pass the safetensors file of the same release."
         )
     if path.suffix != ".safetensors" or not path.is_file():
-        raise ValueError(f"{name!r} is no safetensors file. Give the folder of a checkpoint, or its weights.")
+        raise ValueError(f"{name!r} is not a safetensors file. Pass the folder of a checkpoint, or its weights.")
 
 
 def read_settings(name: str, kind: str, folder: Path, weights: Weights, is_file: bool) -> Any:
-    """Read the configuration: of a tokenizer `config.json` or the metadata of the weights, of a prior `config.yaml`.
+    """Read the configuration: for a tokenizer `config.json` or the weights' metadata, for a prior `config.yaml`.
 
-    A folder's own file comes first, as for the official loader from the Hub, and a file's own metadata first where the
-    user named the file.
+    If the user passed a folder, its configuration file takes precedence, as in the official loader from the Hub; if
+    the user passed a file, its metadata does.
     """
     path = folder / CONFIG_NAMES[kind]
     has_metadata = kind == "tokenizer" and any(section in weights.metadata for section in METADATA_SECTIONS)
@@ -190,17 +190,17 @@ def read_text(path: Path) -> str:
     """Read a configuration file, unless it is too large to be one.
 
     Raises:
-        ValueError: if it is too large, or no text.
+        ValueError: if it is too large, or not text.
     """
     if path.stat().st_size > 4 * MAX_CHARACTERS:  # a character has four bytes at most
         raise ValueError(
-            f"{str(path)!r} has {path.stat().st_size:,} bytes, and no configuration needs more than"
-            f" {MAX_CHARACTERS:,}. It is not read."
+            f"{str(path)!r} has {path.stat().st_size:,} bytes, but no configuration needs more than"
+            f" {MAX_CHARACTERS:,}. It was not read."
         )
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise ValueError(f"{str(path)!r} is no text file. Fetch it again.") from None
+        raise ValueError(f"{str(path)!r} is not a text file. Fetch it again.") from None
 
 
 def parse_metadata(name: str, metadata: dict[str, str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The text encoder of a prior: a T5 encoder with its tokenizer, from a folder or a repository of its own."""
+"""The text encoder of a prior: a T5 encoder with its tokenizer, from its own folder or repository."""
 
 import os
 from typing import Any
@@ -20,21 +20,21 @@ def load_text_encoder(
     dtype: torch.dtype | None,
     **hub_options: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the text encoder and the text tokenizer, which cuts texts to the length that the checkpoint says.
+    """Load the text encoder and the text tokenizer, which truncates texts to the length in the checkpoint.
 
     Args:
-        name: Hub id or folder that the user chose; `None` for the one that the checkpoint names.
-        settings: what the checkpoint says.
+        name: Hub id or folder that the user chose; `None` for the one in the configuration of the checkpoint.
+        settings: from the checkpoint's configuration.
         checkpoint: the prior.
-        text_hidden_size: width that the prior reads.
-        dtype: of the weights; `None` for what is stored.
+        text_hidden_size: width of the text states that the prior takes.
+        dtype: of the weights; `None` keeps the stored data type.
         hub_options: `cache_dir`, `token` and `local_files_only`.
 
     Raises:
-        ValueError: if it is no T5 encoder of that width, or weights are missing or not finite.
+        ValueError: if it is not a T5 encoder of that width, or weights are missing or not finite.
     """
     if name is None:
-        remedy = "Name a folder or Hub id as `text_encoder`."
+        remedy = "Pass a folder or Hub id as `text_encoder`."
         name = resolve_reference(settings.reference, checkpoint, settings.where, remedy)
     config = AutoConfig.from_pretrained(name, **hub_options)
     if config.model_type != "t5" or config.d_model != text_hidden_size:

@@ -1,4 +1,4 @@
-"""Official tokenizer -> encoder, decoder and VAE, with the names under which their tensors are stored."""
+"""Official tokenizer -> encoder, decoder and VAE, with the names of their tensors in official checkpoints."""
 
 import re
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ BLOCK_NAMES = {
     "mlp.down_proj": "mlp.fc2",
     "modulation": "adaLN_modulation.1",
 }
-# Tensors that are stored in another shape; all others are taken as they are
+# Tensors that are stored in another shape; all others are used as they are
 RESHAPES = {
     "patch_embedding.positions": partial(rearrange, pattern="1 d rows columns -> rows columns d"),
     "register_positions": partial(rearrange, pattern="1 1 d k -> k d"),
@@ -60,11 +60,11 @@ RESHAPES = {
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """An official tokenizer, read.
+    """An official tokenizer, with its configuration read.
 
     components: encoder, decoder and VAE.
     training: settings that matter for training only.
-    notes: what differs from the official code or was left out, in words.
+    notes: what differs from the official code or was not converted, for the user.
     """
 
     components: dict[str, Component]
@@ -73,11 +73,11 @@ class Tokenizer:
 
 
 def read_tokenizer(checkpoint: Checkpoint, **hub_options: Any) -> Tokenizer:
-    """Read the configuration of an official tokenizer and the names and shapes of its tensors, no values yet.
+    """Read the configuration of an official tokenizer and the names and shapes of its tensors, but no values.
 
     Args:
-        checkpoint: opened.
-        hub_options: for the configuration of a VAE that the checkpoint names.
+        checkpoint: the opened checkpoint.
+        hub_options: for downloading the VAE configuration that the checkpoint refers to.
 
     Raises:
         ValueError: if anything is missing, unknown or not supported; the message names it.
@@ -85,17 +85,17 @@ def read_tokenizer(checkpoint: Checkpoint, **hub_options: Any) -> Tokenizer:
     settings, weights = checkpoint.settings, checkpoint.weights
     notes: list[str] = []
     if "model" in settings and "encoder" not in settings:
-        raise ValueError(f"{checkpoint.name!r} is a prior, no tokenizer. Pass it as `prior` (`--prior`).")
+        raise ValueError(f"{checkpoint.name!r} is a prior, not a tokenizer. Pass it as `prior` (`--prior`).")
     encoder_config, decoder_config, training = read_tokenizer_settings(settings)
     vae = read_vae(settings.section("vae"), checkpoint, notes, **hub_options)
     settings.close()
     if vae.model.config.latent_channels != encoder_config["in_channels"]:
         raise ValueError(
-            f"{checkpoint.name!r} reads {encoder_config['in_channels']} channels, but its VAE has"
+            f"{checkpoint.name!r} takes {encoder_config['in_channels']} channels, but its VAE has"
             f" {vae.model.config.latent_channels}."
         )
 
-    # Before the models are built: what the configuration says could be larger than any memory
+    # Checked before the models are built: the configuration could claim sizes beyond any memory
     check_num_blocks(weights, f"{ENCODER_PREFIX}enc_transformer.blocks.", encoder_config["num_hidden_layers"])
     check_num_blocks(weights, f"{DECODER_PREFIX}dec_transformer.blocks.", decoder_config["num_layers"])
     for prefix, names, config in (
@@ -116,19 +116,19 @@ def read_tokenizer(checkpoint: Checkpoint, **hub_options: Any) -> Tokenizer:
     check_nothing_left(weights, components.values(), is_of_training)
     left = [name for name in weights.shapes if is_of_training(name)]
     if left:
-        notes.append(f"Only training needs {shorten_list(left)}, which stays behind.")
+        notes.append(f"Not converted, because only training uses them: {shorten_list(left)}.")
     return Tokenizer(components, training, notes)
 
 
 def make_recipes(model: nn.Module, prefix: str, names: dict[str, str]) -> dict[str, Recipe]:
-    """Find for each tensor of encoder or decoder the official one."""
+    """Map each tensor of the encoder or decoder to the official one."""
     return {
         name: Recipe((prefix + official_name(name, names),), RESHAPES.get(name, same)) for name in model.state_dict()
     }
 
 
 def official_name(name: str, names: dict[str, str]) -> str:
-    """Translate the name of a tensor; `names` is the table of the model it belongs to."""
+    """Return the official name of a tensor; `names` is the table of its model."""
     block = re.fullmatch(r"(\w*blocks)\.(\d+)\.(.+)\.(weight|bias)", name)
     if block:
         blocks, index, layer, kind = block.groups()
@@ -140,5 +140,5 @@ def official_name(name: str, names: dict[str, str]) -> str:
 
 
 def is_of_training(name: str) -> bool:
-    """Tell the official tensors that no result depends on: REPA's, and the noise level of the VAE's own loss."""
+    """Return whether only training uses an official tensor: those of REPA, and the log-variance of the VAE loss."""
     return name == "vae.logvar" or (name.startswith(DECODER_PREFIX) and "repa" in name)

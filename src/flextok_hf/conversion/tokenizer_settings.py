@@ -1,7 +1,7 @@
 """Settings of an official tokenizer -> configurations of our encoder and decoder.
 
-Encoder and decoder are lists of named modules there. Which, in which order and of which class is fixed here, and so is
-every setting that the official code could compute differently with: anything else is refused by name.
+The official encoder and decoder are lists of named modules. Their names, order and classes are fixed here, and so is
+every setting that would change the result; anything else is refused by name.
 """
 
 import math
@@ -52,14 +52,14 @@ OPERATIONS = {
 }
 OF_REGISTERS = {"enc_register_module", "dec_registers_posemb_module"}
 OF_TRAINING = {"dec_repa_unpacker"}
-SUM_OPERATION = f"{MODEL}.utils.dict_ops.sum_tensors"  # of a grid: adds its tokens to the noisy patches
+SUM_OPERATION = f"{MODEL}.utils.dict_ops.sum_tensors"  # in grids: adds the tokens to the noisy patches
 
 
 def read_tokenizer_settings(settings: Section) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Read all but the settings of the VAE.
+    """Read all settings except those of the VAE.
 
     Returns:
-        Arguments of `FlexTokEncoderConfig`, arguments of `FlexTokFlowDecoder`, and what matters for training only.
+        Arguments of `FlexTokEncoderConfig`, arguments of `FlexTokFlowDecoder`, and training-only settings.
     """
     settings.expect("_target_", "flextok.flextok_wrapper.FlexTok", default="flextok.flextok_wrapper.FlexTok")
     levels = read_levels(settings.section("regularizer"))
@@ -74,8 +74,8 @@ def read_tokenizer_settings(settings: Section) -> tuple[dict[str, Any], dict[str
     pipeline.expect("out_channels", decoder_config["in_channels"])
     if decoder_config["in_channels"] != encoder_config["in_channels"]:
         raise ValueError(
-            f"{settings.source!r} reads {encoder_config['in_channels']} channels and draws"
-            f" {decoder_config['in_channels']}; they must be those of its VAE."
+            f"{settings.source!r} encodes {encoder_config['in_channels']} channels and decodes"
+            f" {decoder_config['in_channels']}; both must be those of its VAE."
         )
     return encoder_config, decoder_config, read_training(settings, decoder_modules)
 
@@ -83,17 +83,17 @@ def read_tokenizer_settings(settings: Section) -> tuple[dict[str, Any], dict[str
 def read_levels(regularizer: Section) -> list[int]:
     """Read the levels of the quantizer."""
     regularizer.target("flextok.regularizers.quantize_fsq.FSQ")
-    regularizer.skip("drop_quant_p", "packed_call")  # a training aid; how images of several sizes share a call
+    regularizer.skip("drop_quant_p", "packed_call")  # training only; how images of several sizes are batched
     levels = regularizer.counts("levels")
     if min(levels) < 2 or math.prod(levels) > MAX_COUNT:
         raise ValueError(
-            f"{regularizer.describe('levels')} must be 2 or more each, with a sensible product: {levels}."
+            f"{regularizer.describe('levels')} must be 2 or more each, product {MAX_COUNT} at most, got {levels}."
         )
     return levels
 
 
 def read_modules(stack: Section, classes: dict[str, str], has_registers: bool) -> dict[str, Section]:
-    """Read which modules there are, and refuse others, other classes and another order."""
+    """Return the modules by name; refuse any other modules, classes or order."""
     stack.target(WRAPPER)
     modules = stack.section("module_dict")
     optional = OF_TRAINING if has_registers else OF_TRAINING | OF_REGISTERS | {"dec_nested_dropout"}
@@ -115,7 +115,7 @@ def read_modules(stack: Section, classes: dict[str, str], has_registers: bool) -
 
 
 def read_sum(modules: Section, name: str) -> bool:
-    """Tell whether a module of a grid's decoder is the one that adds tokens to patches; if so, read all of it."""
+    """Return whether a module of a grid decoder is the one that adds tokens to patches; if so, skip its settings."""
     values = modules.values[name]
     if not isinstance(values, dict):
         return False
@@ -127,7 +127,7 @@ def read_sum(modules: Section, name: str) -> bool:
 
 
 def read_patches(patches: Section, positions: Section, hidden_size: int) -> dict[str, int]:
-    """Read how latents become patch tokens."""
+    """Read how latents are cut into patches."""
     patches.expect("dim", hidden_size)
     patches.expect("flatten_patches", False, default=False)
     patch_size, columns = patches.counts("patch_sizes", 2)
@@ -137,19 +137,19 @@ def read_patches(patches: Section, positions: Section, hidden_size: int) -> dict
     grid_size, grid_columns = positions.counts("max_sizes", 2)
     if (patch_size, grid_size) != (columns, grid_columns):
         raise ValueError(
-            f"{patches.describe()} cuts patches of {patch_size} x {columns} for a grid of {grid_size} x"
-            f" {grid_columns}; flextok_hf supports square ones."
+            f"{patches.describe()} has patches of {patch_size} x {columns} for a grid of {grid_size} x"
+            f" {grid_columns}; flextok_hf supports only square ones."
         )
     return {"in_channels": patches.count("channels_in"), "patch_size": patch_size, "grid_size": grid_size}
 
 
 def read_transformer(transformer: Section) -> tuple[int, int, int]:
-    """Read width, depth and width of a head."""
-    transformer.skip("use_act_checkpoint", "intermediate_layers")  # what training keeps, and REPA taps
+    """Return the width, the depth and the width of a head."""
+    transformer.skip("use_act_checkpoint", "intermediate_layers")  # training only: activation checkpointing and REPA
     hidden_size, head_dim = transformer.count("dim"), transformer.count("head_dim", 64)
     if hidden_size % head_dim or hidden_size % 4:
         raise ValueError(
-            f"{transformer.describe('dim')} is {hidden_size}, no multiple of `head_dim` {head_dim} and 4."
+            f"{transformer.describe('dim')} is {hidden_size}, not a multiple of `head_dim` {head_dim} and of 4."
         )
     return hidden_size, transformer.count("depth"), head_dim
 
@@ -171,7 +171,7 @@ def read_encoder(modules: dict[str, Section], levels: list[int]) -> dict[str, An
         packer.expect("mask_mode", "causal_last")
         registers.expect("dim", hidden_size)
         registers.expect("ordering_mode", "nested", default="nested")
-        registers.skip("size_sampling_mode")  # of training, and without effect where both sizes are the same
+        registers.skip("size_sampling_mode")  # training only, and no effect if `n_min` equals `n_max`
         num_registers = registers.count("n_max")
         registers.expect("n_min", num_registers)
         layout = {"token_layout": "registers", "num_registers": num_registers}
@@ -205,7 +205,7 @@ def read_decoder(modules: dict[str, Section], levels: list[int], num_registers: 
         positions.expect("posemb_scaling", "absolute")
         positions.expect("max_sizes", [num_registers], (num_registers,))
     elif patches["grid_size"] ** 2 != num_registers:
-        raise ValueError(f"{packer.source!r} is a grid whose encoder and decoder cut images into unlike patches.")
+        raise ValueError(f"{packer.source!r} is a grid whose encoder and decoder have different numbers of patches.")
     packer.expect("per_subseq_embs", has_registers, default=False)
     modules["dec_transformer"].expect("adaLN_expansion", 2 if has_registers else 1, default=1)
 
@@ -228,7 +228,7 @@ def read_decoder(modules: dict[str, Section], levels: list[int], num_registers: 
 
 
 def read_head(head: Section, hidden_size: int) -> None:
-    """Read what the last layers of encoder and decoder have in common."""
+    """Read the settings that the output layers of encoder and decoder share."""
     head.expect("dim", hidden_size)
     head.expect("use_mup_readout", False, default=False)
     head.expect("dtype_override", None, "fp32", default=None)
@@ -236,7 +236,7 @@ def read_head(head: Section, hidden_size: int) -> None:
 
 
 def read_training(settings: Section, modules: dict[str, Section]) -> dict[str, Any]:
-    """Read what matters for training only: noise levels, kept tokens, null condition."""
+    """Read the training-only settings: noise levels, nested dropout, null condition."""
     noise = settings.section("flow_matching_noise_module")
     noise.target("flextok.flow_matching.noise_modules.MinRFNoiseModule")
     parts: dict[str, tuple[Section, tuple[str, ...]]] = {"noise": (noise, ("ln", "stratisfied", "mode_scale"))}

@@ -1,4 +1,4 @@
-"""The VAE of an official tokenizer: an `AutoencoderKL` of Diffusers, whose tensors lie in the same file."""
+"""The VAE of an official tokenizer: an `AutoencoderKL` of Diffusers, stored in the same file."""
 
 import inspect
 from pathlib import Path
@@ -14,7 +14,7 @@ from .source import VAE_CONFIG_NAME, Checkpoint, read_text
 
 
 VAE_PREFIX = "vae.vae."
-# What the official code builds where the checkpoint names no other VAE
+# What the official code builds unless the checkpoint specifies another VAE
 PUBLISHED_ARCHITECTURE: dict[str, Any] = {
     "down_block_types": ["DownEncoderBlock2D"] * 4,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
@@ -30,10 +30,10 @@ def read_vae(settings: Section, checkpoint: Checkpoint, notes: list[str], **hub_
     """Read the VAE; its scaling factor is that of the checkpoint, or else of its own configuration.
 
     Args:
-        settings: those of the VAE.
-        checkpoint: to whom they belong.
-        notes: what differs from the official code is added here.
-        hub_options: for the configuration of the VAE that the checkpoint names.
+        settings: of the VAE.
+        checkpoint: the one they belong to.
+        notes: differences from the official code are appended to it.
+        hub_options: for downloading the VAE configuration that the checkpoint refers to.
     """
     settings.target("flextok.vae_wrapper.StableDiffusionVAE")
     settings.skip("frozen", "force_vae_encode", "learnable_logvar")
@@ -46,28 +46,28 @@ def read_vae(settings: Section, checkpoint: Checkpoint, notes: list[str], **hub_
             f"{settings.describe('latent_channels')} is {latent_channels}, but the configuration of its VAE says"
             f" {config.get('latent_channels')}."
         )
-    if scaling_factor:  # 0 means none to the official code
+    if scaling_factor:  # the official code treats 0 as missing
         config["scaling_factor"] = scaling_factor
     if not config.get("scaling_factor"):
         raise ValueError(
-            f"{settings.describe('scaling_factor')} is missing, and no configuration of the VAE has it. Without it,"
-            " nobody knows the scale of the latents."
+            f"{settings.describe('scaling_factor')} is missing, and no VAE configuration specifies it. Without it,"
+            " the scale of the latents is unknown."
         )
     if settings.flag("sample_posterior", True):
         notes.append(
-            "The official code draws latents from the VAE's posterior (`sample_posterior` is true); here they are its"
-            " mean, so that an image always gives the same ids."
+            "The official code samples latents from the VAE's posterior (`sample_posterior` is true); here they are"
+            " its mean, so that an image always gives the same ids."
         )
     precision = settings.text("dtype_override", None)
     if precision not in (None, "fp32"):
-        notes.append(f"The official code runs the VAE in {precision}; here its precision is that of the pipeline.")
+        notes.append(f"The official code runs the VAE in {precision}; here it runs in the precision of the pipeline.")
 
     model = build(lambda: AutoencoderKL(**config))
     return Component(model, {name: Recipe((VAE_PREFIX + name,)) for name in model.state_dict()}, checkpoint.weights)
 
 
 def read_architecture(settings: Section, checkpoint: Checkpoint, hub_options: dict[str, Any]) -> dict[str, Any] | None:
-    """Read the configuration of the VAE that the checkpoint names, or has beside it; `None` for the published one."""
+    """Read the VAE configuration that the checkpoint refers to or has beside it; `None` for the published one."""
     reference = settings.text("hf_hub_path", None)
     if reference is None:
         path = checkpoint.folder / VAE_CONFIG_NAME
@@ -80,14 +80,14 @@ def read_architecture(settings: Section, checkpoint: Checkpoint, hub_options: di
             found = Path(hf_hub_download(found, "config.json", **hub_options)).parent
         path = found / "config.json"
         if not path.is_file():
-            raise FileNotFoundError(f"{settings.describe('hf_hub_path')} is {reference!r} without `config.json`.")
+            raise FileNotFoundError(f"{settings.describe('hf_hub_path')} {reference!r} has no `config.json`.")
     config = parse_settings(read_text(path), "json", f"`{path.name}` of the VAE of {checkpoint.name!r}")
     section = Section(config, checkpoint.name, VAE_CONFIG_NAME.removesuffix(".json"), settings.ignored)
     return check_architecture(section)
 
 
 def check_architecture(section: Section) -> dict[str, Any]:
-    """Return the settings of an `AutoencoderKL`; refuse other classes, unknown names and absurd depths."""
+    """Return the settings of an `AutoencoderKL`; refuse other classes, unknown names and excessive depths."""
     section.expect("_class_name", "AutoencoderKL", default="AutoencoderKL")
     section.skip(*(key for key in section.values if key.startswith("_")))
     for key in ("down_block_types", "up_block_types"):
@@ -96,7 +96,7 @@ def check_architecture(section: Section) -> dict[str, Any]:
         if len(blocks) > MAX_BLOCKS or any(block != known for block in blocks):
             raise ValueError(f"{section.describe(key)} must be a list of {known!r}.")
     if section.count("layers_per_block", 1) > MAX_LAYERS:
-        raise ValueError(f"{section.describe('layers_per_block')} must be {MAX_LAYERS} at most.")
+        raise ValueError(f"{section.describe('layers_per_block')} must be at most {MAX_LAYERS}.")
     section.counts("block_out_channels")
     section.number("scaling_factor", None)
     section.skip(*KNOWN_SETTINGS)

@@ -1,4 +1,4 @@
-"""Writing converted models: tensor after tensor into files of limited size, a folder at once or not at all."""
+"""Write converted models: one tensor at a time into files of limited size, a folder as a whole or not at all."""
 
 import json
 import os
@@ -23,10 +23,10 @@ Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 @contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Give a folder to fill, which gets its name in one step when all went well and vanishes otherwise.
+    """Yield a folder to fill; it is renamed to `path` in one step on success and deleted on failure.
 
     Args:
-        path: must not exist, or be an empty folder; the folder it is in must exist.
+        path: must not exist or be an empty folder; its parent must exist.
     """
     path = check_output_folder(path)
     temporary = temporary_beside(path)
@@ -34,7 +34,7 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     try:
         yield temporary
         if path.is_dir():
-            path.rmdir()  # it is empty; not every system renames over it
+            path.rmdir()  # it is empty; some systems cannot rename over it
         os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -42,10 +42,10 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raise an OSError if `needed` bytes do not fit beside what is there."""
+    """Raise an OSError if fewer than `needed` bytes are free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(f"{str(folder)!r} has {free / 1e9:.1f} GB of free space, and {needed / 1e9:.1f} GB are needed.")
+        raise OSError(f"{str(folder)!r} has {free / 1e9:.1f} GB of free space, but {needed / 1e9:.1f} GB are needed.")
 
 
 def num_bytes(layout: Layout) -> int:
@@ -55,13 +55,13 @@ def num_bytes(layout: Layout) -> int:
 def write_component(
     folder: Path, component: Component, dtype: torch.dtype | None, max_shard_bytes: int, title: str | None = None
 ) -> None:
-    """Write configuration and weights as `save_pretrained` would, with no more than a tensor in memory.
+    """Write configuration and weights as `save_pretrained` would, with only one tensor in memory at a time.
 
     Args:
-        folder: is made unless it exists.
-        component: to be read.
-        dtype: of the weights; `None` for what is stored.
-        max_shard_bytes: size of a file of weights, unless a single tensor is larger.
+        folder: created if it does not exist.
+        component: the model to write.
+        dtype: of the weights; `None` keeps the stored data type.
+        max_shard_bytes: maximum size of a weight file, unless a single tensor is larger.
         title: name of the progress bar; `None` shows none.
     """
     folder.mkdir(exist_ok=True)
@@ -77,7 +77,7 @@ def write_component(
         model.config.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
-    is_hidden = True if title is None else None  # None: shown in a terminal, not in a log
+    is_hidden = True if title is None else None  # None: shown only in a terminal
     tensors = tqdm(component.tensors(dtype), title, len(layout), unit=" tensors", disable=is_hidden, leave=False)
     write_shards(folder, stem, layout, iter(tensors), max_shard_bytes)
 
@@ -85,7 +85,7 @@ def write_component(
 def write_shards(
     folder: Path, stem: str, layout: Layout, tensors: Iterator[tuple[str, Tensor]], max_shard_bytes: int
 ) -> None:
-    """Write tensors, which come in the order of `layout`, into one file or several with an index."""
+    """Write tensors, given in the order of `layout`, to one file, or to several with an index."""
     shards: list[Layout] = [{}]
     for name, entry in layout.items():
         if shards[-1] and num_bytes(shards[-1]) + num_bytes({name: entry}) > max_shard_bytes:
@@ -103,12 +103,12 @@ def write_shards(
 
 
 def write_safetensors(path: Path, layout: Layout, tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """Write a file in the format of https://github.com/huggingface/safetensors without having all its tensors at once.
+    """Write a file in the format of https://github.com/huggingface/safetensors, with one tensor in memory at a time.
 
     Args:
-        path: of the file.
+        path: output file.
         layout: data type and shape of every tensor.
-        tensors: at least those of `layout`, in its order; no more are taken.
+        tensors: at least those of `layout`, in its order; only those are consumed.
     """
     header: dict = {"__metadata__": {"format": "pt"}}
     position = 0

@@ -1,4 +1,4 @@
-"""A named source -> rows -> samples -> batches, for training and evaluation, with a synthetic data set.
+"""Data for training and evaluation: source -> rows -> samples -> batches. Includes a synthetic dataset.
 
 Imports `pipelines`, `models` and `utils`.
 """

@@ -1,7 +1,7 @@
-"""The order of training: which rows form batch number n, for any number of workers and processes.
+"""Batch order for training: which rows form batch n, for any number of workers and processes.
 
-A batch of a map-style data set is a pure function of (seed, epoch, batch number), so that a run that goes on sees
-exactly what an uninterrupted one would have seen, without keeping any state. A stream keeps the places of its readers.
+A batch of a map-style dataset is a pure function of (seed, epoch, batch number), so a resumed run sees exactly what
+an uninterrupted one would have seen, without saved state. A stream saves the positions of its readers.
 """
 
 import itertools
@@ -17,16 +17,16 @@ from .seeds import draw_seed
 
 
 class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
-    """Yields batches of (row, draw) keys; `draw` decides the flips, crops and wordings of that row in that epoch.
+    """Yields batches of (row, draw) keys; `draw` seeds the flips, crops and caption choice of that row and epoch.
 
-    All processes walk through one order and take neighboring slices of it, so n processes with batches of B see
-    together what one process with batches of n * B sees.
+    All processes iterate over the same order and take neighboring slices of it, so n processes with batches of B
+    together see what one process with batches of n * B sees.
 
     Args:
-        num_rows: rows of the data set.
+        num_rows: rows in the dataset.
         batch_size: rows per batch and process.
-        drop_last: leave out the rows that do not fill a batch on every process. Otherwise the last batch is smaller;
-            with several processes it is filled up from the start of the order, since each must get as many rows.
+        drop_last: drop the rows that do not fill a batch on every process. Otherwise the last batch is smaller; with
+            several processes it is padded from the start of the order, since each must get the same number of rows.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         self.first_batch = 0
 
     def __len__(self) -> int:
-        """Batches of a whole epoch on this process, wherever the next iteration starts."""
+        """Return the batches per full epoch on this process, wherever the next iteration starts."""
         stride = self.batch_size * self.num_processes
         return self.num_rows // stride if self.drop_last else -(-self.num_rows // stride)
 
     def set_position(self, epoch: int, first_batch: int = 0) -> None:
-        """Let the next iteration run through `epoch` from `first_batch` on."""
+        """Make the next iteration run through `epoch`, starting at `first_batch`."""
         self.epoch, self.first_batch = epoch, first_batch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -84,23 +84,23 @@ def build_dataloader(
     num_processes: int = 1,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Serve `dataset`, from `load_training_dataset`, in batches as `collate` makes them.
+    """Return a dataloader over `dataset`, from `load_training_dataset`, with batches made by `collate`.
 
-    Do not pass the result through `accelerator.prepare`: with `process_index` and `num_processes` it is already
-    divided among the processes, and accelerate cannot divide captions. The batches lie on the CPU.
+    Do not pass it to `accelerator.prepare`: `process_index` and `num_processes` already split it among the processes,
+    and accelerate cannot split captions. The batches are on the CPU.
 
     Args:
         batch_size: images per batch and process.
-        shuffle: draw a new order in each epoch. Data sets that are streamed have their own `shuffle_buffer`.
-        seed: decides the order, flips, crops and wordings; keep it for all processes and for a run that resumes.
+        shuffle: draw a new order in each epoch. Streamed datasets use their own `shuffle_buffer` instead.
+        seed: seeds the order, flips, crops and caption choices; keep it on all processes and when resuming.
 
     Raises:
-        ValueError: if `batch_size` is below 1, or the data set has too few rows for a single batch.
+        ValueError: if `batch_size` is below 1, or the dataset has too few rows for a single batch.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be 1 or more, got {batch_size}.")
     if not 0 <= process_index < num_processes:
-        raise ValueError(f"`process_index` must lie in [0, `num_processes` = {num_processes}), got {process_index}.")
+        raise ValueError(f"`process_index` must be in [0, `num_processes` = {num_processes}), got {process_index}.")
     options: dict[str, Any] = {"num_workers": num_workers, "collate_fn": collate, "pin_memory": pin_memory}
     options["generator"] = torch.Generator().manual_seed(seed)  # leaves the global generator alone
     if isinstance(dataset, StreamedImageDataset):
@@ -108,7 +108,7 @@ def build_dataloader(
         options["collate_fn"] = None
         return DataLoader(StreamBatches(dataset, batch_size, drop_last), batch_size=None, **options)
     if len(dataset) == 0:
-        raise ValueError("The data set is empty. Check `train_data` and its split.")
+        raise ValueError("The dataset is empty. Check `train_data` and its split.")
     sampler = EpochBatchSampler(len(dataset), batch_size, shuffle, seed, drop_last, process_index, num_processes)
     if len(sampler) == 0:
         raise ValueError(
@@ -119,7 +119,7 @@ def build_dataloader(
 
 
 class TrainingBatches:
-    """Batches without end, epoch after epoch.
+    """Endless batches, epoch after epoch.
 
     Args:
         dataloader: from `build_dataloader`.
@@ -131,7 +131,7 @@ class TrainingBatches:
 
     @property
     def skipped(self) -> dict[int | str, str]:
-        """Reasons by row, for the rows that could not be used so far."""
+        """{row: reason} for the rows that could not be used so far."""
         return self._dataset().skipped
 
     def _dataset(self) -> Any:
@@ -139,21 +139,21 @@ class TrainingBatches:
         return dataset.dataset if isinstance(dataset, StreamBatches) else dataset
 
     def state(self) -> dict[str, Any] | None:
-        """Return where a stream stands after the last batch, for JSON; `None` for a map-style data set."""
+        """Return the position of a stream after the last batch, for JSON; `None` for a map-style dataset."""
         return self._state
 
     def start(self, first_batch: int = 0, state: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
-        """Yield batches on from a place.
+        """Yield batches, starting from the beginning or from a saved position.
 
         Args:
-            first_batch: for a map-style data set, batches already trained on, counted over all epochs; with gradient
-                accumulation these are micro-batches.
-            state: for a stream, what `state` returned after them.
+            first_batch: for a map-style dataset, number of batches already trained on, counted over all epochs; with
+                gradient accumulation these are micro-batches.
+            state: for a stream, what `state` returned after those batches.
         """
         is_stream = isinstance(self.dataloader.dataset, StreamBatches)
         batches = self._stream(state) if is_stream else self._map_style(first_batch)
         for batch in batches:
-            # what a worker found out is known in this process only now
+            # rows that a worker found unreadable become known to this process here
             self.skipped.update(batch.pop("unreadable", {}))
             yield batch
 
@@ -166,7 +166,7 @@ class TrainingBatches:
             yield from self.dataloader
 
     def _stream(self, state: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-        """Read epochs; workers deliver in turns, and a state holds their places at the start of the current round."""
+        """Read epochs; workers deliver in turn, and a state holds their places at the start of the current round."""
         state = state or {"epoch": 0, "places": {}, "num_in_round": 0}
         places: dict[str, Place] = dict(state["places"])
         num_to_skip, is_whole_epoch = state["num_in_round"], not places
@@ -175,7 +175,7 @@ class TrainingBatches:
             round_places, num_in_round, last_reader, num_read = dict(places), 0, "", 0
             for batch in self.dataloader:
                 reader, place = batch.pop("reader"), batch.pop("place")
-                if not batch.keys() - {"unreadable"}:  # an end of the stream with nothing but a report
+                if not batch.keys() - {"unreadable"}:  # end of the stream: no samples, only a report
                     self.skipped.update(batch["unreadable"])
                     continue
                 if last_reader and int(reader) <= int(last_reader):

@@ -1,4 +1,4 @@
-"""Data sets whose rows are found by their number: images or token ids, with captions and classes.
+"""Map-style datasets: images or token ids, with captions and classes.
 
 Letters: R resolution (side of the square images).
 """
@@ -20,23 +20,23 @@ from .skipped_rows import MAX_UNREADABLE_ROWS, SkippedRows, UnreadableRow, no_im
 
 
 class ImageDataset(Dataset):
-    """Images, or their token ids, with captions and classes, found by their row.
+    """Map-style dataset of images, or their token ids, with captions and classes.
 
-    An item is asked for by row, or by (row, draw) with a `draw` number that decides flips, crops and wordings; without
-    it they come from the global generator of the worker. A row that cannot be read is replaced by the next one that
-    can, so that batches keep their size.
+    Items are indexed by row, or by (row, draw), where `draw` seeds flips, crops and the caption choice; without it
+    these come from the worker's global generator. An unreadable row is replaced by the next readable one, so that
+    batches keep their size.
 
     Args:
         dataset: the rows.
-        transform: how an image becomes `pixel_values`.
-        columns: what to read of a row.
-        cache_in_memory: decode everything now and keep 3 * R * R bytes per image; unreadable rows are left out.
-        num_workers: processes that decode for the cache.
-        fail_on_unreadable: an unreadable row is an error.
+        transform: turns an image into `pixel_values`.
+        columns: what to read from a row.
+        cache_in_memory: decode everything up front and keep 3 * R * R bytes per image; unreadable rows are dropped.
+        num_workers: processes that decode images for the cache.
+        fail_on_unreadable: raise an error for an unreadable row.
 
     Attributes:
-        skipped: reasons by row of `dataset`, for the rows this process found unreadable.
-        class_names: names of the classes, or their numbers if they have no names; `None` without classes.
+        skipped: {row of `dataset`: reason} for the rows that this process found unreadable.
+        class_names: class names, or class numbers as strings if there are no names; `None` without classes.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class ImageDataset(Dataset):
         return len(self.rows)
 
     def all_captions(self) -> list[str]:
-        """Every wording of every row."""
+        """Return all captions of all rows."""
         name = self.columns.caption
         captions = self.rows[name] if self.pixels is None else [row[name] for row in self.rows]
         return [text for caption in captions for text in ([caption] if isinstance(caption, str) else caption or [])]
@@ -73,8 +73,8 @@ class ImageDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         row, draw = key if isinstance(key, tuple) else (key, None)
         if not 0 <= row < len(self):
-            raise IndexError(f"Row {row} does not exist in a data set of {len(self)} rows.")
-        if self.pixels is not None:  # unreadable rows are gone already
+            raise IndexError(f"Row {row} is out of range for a dataset of {len(self)} rows.")
+        if self.pixels is not None:  # unreadable rows were dropped already
             generator = seeded_generator(draw)
             pixel_values = self.transform.to_values(self.pixels[row], generator)
             return {"pixel_values": pixel_values, **draw_conditions(self.rows[row], self.columns, generator)}
@@ -83,24 +83,24 @@ class ImageDataset(Dataset):
         for candidate in (index % len(self) for index in range(row, row + num_tries)):
             try:
                 if candidate not in self.skipped:
-                    generator = seeded_generator(draw)  # the same whether a row before failed now or is known to
+                    generator = seeded_generator(draw)  # does not depend on when earlier rows failed
                     sample = read_sample(self.rows[candidate], self.columns, self.transform, generator)
                     return {**sample, "unreadable": unreadable} if unreadable else sample
             except UnreadableRow as error:
                 self.skipped.add(candidate, error)
                 unreadable[candidate] = str(error)
-        raise no_image_error(f"{num_tries} rows from row {row} on", self.columns)
+        raise no_image_error(f"the {num_tries} rows from row {row} on", self.columns)
 
     def _fill_cache(self, num_workers: int) -> None:
         found = list(read_rows(self.rows, self.transform, self.columns, self.skipped, num_workers))
         if not found:
             raise no_image_error(f"all {len(self.rows)} rows", self.columns)
-        self.rows = [values for _, values in found]  # plain dictionaries: reading one row of an Arrow table is slow
+        self.rows = [values for _, values in found]  # plain dicts: reading single rows of an Arrow table is slow
         self.pixels = torch.stack([pixels for pixels, _ in found]).share_memory_()  # one copy for all workers
 
 
 def check_classes(dataset: datasets.Dataset, columns: Columns) -> None:
-    """Raise a ValueError if a class number is too large; missing ones are left to be skipped."""
+    """Raise a ValueError if a class number is too large; rows without a class are skipped later."""
     name, num_classes = columns.class_label, columns.num_classes
     assert name is not None and num_classes is not None
     largest = pyarrow.compute.max(dataset.select_columns([name]).with_format("arrow")[:][name]).as_py()

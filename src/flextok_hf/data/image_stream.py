@@ -1,7 +1,7 @@
-"""Data sets that are read one row after the other, and go on exactly where they stopped.
+"""Datasets that are streamed row by row and resume exactly where they stopped.
 
-Every batch carries the place in the stream that follows it, so that a checkpoint can hold it whatever the reading
-processes have prepared ahead. Rows are shuffled in blocks: to go on within one, only that block is read again.
+Every batch carries the position in the stream after it, so a checkpoint can store it no matter how far the workers
+have prefetched. Rows are shuffled in blocks: to resume within a block, only that block is read again.
 """
 
 from collections.abc import Iterator
@@ -20,26 +20,26 @@ from .seeds import draw_seed
 from .skipped_rows import MAX_UNREADABLE_ROWS, SkippedRows, UnreadableRow, no_image_error
 
 
-READ_BLOCK = 64  # rows between two places that are kept, where nothing is shuffled
+READ_BLOCK = 64  # rows per block if nothing is shuffled
 
-# Where a stream stands: "rows", the state of the data set before the block; "row", the number of the block's first
-# row; "offset", the rows of the block that are done. `None` is the beginning.
+# Position in a stream: "rows", the state of the dataset before the current block; "row", the number of the block's
+# first row; "offset", how many of its rows are done. `None` is the beginning.
 Place = dict[str, Any] | None
 
 
 class StreamedImageDataset(IterableDataset):
-    """Images, or their token ids, with captions and classes, read in order; nothing is decoded ahead of its use.
+    """Stream of images, or their token ids, with captions and classes; nothing is decoded before it is needed.
 
     Args:
         dataset: the rows.
-        transform: how an image becomes `pixel_values`.
-        columns: what to read of a row.
-        shuffle_buffer: rows that are shuffled together, in a new order of the shards; 0 keeps the order of the source.
-        seed: decides the order, flips, crops and wordings.
-        fail_on_unreadable: an unreadable row is an error.
+        transform: turns an image into `pixel_values`.
+        columns: what to read from a row.
+        shuffle_buffer: rows that are shuffled together, after shuffling the shards; 0 keeps the order of the source.
+        seed: seeds the order, flips, crops and caption choices.
+        fail_on_unreadable: raise an error for an unreadable row.
 
     Attributes:
-        skipped: reasons by place in the stream, for the rows this process found unreadable.
+        skipped: {position in the stream: reason} for the rows that this process found unreadable.
         class_names: as in `ImageDataset`.
     """
 
@@ -54,7 +54,7 @@ class StreamedImageDataset(IterableDataset):
     ):
         super().__init__()
         if dataset.features is None:
-            raise ValueError("The columns of this data set are not known in a stream. Load it without `streaming`.")
+            raise ValueError("The columns of this dataset are unknown when streaming. Load it without `streaming`.")
         columns.check(dataset.features)
         self.class_names = columns.class_names(dataset.features)
         if self.class_names is not None:
@@ -69,13 +69,13 @@ class StreamedImageDataset(IterableDataset):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Let the next iteration take the order and the draws of `epoch`; not called by readers, which share it."""
+        """Make the next iteration use the order and draws of `epoch`; not called by workers, which share it."""
         self.epoch = epoch
-        # `datasets` takes the number of an epoch for the seed of the order of shards, and 0 for "as they are"
+        # `datasets` seeds the order of the shards with the epoch number; 0 leaves them as they are
         self.rows.set_epoch(draw_seed(self.seed, epoch) % 2**31 + 1 if self.shuffle_buffer else 0)
 
     def set_processes(self, process_index: int, num_processes: int) -> None:
-        """Read only the part of process `process_index`; to be called once."""
+        """Read only the share of process `process_index`; call this once."""
         self.process_index = process_index
         if num_processes > 1:
             self.rows = split_dataset_by_node(self.rows, process_index, num_processes)
@@ -85,7 +85,7 @@ class StreamedImageDataset(IterableDataset):
         return (sample for sample, _ in self.read(None))
 
     def read(self, place: Place) -> Iterator[tuple[dict[str, Any], Place]]:
-        """Yield samples from a place on, each with the place after it; skipped rows are noted in `skipped`."""
+        """Yield (sample, position after it), starting at `place`; skipped rows are recorded in `skipped`."""
         num_failed = 0
         for row, values, place_after in self._read_rows(place):
             generator = torch.Generator().manual_seed(draw_seed(*self._reader(), row))
@@ -102,12 +102,12 @@ class StreamedImageDataset(IterableDataset):
                 yield sample, place_after
 
     def _reader(self) -> tuple[int, int, int, int]:
-        """Seed, epoch, process and worker: what tells one sequence of rows from another."""
+        """Seed, epoch, process and worker, which identify one sequence of rows."""
         worker = get_worker_info()
         return self.seed, self.epoch, self.process_index, 0 if worker is None else worker.id
 
     def _read_rows(self, place: Place) -> Iterator[tuple[int, dict[str, Any], Place]]:
-        """Yield (number of the row, row, place after it)."""
+        """Yield (row number, row, position after it)."""
         place = place or {"rows": None, "row": 0, "offset": 0}
         state, first_row, offset = place["rows"], place["row"], place["offset"]
         self.rows.load_state_dict(state)
@@ -124,12 +124,12 @@ class StreamedImageDataset(IterableDataset):
 
 
 class StreamBatches(IterableDataset):
-    """Batches of a stream: {..., "reader": number of the worker, "place": where it stands after the batch}.
+    """Batches of a stream: {..., "reader": worker number, "place": its position after the batch}.
 
     Args:
         dataset: the stream.
         batch_size: samples per batch.
-        drop_last: leave out what does not fill a batch at the end of an epoch.
+        drop_last: drop samples that do not fill a batch at the end of an epoch.
     """
 
     def __init__(self, dataset: StreamedImageDataset, batch_size: int, drop_last: bool):
@@ -140,7 +140,7 @@ class StreamBatches(IterableDataset):
         self.places: dict[str, Place] = {}
 
     def set_position(self, epoch: int, places: dict[str, Place]) -> None:
-        """Let the next iteration go on in `epoch`, each reader from its place."""
+        """Make the next iteration resume in `epoch`, each reader from its place."""
         self.dataset.set_epoch(epoch)
         self.places = places
 
@@ -151,7 +151,7 @@ class StreamBatches(IterableDataset):
         samples: list[dict[str, Any]] = []
         num_reported = len(self.dataset.skipped)
 
-        def news() -> dict[str, Any]:
+        def report() -> dict[str, Any]:
             nonlocal num_reported
             fresh = dict(islice(self.dataset.skipped.items(), num_reported, None))
             num_reported = len(self.dataset.skipped)
@@ -160,9 +160,9 @@ class StreamBatches(IterableDataset):
         for sample, place in self.dataset.read(place):
             samples.append(sample)
             if len(samples) == self.batch_size:
-                yield {**collate(samples), **news()}
+                yield {**collate(samples), **report()}
                 samples = []
         if samples and not self.drop_last:
-            yield {**collate(samples), **news()}
+            yield {**collate(samples), **report()}
         elif len(self.dataset.skipped) > num_reported:
-            yield news()
+            yield report()

@@ -1,4 +1,4 @@
-"""Everything that need not be done again in each epoch: decoded images, and latents of a frozen VAE.
+"""Latents of a frozen VAE, encoded once instead of in every epoch.
 
 Letters: B batch, R resolution, C latent channels, h w latent grid.
 """
@@ -20,12 +20,12 @@ from .skipped_rows import no_image_error
 
 
 class LatentDataset(Dataset):
-    """Latents with captions and classes, asked for by row or by (row, draw) like an `ImageDataset`.
+    """Latents with captions and classes, indexed by row or by (row, draw) like an `ImageDataset`.
 
     Args:
-        latents: (rows, views, C, h, w); view 1, if there is one, is the mirrored image.
-        rows: captions and classes of each row.
-        source: data set that they were made of.
+        latents: (rows, views, C, h, w); view 1, if present, is the mirrored image.
+        rows: caption and class of each row.
+        source: the dataset that was encoded.
     """
 
     def __init__(self, latents: Tensor, rows: list[dict[str, Any]], source: ImageDataset):
@@ -47,13 +47,13 @@ class LatentDataset(Dataset):
 
 @torch.no_grad()
 def cache_latents(dataset: ImageDataset, vae: AutoencoderKL, num_workers: int = 0) -> LatentDataset:
-    """Encode every image of `dataset` once, mirrored as well if it mirrors them.
+    """Encode every image of `dataset` once, and its mirrored copy too if `random_flip` is set.
 
-    Latents are kept in half precision on the CPU: 4 KB for an image of 128 pixels with 8 channels at an eighth of the
-    size, so that millions of images fit.
+    Latents are kept in half precision on the CPU: 4 KB for a 128-pixel image with 8 channels at an eighth of the
+    size, so millions of images fit.
 
     Raises:
-        ValueError: if no image can be used.
+        ValueError: if there is no usable image.
     """
     kept: list[dict[str, Any]] = []
     pending: list[Tensor] = []

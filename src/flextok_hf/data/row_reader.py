@@ -1,4 +1,4 @@
-"""Decoding a whole data set once, in order, for what is kept in memory: pixels or latents.
+"""Decoding a whole dataset once, in order, to keep its pixels or latents in memory.
 
 Letters: R resolution.
 """
@@ -16,11 +16,11 @@ from .samples import ImageTransform, draw_conditions, read_image
 from .skipped_rows import SkippedRows, UnreadableRow
 
 
-READ_BATCH = 64  # rows that travel together from a reading process
+READ_BATCH = 64  # rows that a worker sends in one go
 
 
 class RowReader(Dataset):
-    """Row number -> (pixels (3, R, R) uint8, the row without its image), or (None, why it cannot be used)."""
+    """Row number -> (pixels (3, R, R) uint8, the row without its image), or (None, the error)."""
 
     def __init__(self, rows: Any, transform: ImageTransform, columns: Columns):
         self.rows, self.transform, self.columns = rows, transform, columns
@@ -32,21 +32,21 @@ class RowReader(Dataset):
         values = dict(self.rows[row])
         try:
             pixels = self.transform.to_pixels(read_image(values.pop(self.columns.image)))
-            draw_conditions(values, self.columns, torch.Generator())  # is its caption there?
+            draw_conditions(values, self.columns, torch.Generator())  # raises if the caption is missing
         except UnreadableRow as error:
             return None, error
-        return pixels.numpy(), values  # an array travels between processes without an open file for each
+        return pixels.numpy(), values  # NumPy: sending tensors between processes takes an open file each
 
 
 def read_rows(
     rows: Any, transform: ImageTransform, columns: Columns, skipped: SkippedRows, num_workers: int
 ) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """Decode all rows in order; yields pixels (3, R, R) uint8 and the row without its image.
+    """Decode all rows in order and yield pixels (3, R, R) uint8 and the row without its image.
 
-    Unreadable rows are added to `skipped` and left out.
+    Unreadable rows are added to `skipped` and omitted.
     """
     if transform.random_crop:
-        raise ValueError("A cache keeps one crop of each image: turn off `random_crop`, or the cache.")
+        raise ValueError("A cache keeps one crop of each image: turn off `random_crop` or the cache.")
     reader = RowReader(rows, transform, columns)
     loader = DataLoader(reader, batch_size=READ_BATCH, num_workers=num_workers, collate_fn=list)
     with tqdm(total=len(reader), desc="Reading images", unit="image", mininterval=2) as bar:

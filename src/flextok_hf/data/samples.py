@@ -1,6 +1,6 @@
-"""One row of a data set -> one training sample, and samples -> a batch.
+"""Dataset row -> training sample, and samples -> batch.
 
-Letters: B batch, R resolution (side of the square images), K tokens of an image.
+Letters: B batch, R resolution (side of the square images), K tokens per image.
 """
 
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ from .skipped_rows import UnreadableRow
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """Turns a PIL image into float32 `pixel_values` (3, R, R) in [-1, 1]; can be sent to workers.
+    """Turns a PIL image into float32 `pixel_values` (3, R, R) in [-1, 1]; picklable for workers.
 
     Args:
         resolution: R.
-        random_flip: mirror half of the images. Leave it off where left and right matter, as in captions.
-        random_crop: cut the square at a random place instead of the middle. Its proportions always stay.
-        min_crop_scale: smallest side of a random square, relative to the shorter side of the image.
+        random_flip: mirror half of the images. Leave it off if left and right matter, as in captions.
+        random_crop: crop the square at a random position instead of the center. The aspect ratio is kept either way.
+        min_crop_scale: smallest side of a random crop, relative to the shorter side of the image.
     """
 
     resolution: int
@@ -35,27 +35,27 @@ class ImageTransform:
     min_crop_scale: float = 1.0
 
     def to_pixels(self, image: Image.Image, generator: torch.Generator | None = None) -> Tensor:
-        """Resize and crop to uint8 (3, R, R): the costly half, and without `random_crop` the same for every draw."""
+        """Resize and crop to uint8 (3, R, R): the expensive half, deterministic without `random_crop`."""
         image = to_rgb(image)
         if self.random_crop:
             image = image.crop(self.draw_box(image.width, image.height, generator))
         return image_to_pixels(resize_and_crop(image, self.resolution))
 
     def draw_box(self, width: int, height: int, generator: torch.Generator | None) -> tuple[int, int, int, int]:
-        """Choose the square to keep of an image: left, top, right and bottom."""
+        """Draw the square to crop from an image: left, top, right and bottom."""
         scale, across, down = torch.rand(3, generator=generator).tolist()
         side = max(1, round(min(width, height) * (self.min_crop_scale + (1 - self.min_crop_scale) * scale)))
         left, top = round((width - side) * across), round((height - side) * down)
         return left, top, left + side, top + side
 
     def to_values(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Mirror perhaps, and scale uint8 (3, R, R) to float32 in [-1, 1]."""
+        """Mirror at random if `random_flip` is set, and scale uint8 (3, R, R) to float32 in [-1, 1]."""
         if self.random_flip and draw_flip(generator):
             pixels = pixels.flip(-1)
         return pixels_to_values(pixels)
 
     def __call__(self, image: Image.Image, generator: torch.Generator | None = None) -> Tensor:
-        """Turn `image` into (3, R, R); chance comes from `generator`, default the global one of the worker."""
+        """Turn `image` into (3, R, R); random draws use `generator`, by default the worker's global one."""
         return self.to_values(self.to_pixels(image, generator), generator)
 
 
@@ -63,8 +63,8 @@ def read_image(value: dict[str, Any] | None) -> Image.Image:
     """Open an undecoded value {"bytes", "path"} of an image column as RGB.
 
     Raises:
-        UnreadableRow: if the image is missing or damaged. A network that fails is not the row's fault: its error
-            passes.
+        UnreadableRow: if the image is missing or damaged. A network failure is not the row's fault: its error
+            propagates.
     """
     if value is None or (value["bytes"] is None and value["path"] is None):
         raise UnreadableRow("there is no image")
@@ -79,12 +79,12 @@ def read_image(value: dict[str, Any] | None) -> Image.Image:
 
 
 def draw_flip(generator: torch.Generator | None) -> bool:
-    """Decide whether to mirror an image: every other one."""
+    """Decide at random whether to mirror an image, with probability 0.5."""
     return torch.rand((), generator=generator).item() < 0.5
 
 
 def draw_conditions(row: dict[str, Any], columns: Columns, generator: torch.Generator | None) -> dict[str, Any]:
-    """Take from a row one of its captions, drawn with `generator`, and its class, as far as `columns` name them.
+    """Return one caption of a row, drawn with `generator`, and its class, if `columns` specifies such columns.
 
     Raises:
         UnreadableRow: if one of them is missing.
@@ -110,11 +110,11 @@ def draw_conditions(row: dict[str, Any], columns: Columns, generator: torch.Gene
 
 
 def draw_token_ids(value: Any, columns: Columns, generator: torch.Generator | None) -> Tensor:
-    """Take the token ids of one crop, (K,) int64, from those of all crops of an image.
+    """Return the token ids of one crop, (K,) int64, drawn from all crops of an image.
 
     Raises:
         UnreadableRow: if there are none.
-        ValueError: if they are of another tokenizer.
+        ValueError: if they do not fit the tokenizer.
     """
     if not value:
         raise UnreadableRow("it has no token ids")
@@ -124,9 +124,9 @@ def draw_token_ids(value: Any, columns: Columns, generator: torch.Generator | No
     num_tokens, codebook_size = columns.num_tokens or len(value), columns.codebook_size
     if len(value) != num_tokens or (codebook_size is not None and max(value) >= codebook_size):
         raise ValueError(
-            f"`token_column` '{columns.token_ids}' holds {len(value)} ids up to {max(value)}, but the tokenizer writes"
-            f" {num_tokens} ids below {codebook_size}. Name the `tokenizer` that the data was made with; if the ids"
-            " were cut by `--max_tokens`, make them again without it."
+            f"`token_column` '{columns.token_ids}' holds {len(value)} ids up to {max(value)}, but the tokenizer"
+            f" produces {num_tokens} ids below {codebook_size}. Pass the `tokenizer` that the data was made with; if"
+            " `--max_tokens` truncated the ids, create them again without it."
         )
     return token_ids
 
@@ -134,10 +134,10 @@ def draw_token_ids(value: Any, columns: Columns, generator: torch.Generator | No
 def read_sample(
     row: dict[str, Any], columns: Columns, transform: ImageTransform, generator: torch.Generator | None
 ) -> dict[str, Any]:
-    """Turn a row into a sample: `pixel_values` (3, R, R) or `token_ids` (K,), with its conditions.
+    """Turn a row into a sample: `pixel_values` (3, R, R) or `token_ids` (K,), plus its conditions.
 
     Raises:
-        UnreadableRow: if the row lacks something or is damaged.
+        UnreadableRow: if the row is incomplete or damaged.
     """
     if columns.token_ids is not None:
         sample = {"token_ids": draw_token_ids(row[columns.token_ids], columns, generator)}
@@ -150,11 +150,11 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Stack samples into a batch.
 
     Args:
-        samples: each with `pixel_values` (3, R, R), `latents` (C, h, w) or `token_ids` (K,), and perhaps `captions`, a
-            text, `class_labels`, a number, and `unreadable`, the rows that were left out on the way to it.
+        samples: each with `pixel_values` (3, R, R), `latents` (C, h, w) or `token_ids` (K,), and optionally
+            `captions`, a string, `class_labels`, a number, and `unreadable`, the rows that were skipped to get to it.
 
     Returns:
-        The same with a dimension B in front: captions as a list, class labels as (B,) int64.
+        The same with a leading dimension B: captions as a list, class labels as (B,) int64.
     """
     batch: dict[str, Any] = {}
     for name in ("pixel_values", "latents", "token_ids"):

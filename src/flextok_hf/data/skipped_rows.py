@@ -1,4 +1,4 @@
-"""Rows that cannot be used: counted, named in a warning, and never trained on."""
+"""Rows that cannot be used: counted, reported in a warning and never trained on."""
 
 import logging
 
@@ -7,8 +7,8 @@ from .columns import Columns
 
 logger = logging.getLogger(__name__)
 
-MAX_UNREADABLE_ROWS = 100  # one after the other; more than that is not a damaged file but a wrong data set
-MAX_WARNINGS = 20  # of unreadable rows, from each reading process; the report has them all
+MAX_UNREADABLE_ROWS = 100  # consecutive; more than that points to a wrong dataset, not to damaged files
+MAX_WARNINGS = 20  # about unreadable rows, per process that reads; the report has them all
 
 
 class UnreadableRow(ValueError):
@@ -16,7 +16,7 @@ class UnreadableRow(ValueError):
 
 
 class SkippedRows(dict):
-    """Reasons by row, for the rows that could not be used. The first ones are warned of.
+    """{row: reason} for the rows that could not be used. The first ones are logged as warnings.
 
     Args:
         fail: raise an error at the first one instead.
@@ -27,10 +27,10 @@ class SkippedRows(dict):
         self.fail = fail
 
     def add(self, row: int | str, reason: Exception) -> None:
-        """Note a row, once.
+        """Record a row, once.
 
         Raises:
-            ValueError: if unreadable rows are to stop the training.
+            ValueError: if `fail` is set.
         """
         if row in self:
             return
@@ -38,12 +38,12 @@ class SkippedRows(dict):
             raise ValueError(f"Row {row} cannot be used: {reason}, and `fail_on_unreadable` is set.") from reason
         self[row] = str(reason)
         if len(self) <= MAX_WARNINGS:
-            last = " Further ones are not named here." if len(self) == MAX_WARNINGS else ""
-            logger.warning("Row %s is skipped: %s Rows skipped so far: %d.%s", row, reason, len(self), last)
+            last = "; further ones are not logged" if len(self) == MAX_WARNINGS else ""
+            logger.warning("Row %s is skipped (%d so far%s): %s", row, len(self), last, reason)
 
 
 def no_image_error(where: str, columns: Columns) -> ValueError:
-    """Say that nothing usable was found in `where`."""
+    """Return the error to raise when `where` has no usable image."""
     return ValueError(
         f"No usable image in {where}; the warnings above say why. Check `image_column` ('{columns.image}') and"
         f" `caption_column` ('{columns.caption}')."

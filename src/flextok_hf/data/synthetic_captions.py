@@ -1,7 +1,7 @@
 """The caption grammar of the synthetic shapes: attributes -> one of many wordings, and back.
 
-A shape is a noun (size, color, shape). `write_caption` and `parse_caption` share the tables below, so that whatever
-one of them says the other understands.
+A shape is a noun (size, color, shape). `write_caption` and `parse_caption` share the tables below, so every caption
+that one writes, the other can parse.
 """
 
 import random
@@ -30,7 +30,7 @@ PLACE_WORDINGS = {
         for corner in ("top left", "top right", "bottom left", "bottom right")
     },
 }
-# {first} is the shape on the left or on top, whatever the sentence says first.
+# {first} is the shape on the left or on top, whichever the sentence mentions first.
 TWO_WORDINGS: dict[str, tuple[str, ...]] = {
     "left of": (
         "{first} to the left of {second}",
@@ -57,29 +57,29 @@ _SIZES = {word: size for size, words in SIZE_WORDS.items() for word in words}
 _SHAPES = {word: shape for shape, words in SHAPE_WORDS.items() for word in words}
 
 
-def write_caption(nouns: Sequence[Noun], relation: str, background: str, chance: random.Random) -> str:
-    """Say a scene in words drawn with `chance`: "a big red circle above a small blue square on a white background"."""
+def write_caption(nouns: Sequence[Noun], relation: str, background: str, rng: random.Random) -> str:
+    """Describe a scene, worded with `rng`: "a big red circle above a small blue square on a white background"."""
 
     def choose(options: Sequence[str]) -> str:
-        return options[int(chance.random() * len(options))]  # `Random.choice` may change between versions of Python
+        return options[int(rng.random() * len(options))]  # `Random.choice` may change between Python versions
 
     phrases = [f"a {choose(SIZE_WORDS[size])} {color} {choose(SHAPE_WORDS[shape])}" for size, color, shape in nouns]
     opening = choose(OPENINGS)
     sentence = choose(_wordings(len(nouns))[relation])
     if sentence.startswith("from"):
-        opening = ""  # nobody says "a picture of from left to right"
+        opening = ""  # avoids "a picture of from left to right"
     names = dict(zip(("first", "second", "third"), phrases, strict=False))
     return opening + sentence.format(**names) + choose(BACKGROUND_WORDINGS).format(background=background)
 
 
 def parse_caption(caption: str) -> dict[str, Any]:
-    """Read a caption of `write_caption` back.
+    """Parse a caption made by `write_caption`.
 
     Returns:
         {"objects": [{"size", "color", "shape"}, ...] in the order of the scene, "relation", "background"}.
 
     Raises:
-        ValueError: if the caption is not one of this grammar.
+        ValueError: if the caption does not follow this grammar.
     """
     for pattern, relation in _PATTERNS:
         match = pattern.fullmatch(caption)
@@ -92,18 +92,18 @@ def parse_caption(caption: str) -> dict[str, Any]:
                 size, color, shape = found[name].split()[1:]
                 objects.append({"size": _SIZES[size], "color": color, "shape": _SHAPES[shape]})
         return {"objects": objects, "relation": relation, "background": found["background"]}
-    raise ValueError(f"`caption` is not of the synthetic grammar: {caption!r}. Give one that `write_caption` made.")
+    raise ValueError(f"`caption` does not follow the synthetic grammar: {caption!r}. Pass one from `write_caption`.")
 
 
 def _wordings(count: int) -> dict[str, tuple[str, ...]]:
-    """Sentences by relation for a scene of `count` shapes, with {first}, {second} and {third} to fill in."""
+    """Sentence templates by relation for scenes of `count` shapes, with {first}, {second}, {third} to fill in."""
     if count == 1:
         return {place: tuple("{first}" + ending for ending in endings) for place, endings in PLACE_WORDINGS.items()}
     return TWO_WORDINGS if count == 2 else THREE_WORDINGS
 
 
 def _compile_patterns() -> list[tuple[re.Pattern[str], str]]:
-    """One regular expression per sentence, with any opening and any way to name the background."""
+    """One regular expression per sentence and background wording, each accepting any opening."""
     noun = rf"a (?:{'|'.join(_SIZES)}) \w+ (?:{'|'.join(_SHAPES)})"
     opening = "|".join(sorted(set(OPENINGS)))
     patterns = []

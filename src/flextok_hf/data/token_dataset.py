@@ -1,4 +1,4 @@
-"""Token ids made by scripts/tokenize_dataset.py: are they those of this tokenizer?"""
+"""Checks that token ids from scripts/tokenize_dataset.py were made with a given tokenizer."""
 
 from pathlib import Path
 
@@ -9,13 +9,13 @@ from ..utils.files import read_json
 from ..utils.measures import weights_hash
 
 
-SETTINGS_FILE = "settings.json"  # beside the shards: what decided the ids
+SETTINGS_FILE = "settings.json"  # next to the shards: the settings that produced the ids
 
 
 def check_token_data(sources: list[str], tokenizer: str) -> None:
-    """Compare the weights that made the ids with those of `tokenizer`, which is loaded for that moment.
+    """Check that the ids were made with the weights of `tokenizer`, which is loaded only for this check.
 
-    Ids without a record of their making are taken as they are.
+    Ids without a settings file are accepted as they are.
 
     Raises:
         ValueError: if the weights differ.
@@ -32,5 +32,5 @@ def check_token_data(sources: list[str], tokenizer: str) -> None:
         if weights_hash(parts) != settings["weights_sha256"]:
             raise ValueError(
                 f"The token ids of `train_data` {str(path.parent)!r} were made by {settings['model']!r} with other"
-                f" weights than those of `tokenizer` {tokenizer!r}. Name that one, or make the ids anew."
+                f" weights than those of `tokenizer` {tokenizer!r}. Pass the one that made them, or remake the ids."
             )

@@ -1,9 +1,9 @@
-"""Hugging Face data sets -> training batches: `pixel_values`, and `captions` or `class_labels` where there are any.
+"""Hugging Face datasets -> training batches: `pixel_values`, and `captions` or `class_labels` if available.
 
     dataset = load_training_dataset("folder", transform=ImageTransform(64), columns=Columns(caption="text"))
     for batch in TrainingBatches(build_dataloader(dataset, batch_size=32)).start(): ...
 
-Rows whose image cannot be read are counted, named in a warning and never used.
+Rows whose image cannot be read are counted, reported in a warning and never used.
 """
 
 from collections.abc import Sequence
@@ -31,24 +31,24 @@ def load_training_dataset(
     fail_on_unreadable: bool = False,
     config_name: str | None = None,
 ) -> ImageDataset | StreamedImageDataset:
-    """Load one split of a data set for training; serve it with `build_dataloader`.
+    """Load one split of a dataset for training; pass the result to `build_dataloader`.
 
     Args:
-        source: as in `load_rows`. Synthetic captions are in "text"; class folders become "label".
-        split: its name, "train" or "validation" in most data sets.
-        transform: how an image becomes `pixel_values`.
-        columns: what to read of a row.
+        source: as in `load_rows`. Synthetic captions are in column "text"; class folders become column "label".
+        split: name of the split, "train" or "validation" in most datasets.
+        transform: turns an image into `pixel_values`.
+        columns: what to read from a row.
         streaming: read while training, without a local copy.
-        shuffle_buffer: rows of a stream that are shuffled together; ignored otherwise. 0 keeps the order.
-        cache_in_memory: decode all images once, for small data sets that are not streamed.
-        num_workers: processes that decode for the cache.
+        shuffle_buffer: number of rows of a stream to shuffle together; ignored otherwise. 0 keeps the order.
+        cache_in_memory: decode all images once, for small datasets that are not streamed.
+        num_workers: processes that decode images for the cache.
         max_samples: use only the first rows.
-        seed: decides the synthetic images and the order and draws of a streamed data set.
-        fail_on_unreadable: an unreadable row is an error.
-        config_name: of a data set on the Hub that has several.
+        seed: seeds the synthetic images, and the order and random draws of a streamed dataset.
+        fail_on_unreadable: raise an error for an unreadable row.
+        config_name: configuration of a Hub dataset that has several.
     """
     if streaming and cache_in_memory:
-        raise ValueError("`cache_in_memory` needs all rows at the start: turn off either it or `streaming`.")
+        raise ValueError("`cache_in_memory` needs all rows up front: turn off either it or `streaming`.")
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"`max_samples` must be 1 or more, or None for all rows, got {max_samples}.")
     if source in (SYNTHETIC, [SYNTHETIC]) and columns.token_ids is not None:

@@ -1,4 +1,4 @@
-"""The demo in the browser: `flextok demo`, or a Space on the Hub; needs the extra `demo` (Gradio).
+"""The browser demo: `flextok demo`, or a Space on the Hub; needs the extra `demo` (Gradio).
 
 Imports `pipelines`, `models` and `utils`.
 """

@@ -1,6 +1,6 @@
-"""What the tabs of the demo do, without the web around it.
+"""The actions behind the tabs of the demo, independent of the web page.
 
-Everything that arrives here comes from strangers: each method checks it and answers with a sentence if it is wrong.
+All input is untrusted: each method checks it, and raises an error with a message for the visitor if it is wrong.
 """
 
 import math
@@ -24,7 +24,7 @@ NUM_VARIATIONS = 4
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """A photo as the model sees it, as it comes back, and figures about it."""
+    """A photo as the model sees it, its reconstruction, and figures about it."""
 
     original: Image.Image
     image: Image.Image
@@ -34,10 +34,10 @@ class Reconstruction:
 
 
 class DemoActions:
-    """One pipeline and the jobs of the demo.
+    """One pipeline and the actions of the demo.
 
     Args:
-        pipe: any pipeline; without a prior, only photos can be worked on.
+        pipe: any pipeline; one without a text prior supports photos only.
     """
 
     def __init__(self, pipe: FlexTokPipeline):
@@ -46,12 +46,12 @@ class DemoActions:
 
     @property
     def num_registers(self) -> int:
-        """Longest token sequence of an image."""
+        """Maximum number of tokens of an image."""
         return self.pipe.num_registers
 
     @property
     def reads_prompts(self) -> bool:
-        """Whether the model draws from texts."""
+        """Whether the model generates images from prompts."""
         return self.pipe.prior is not None and self.pipe.text_encoder is not None
 
     @property
@@ -60,10 +60,10 @@ class DemoActions:
         return math.log2(self.pipe.codebook_size)
 
     def open_photo(self, path: str | None) -> Image.Image:
-        """Read a photo that somebody sent and cut out the square that the model sees, (R, R) in RGB.
+        """Read an uploaded photo and crop it to the square that the model sees, (R, R) in RGB.
 
         Raises:
-            ValueError: if there is none, or it is no image, damaged or too large.
+            ValueError: if there is none, or it is not an image, damaged or too large.
         """
         if not path:
             raise ValueError("Choose a photo first.")
@@ -71,20 +71,20 @@ class DemoActions:
             with Image.open(path) as header:
                 width, height = header.size
         except Image.UnidentifiedImageError as error:
-            raise ValueError("This file is not an image that can be read. Send a PNG, JPEG or WebP file.") from error
+            raise ValueError("This file is not an image that can be read. Upload a PNG, JPEG or WebP file.") from error
         except PILLOW_BOMBS as error:
             raise ValueError(self._too_large()) from error
         except PILLOW_ERRORS as error:
-            raise ValueError("This image is damaged or cut off. Save it again and send it once more.") from error
+            raise ValueError("This image is damaged or truncated. Save it again and upload it once more.") from error
         if width * height > MAX_PHOTO_MEGAPIXELS * 10**6:
             raise ValueError(self._too_large(f" This one has {width} x {height}."))
         try:
             return resize_and_crop(load_image(path), self.pipe.resolution)
         except ValueError as error:
-            raise ValueError("This image is damaged or cut off. Save it again and send it once more.") from error
+            raise ValueError("This image is damaged or truncated. Save it again and upload it once more.") from error
 
     def reconstruct(self, path: str | None, num_tokens: Any, seed: Any = 0) -> Reconstruction:
-        """Draw a photo again from its first tokens."""
+        """Reconstruct a photo from its first tokens."""
         photo = self.open_photo(path)
         count = self.check_count(num_tokens, "tokens")
         image = self.decode(self.pipe.tokenize(photo, count)[0].tolist(), seed)
@@ -99,7 +99,7 @@ class DemoActions:
         guidance_scale: float | None = None,
         prior_guidance_scale: float | None = None,
     ) -> Iterator[tuple[int, int, Image.Image]]:
-        """Draw a prompt; returns an iterator over (image number, number of tokens, image)."""
+        """Generate from a prompt; returns an iterator over (image number, number of tokens, image)."""
         text = self.check_prompt(prompt)
         most = self.check_count(max_tokens, "tokens")
         counts = [count for count in token_ladder(self.num_registers) if count < most] + [most]
@@ -115,10 +115,10 @@ class DemoActions:
     def vary(
         self, path: str | None, keep_tokens: Any, prompt: Any = "", seed: Any = 0
     ) -> Iterator[tuple[str, Image.Image]]:
-        """Keep the first tokens of a photo and let the prior write the rest, several times.
+        """Keep the first tokens of a photo and let the prior generate the rest, several times.
 
         Returns:
-            An iterator over (title, image): what is kept, then the variations, each with a seed of its own.
+            An iterator over (title, image): the kept tokens alone, then the variations, each with its own seed.
         """
         photo = self.open_photo(path)
         keep = self.check_count(keep_tokens, "kept tokens")
@@ -139,12 +139,12 @@ class DemoActions:
         return self.pipe.tokenize(self.open_photo(path))[0].tolist()
 
     def tokens_of_prompt(self, prompt: Any, seed: Any = 0) -> list[int]:
-        """Return the token ids that the prior writes for a prompt."""
+        """Return the token ids that the prior generates for a prompt."""
         text = self.check_prompt(prompt)
         return self.pipe.generate_tokens(text, generator=self.generator(seed))[0].tolist()
 
     def token_rows(self, token_ids: list[int]) -> list[list]:
-        """Return a row per token: its number from 1 on, its id, its FSQ digits."""
+        """Return a row per token: its number (from 1), its id and its FSQ digits."""
         quantizer = self.pipe.encoder.quantizer
         return [
             [number, token_id, " ".join(str(digit) for digit in self.digits(token_id, quantizer))]
@@ -153,61 +153,60 @@ class DemoActions:
 
     @staticmethod
     def digits(token_id: int, quantizer: Any) -> list[int]:
-        """Return the level of every code dimension, from 0 on, that an id stands for."""
+        """Return the level (from 0) of every code dimension of an id."""
         return [token_id // place % level for place, level in zip(quantizer.place_values, quantizer.levels)]
 
     def replace_token(
         self, token_ids: list[int] | None, number: Any, token_id: Any, seed: Any = 0
     ) -> tuple[list[int], Image.Image, Image.Image]:
-        """Put another id in one place.
+        """Replace the id of one token.
 
         Returns:
-            The new ids, and the images before and after from the same noise.
+            The new ids, and the images before and after, decoded from the same noise.
         """
         if not token_ids:
-            raise ValueError("Read a photo or write a prompt first: there are no tokens to change yet.")
+            raise ValueError("Tokenize a photo or a prompt first: there are no tokens to change yet.")
         place = self._whole_number(number, "The number of the token", 1, len(token_ids))
         new_id = self._whole_number(token_id, "The new id", 0, self.pipe.codebook_size - 1)
         changed = [*token_ids[: place - 1], new_id, *token_ids[place:]]
         return changed, self.decode(token_ids, seed), self.decode(changed, seed)
 
     def decode(self, token_ids: list[int], seed: Any = 0) -> Image.Image:
-        """Draw the image of one sequence of ids."""
+        """Decode one sequence of ids to an image."""
         return self.pipe.detokenize(torch.tensor([token_ids]), generator=self.generator(seed)).images[0]
 
     def generator(self, seed: Any) -> torch.Generator:
-        """Return the source of chance that a seed stands for."""
+        """Return a generator with this seed."""
         return torch.Generator().manual_seed(self.check_seed(seed))
 
     def check_seed(self, seed: Any) -> int:
-        """Return a seed that leaves room for the seeds of the variations."""
+        """Check a seed, which must leave room for the seeds of the variations."""
         return self._whole_number(seed, "The seed", 0, 2**32 - 1)
 
     def check_count(self, count: Any, what: str) -> int:
-        """Return a number of tokens that the model has."""
+        """Check a number of tokens against what the model has."""
         return self._whole_number(count, f"The number of {what}", 1, self.num_registers)
 
     def check_prompt(self, prompt: Any, may_be_empty: bool = False) -> str:
-        """Return a prompt of reasonable length; no text is cut on the quiet."""
+        """Check the length of a prompt and strip it; nothing is truncated silently."""
         if not self.reads_prompts:
-            raise ValueError("This model has no prior for texts: it can only take photos apart and draw them again.")
+            raise ValueError("This model has no text prior: it can only tokenize and reconstruct photos.")
         text = prompt.strip() if isinstance(prompt, str) else ""
         if not text and not may_be_empty:
-            raise ValueError("Write what to draw, for example: a cat.")
+            raise ValueError("Enter a prompt, for example: a cat.")
         if len(text) > MAX_PROMPT_CHARACTERS:
             raise ValueError(
-                f"The prompt has {len(text):,} characters, but the model reads short ones. Write at most"
-                f" {MAX_PROMPT_CHARACTERS}."
+                f"The prompt has {len(text):,} characters. Shorten it to at most {MAX_PROMPT_CHARACTERS}."
             )
         return text
 
     @staticmethod
     def _too_large(detail: str = "") -> str:
-        return f"This image is too large: send one of at most {MAX_PHOTO_MEGAPIXELS} million pixels.{detail}"
+        return f"This image is too large: upload one of at most {MAX_PHOTO_MEGAPIXELS} million pixels.{detail}"
 
     @staticmethod
     def _whole_number(value: Any, what: str, low: int, high: int) -> int:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not low <= value <= high or value != int(value):  # in this order: infinity is no integer
+        if not is_number or not low <= value <= high or value != int(value):  # in this order: int() fails on infinity
             raise ValueError(f"{what} must be a whole number from {low} to {high:,}.")
         return int(value)

@@ -1,7 +1,7 @@
-"""The page of the demo: four tabs over one `DemoActions`, made with Gradio.
+"""The demo page: four Gradio tabs over one `DemoActions`.
 
-One image is worked on at a time (`MODEL_QUEUE`): a pipeline has one scheduler, and two jobs at once would only take
-turns on the same cores. Everybody else waits in the queue and sees it.
+Jobs run one at a time (`MODEL_QUEUE`): a pipeline has one scheduler, and two parallel jobs would only compete for the
+same cores. Other visitors wait in the queue, and the page says so.
 """
 
 import functools
@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 MODEL_QUEUE = {"concurrency_id": "model", "concurrency_limit": 1}
 MAX_QUEUE_LENGTH = 64
 MAX_FILE_SIZE = "20mb"
-KEEP_FILES_S = 3600  # images of the queue's answers lie on the disk for so long
+KEEP_FILES_S = 3600  # how long result images stay on disk
 
-# Fonts of the reader's own system: nothing is fetched from elsewhere.
+# System fonts: nothing is fetched from other hosts.
 FONTS = ["system-ui", "sans-serif"]
 CSS = """
 .gradio-container {max-width: 1100px !important; margin: 0 auto !important}
@@ -37,21 +37,21 @@ progress {width: 100%; height: 0.8rem; accent-color: var(--primary-500)}
 
 
 def build_demo(pipe: FlexTokPipeline, name: str = "the embedded model") -> gr.Blocks:
-    """Lay out the page.
+    """Build the page.
 
     Args:
         pipe: the model to show.
-        name: what to call it on the page.
+        name: its name on the page.
 
     Returns:
-        The page with its queue; `launch_options()` are meant for its `launch`.
+        The page with its queue; pass `launch_options()` to its `launch`.
     """
     actions = DemoActions(pipe)
     with gr.Blocks(title="FlexTok", analytics_enabled=False, delete_cache=(KEEP_FILES_S, KEEP_FILES_S)) as demo:
         gr.Markdown(
             "# FlexTok: images as 1 to"
-            f" {actions.num_registers} tokens\nThe first tokens say what an image is about, later ones add detail."
-            f" Every number of them gives an image. You see {name}: {pipe.resolution} x {pipe.resolution} pixels,"
+            f" {actions.num_registers} tokens\nThe first tokens describe what is in an image, later ones add detail;"
+            f" any number of tokens decodes to an image. This is {name}: {pipe.resolution} x {pipe.resolution} pixels,"
             f" {pipe.codebook_size:,} codes, {actions.bits_per_token:.1f} bits per token."
         )
         with gr.Tabs():
@@ -68,7 +68,7 @@ def build_demo(pipe: FlexTokPipeline, name: str = "the embedded model") -> gr.Bl
 
 
 def launch_options() -> dict[str, Any]:
-    """Return the arguments of `launch` that belong to the page: looks, limits, no links to elsewhere."""
+    """Return the arguments of `launch` for this page: theme, limits, no footer links."""
     theme = gr.themes.Default(font=FONTS, font_mono=["ui-monospace", "monospace"])
     return {"theme": theme, "css": CSS, "max_file_size": MAX_FILE_SIZE, "footer_links": []}
 
@@ -80,11 +80,11 @@ def add_reconstruct(actions: DemoActions) -> None:
             photo = photo_input()
             count = token_slider(actions, "Tokens", actions.num_registers, "reconstruct-tokens")
             seed = seed_input()
-            button = gr.Button("Draw it again", variant="primary")
+            button = gr.Button("Reconstruct", variant="primary")
         with gr.Column(min_width=280, scale=2):
             with gr.Row():
                 original = image_output(actions, "What the model sees")
-                image = image_output(actions, "What comes back")
+                image = image_output(actions, "Reconstruction")
             facts = gr.Markdown(elem_id="reconstruct-facts")
 
     def run(path, num_tokens, seed):
@@ -102,13 +102,13 @@ def add_reconstruct(actions: DemoActions) -> None:
 
 
 def add_generate(actions: DemoActions) -> None:
-    """Tab: a prompt; images appear as its tokens are written."""
+    """Tab: a prompt; images appear as its tokens are generated."""
     with gr.Row():
         with gr.Column(min_width=280):
             prompt = gr.Textbox(label="Prompt", value="a cat", placeholder="a cat", max_lines=3)
-            button = gr.Button("Draw", variant="primary")
-            gr.Examples(["a cat", "a red apple", "a 3d rocket", "a castle"], prompt, label="Try")
-            count = token_slider(actions, "Tokens at most", actions.num_registers, "generate-tokens")
+            button = gr.Button("Generate", variant="primary")
+            gr.Examples(["a cat", "a red apple", "a 3d rocket", "a castle"], prompt, label="Examples")
+            count = token_slider(actions, "Maximum tokens", actions.num_registers, "generate-tokens")
             seed = seed_input()
             with gr.Accordion("Guidance", open=False):
                 guidance = guidance_slider("Follow the tokens", actions.pipe.config.default_guidance_scale)
@@ -116,13 +116,13 @@ def add_generate(actions: DemoActions) -> None:
         with gr.Column(min_width=280, scale=2):
             progress = gr.HTML(elem_id="generate-progress")
             image = image_output(actions, "The image so far", height=320)
-            gallery = gallery_output(actions, "How it came about")
+            gallery = gallery_output(actions, "All steps")
 
     def run(text, max_tokens, seed, guidance_scale, prior_guidance_scale):
         total = len([step for step in token_ladder(actions.num_registers) if step < max_tokens]) + 1
         shown: list[tuple] = []
         images = actions.generate(text, max_tokens, seed, guidance_scale, prior_guidance_scale)
-        yield progress_bar(0, total, "writing"), None, []
+        yield progress_bar(0, total, "generating tokens"), None, []
         for number, num_tokens, image in images:
             title = token_count_title(num_tokens)
             shown.append((image, title))
@@ -139,18 +139,18 @@ def add_vary(actions: DemoActions) -> None:
         with gr.Column(min_width=280):
             photo = photo_input()
             keep = token_slider(actions, "Tokens to keep", min(4, actions.num_registers), "vary-tokens")
-            prompt = gr.Textbox(label="Prompt (may be empty)", max_lines=3)
+            prompt = gr.Textbox(label="Prompt (optional)", max_lines=3)
             seed = seed_input()
             button = gr.Button("Vary", variant="primary")
         with gr.Column(min_width=280, scale=2):
             progress = gr.HTML(elem_id="vary-progress")
-            gallery = gallery_output(actions, "What is kept, and four ways to go on")
+            gallery = gallery_output(actions, "The kept tokens, and four variations")
 
     def run(path, keep_tokens, text, seed):
         images = actions.vary(path, keep_tokens, text, seed)
         total = 1 + NUM_VARIATIONS
         shown: list[tuple] = []
-        yield progress_bar(0, total, "reading"), []
+        yield progress_bar(0, total, "tokenizing the photo"), []
         for number, (title, image) in enumerate(images, start=1):
             shown.append((image, title))
             yield progress_bar(number, total, title), list(shown)
@@ -160,17 +160,17 @@ def add_vary(actions: DemoActions) -> None:
 
 
 def add_tokens(actions: DemoActions) -> None:
-    """Tab: the ids of an image with their digits; replace one and see what it changes."""
+    """Tab: the token ids of an image with their digits; replace one and see what changes."""
     token_ids = gr.State([])
     levels = " x ".join(map(str, actions.pipe.encoder.quantizer.levels))
-    gr.Markdown(f"A token is one of {actions.pipe.codebook_size:,} codes: {levels} levels, written as digits.")
+    gr.Markdown(f"Each token is one of {actions.pipe.codebook_size:,} codes: {levels} levels, shown as digits.")
     with gr.Row():
         with gr.Column(min_width=280):
             photo = photo_input()
-            read = gr.Button("Read the photo")
+            read = gr.Button("Tokenize the photo")
             if actions.reads_prompts:
-                prompt = gr.Textbox(label="or a prompt", value="a cat", max_lines=3)
-                write = gr.Button("Write tokens for the prompt")
+                prompt = gr.Textbox(label="Or a prompt", value="a cat", max_lines=3)
+                write = gr.Button("Generate tokens for the prompt")
             seed = seed_input()
         with gr.Column(min_width=280):
             table = gr.Dataframe(
@@ -179,7 +179,7 @@ def add_tokens(actions: DemoActions) -> None:
                 type="array",
                 interactive=False,
                 max_height=360,
-                label="Tokens; choose one to replace it",
+                label="Tokens (click one to replace it)",
                 elem_id="token-table",
             )
             number = gr.Number(1, label="Token to replace", precision=0, minimum=1, maximum=actions.num_registers)
@@ -218,33 +218,33 @@ def add_tokens(actions: DemoActions) -> None:
 
 
 def on(event: Callable, run: Callable, inputs: list, outputs: list, api_name: str | None = None, **options) -> None:
-    """Let an event of the page run a job of the model, one at a time; only named jobs are offered to programs."""
+    """Run a job of the model on an event, one at a time; only jobs with an `api_name` are in the public API."""
     visibility = "public" if api_name else "private"
     event(run, inputs, outputs, api_name=api_name, api_visibility=visibility, **MODEL_QUEUE, **options)
 
 
 def answer(run: Callable) -> Callable:
-    """Turn what a visitor can cause into a sentence on the page, and keep details of our own defects in the log."""
+    """Show errors that a visitor can cause as messages on the page; details of our own bugs go to the log only."""
 
-    def to_sentence(error: Exception) -> gr.Error:
+    def to_message(error: Exception) -> gr.Error:
         if isinstance(error, ValueError | TypeError | OSError):
             return gr.Error(str(error), print_exception=False)
-        logger.exception("a job of the demo failed")
-        return gr.Error("Something went wrong here, not with your input. Try again.", print_exception=False)
+        logger.exception("a demo job failed")
+        return gr.Error("Internal error; your input is fine. Please try again.", print_exception=False)
 
     @functools.wraps(run)
     def run_once(*arguments):
         try:
             return run(*arguments)
         except Exception as error:
-            raise to_sentence(error) from error
+            raise to_message(error) from error
 
     @functools.wraps(run)
     def run_in_parts(*arguments):
         try:
             yield from run(*arguments)
         except Exception as error:
-            raise to_sentence(error) from error
+            raise to_message(error) from error
 
     return run_in_parts if inspect.isgeneratorfunction(run) else run_once
 
@@ -256,12 +256,12 @@ def progress_bar(done: int, total: int, what: str) -> str:
 
 
 def photo_input() -> gr.Image:
-    """A place for a photo, handed on as the path of the file that was sent.
+    """Return an input for a photo, passed on as the path of the uploaded file.
 
-    Gradio would open the file before us and answer a bad one with a traceback; the actions says what is wrong with it.
+    Gradio would open the file itself and fail on a bad one with a traceback; the actions say what is wrong with it.
     """
     photo = gr.Image(label="Photo", sources=["upload", "clipboard"], height=260, buttons=[])
-    # Not by a class of our own: Gradio writes a stub file into the package for each of them.
+    # Not a subclass: Gradio would write a stub file for it into the package.
     setattr(photo, "preprocess", lambda payload: None if payload is None else payload.path)
     return photo
 
@@ -293,5 +293,5 @@ def gallery_output(actions: DemoActions, label: str) -> gr.Gallery:
 
 
 def pixel_classes(actions: DemoActions) -> list[str]:
-    """Small images are enlarged by the browser; smoothing would flatter a small model."""
+    """Return CSS classes that enlarge small images without smoothing, which would flatter a small model."""
     return ["pixels"] if actions.pipe.resolution < 128 else []

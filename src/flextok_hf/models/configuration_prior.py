@@ -35,6 +35,9 @@ class FlexTokPriorConfig(PreTrainedConfig):
         dropout (`float`): dropout probability on each residual update; 0 in the published models.
         initializer_range (`float`): standard deviation of newly initialized weights.
         bos_token_id (`int`): id of the start token, always `codebook_size`: the first id that is not a code.
+        eos_token_id (`int`): code that ends a sequence, for models trained with one; `None` in the published models.
+        pad_token_id (`int`): code that fills a row after its end; `None` means `eos_token_id`.
+        use_cache (`bool`): return keys and values by default, except in training.
         tie_word_embeddings (`bool`): always False: the embedding has one more row than the output layer.
     """
 
@@ -64,6 +67,9 @@ class FlexTokPriorConfig(PreTrainedConfig):
     dropout: float = 0.0
     initializer_range: float = 0.02
     bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    use_cache: bool = True
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
@@ -108,3 +114,7 @@ class FlexTokPriorConfig(PreTrainedConfig):
                 f"`bos_token_id` is {self.bos_token_id}, but the start vector is row `codebook_size`"
                 f" ({self.codebook_size}) of the embedding. Leave `bos_token_id` out."
             )
+        for name in ("eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < self.codebook_size:
+                raise ValueError(f"`{name}` is {value}, but it must be a code in [0, {self.codebook_size}) or None.")

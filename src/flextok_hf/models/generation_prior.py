@@ -122,6 +122,7 @@ class PriorGenerationMixin(GenerationMixin):
         **model_kwargs,
     ) -> Tensor | PriorGenerateOutput:
         """Transformers' sampling loop with guidance and a generator; `generate` prepares its arguments."""
+        model_kwargs = given_inputs(model_kwargs)
         batch_size = input_ids.shape[0]
         if isinstance(sampling.generator, list) and len(sampling.generator) != batch_size:
             raise ValueError(
@@ -172,13 +173,26 @@ class PriorGenerationMixin(GenerationMixin):
         return self(input_ids, class_labels=no_class, use_cache=False, logits_to_keep=1).logits[:, -1].float()
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, next_sequence_length: int | None = None, is_first_iteration: bool = False, **kwargs
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        is_first_iteration: bool = False,
+        inputs_embeds: Tensor | None = None,
+        **kwargs,
     ) -> dict:
-        """Return the arguments of `forward` for the next step; positions and masks follow from the cache."""
-        if next_sequence_length is not None:
-            input_ids = input_ids[:, -next_sequence_length:]
-        given = {name: kwargs[name] for name in FORWARD_INPUTS if name in kwargs}
-        return {"input_ids": input_ids.contiguous(), **given}
+        """Arguments of `forward` for the next step: what the cache does not hold yet."""
+        if inputs_embeds is not None and is_first_iteration:
+            return {"inputs_embeds": inputs_embeds, **given_inputs(kwargs)}
+        cache = kwargs.get(CACHE_NAME)
+        past_length = 0 if cache is None else int(cache.get_seq_length())
+        if next_sequence_length is None and past_length >= input_ids.shape[1]:
+            raise ValueError(
+                f"`{CACHE_NAME}` holds {past_length} positions, but only {input_ids.shape[1]} ids were passed. Pass"
+                " the whole sequence, also what the cache holds, and at least one id more."
+            )
+        new_ids = input_ids[:, past_length if next_sequence_length is None else -next_sequence_length :]
+        # cloned: a slice of one row has a stride of its own, for which a compiled step would compile again
+        return {"input_ids": new_ids.clone(memory_format=torch.contiguous_format), **given_inputs(kwargs)}
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
         is_own = CACHE_NAME not in model_kwargs
@@ -225,6 +239,8 @@ class PriorGenerationMixin(GenerationMixin):
 
 
 FORWARD_INPUTS = (
+    "output_hidden_states",
+    "output_attentions",
     "encoder_hidden_states",
     "encoder_attention_mask",
     "class_labels",
@@ -235,6 +251,11 @@ FORWARD_INPUTS = (
 LOOP_ARGUMENTS = ("streamer", "assistant_model", "custom_generate")  # these select another loop of Transformers
 # arguments of Transformers' `generate` that are neither options nor model inputs
 GENERATE_OBJECTS = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus")
+
+
+def given_inputs(kwargs: dict) -> dict:
+    """Return those arguments of a step that `forward` takes."""
+    return {name: kwargs[name] for name in FORWARD_INPUTS if name in kwargs}
 
 
 def text_multiple(generation_config: GenerationConfig, conditions: dict) -> int:

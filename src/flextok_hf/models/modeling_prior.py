@@ -19,7 +19,7 @@ from .configuration_prior import FlexTokPriorConfig
 from .generation_prior import PriorGenerationMixin
 from .packed_linear import PackableLinear
 from .prior_cache import CACHE_NAME, prepare_cache
-from .prior_inputs import UNCONDITIONAL_LABEL, check_forward_inputs
+from .prior_inputs import UNCONDITIONAL_LABEL, PriorInputs, check_forward_inputs
 from .prior_layers import PriorBlock, ResidualProjection, TextProjector, make_norm
 from .whole_weights import WholeWeightsMixin
 
@@ -47,7 +47,9 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
     def __init__(self, config: FlexTokPriorConfig):
         super().__init__(config)
         # not derived from `config`, as Transformers does: that would lose options that only our `generate` knows
-        self.generation_config = GenerationConfig(bos_token_id=config.bos_token_id)
+        self.generation_config = GenerationConfig(
+            bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+        )
         self.token_embedding = nn.Embedding(config.codebook_size + 1, config.hidden_size)  # last row: start vector
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         if config.num_classes is not None:
@@ -92,20 +94,20 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
         """Project the text encoder's states (B, M, text_hidden_size) to (B, M, D)."""
         return self.text_projector(encoder_hidden_states)
 
-    def embed(self, input_ids: Tensor, positions: Tensor, class_labels: Tensor | None) -> Tensor:
-        """Embed ids (B, L) at `positions` (L,) as (B, L, D); a class is added to the start vector, -1 adds nothing."""
-        hidden_states = self.token_embedding(input_ids) + self.position_embedding(positions)  # (B, L, D)
+    def embed(self, token_states: Tensor, positions: Tensor, class_labels: Tensor | None) -> Tensor:
+        """Add positions (1 or B, L) to embedded tokens (B, L, D), and a class to the start vector; -1 adds nothing."""
+        hidden_states = token_states + self.position_embedding(positions)  # (B, L, D)
         if class_labels is None:
             return hidden_states
         has_class = class_labels != UNCONDITIONAL_LABEL  # (B,)
         class_states = self.class_embedding(torch.where(has_class, class_labels, 0))  # (B, D)
-        is_start = (positions == 0)[None, :, None] & has_class[:, None, None]  # (B, L, 1)
+        is_start = (positions == 0)[..., None] & has_class[:, None, None]  # (B, L, 1)
         return hidden_states + torch.where(is_start, class_states[:, None], 0.0)
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         class_labels: Tensor | None = None,
@@ -115,52 +117,89 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> CausalLMOutputWithPast:
         """Predict the next token at every position.
 
         Args:
-            input_ids: (B, L), `[BOS, t0, t1, ...]`, or the tokens that follow those in `cache`.
-            encoder_hidden_states: states of the text encoder, (B, M, text_hidden_size); required by models with text.
-            encoder_attention_mask: (B, M), 1 for text and 0 for padding; `None` means no padding.
+            input_ids: (B, L), `[BOS, t0, t1, ...]`, or the tokens that follow those in `cache`. The last of
+                `[BOS, all tokens]` has no position and predicts nothing: it is not run, and its logits are zeros.
+            encoder_hidden_states, encoder_attention_mask: states of the text encoder, (B, M, text_hidden_size),
+                required by models with text; (B, M), 1 for text and 0 for padding, `None` means no padding.
             class_labels: (B,) in [0, num_classes), or -1 for unconditional; required by models with classes.
-            cache: keys and values of the positions so far; a `DynamicCache` or `StaticCache`, wrapped in an
-                `EncoderDecoderCache` with the text's keys and values for models with text.
+            cache: keys and values of the positions so far; `past_key_values` in Transformers before 5.24.
             labels: (B, L), usually `input_ids`; shifted internally, -100 is ignored. The last input, which has no
-                target, is then not run: logits are (B, L - 1, V), and `[BOS, all tokens]` fits the positions.
-            use_cache: return a cache; `None` means only if one was given.
+                target, is then not run: logits are (B, L - 1, V).
+            use_cache: return a cache; `None` is the configuration's default, and no new cache in training.
             logits_to_keep: number of last positions to compute logits for, 0 for all; or positions as a 1-D tensor.
             num_items_in_batch: divide the summed loss by this instead of the number of labels.
-            past_key_values: the name of `cache` in Transformers before 5.24.
-
-        Returns:
-            `loss` if `labels` were given, `logits` (B, L, V) over the codes, and the cache if requested.
+            attention_mask: (B, S), 1 for tokens so far and 0 for padding on the left.
+            position_ids: (1 or B, L); by default what follows the cache, not counting padding.
+            inputs_embeds: (B, L, D), embedded tokens instead of `input_ids`.
+            output_hidden_states, output_attentions: return them; attentions need the eager implementation.
         """
-        cache = past_key_values if cache is None else cache
-        text = (encoder_hidden_states, encoder_attention_mask)
-        check_forward_inputs(self.config, input_ids, *text, class_labels, cache, labels)
+        inputs = PriorInputs(input_ids, inputs_embeds, labels, attention_mask, position_ids)
+        text, cache = (encoder_hidden_states, encoder_attention_mask), past_key_values if cache is None else cache
+        check_forward_inputs(self.config, inputs, *text, class_labels, cache)
+        is_full = cache is None and inputs.length > self.config.max_position_embeddings
+        inputs = inputs.without_last() if is_full or labels is not None else inputs
+        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        cache = prepare_cache(self.config, cache, use_cache and labels is None)
+        hidden_states, all_states, all_weights = self.run_blocks(
+            inputs, *text, class_labels, cache, output_hidden_states, output_attentions
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if is_full and labels is None:
+            hidden_states = F.pad(hidden_states, (0, 0, 0, 1))
+        logits = self.head(self.head_norm(hidden_states[:, kept]))  # (B, L, V)
+        loss = None
         if labels is not None:
-            input_ids = input_ids[:, :-1]
-        cache = prepare_cache(self.config, cache, use_cache)
+            targets = labels[:, 1:].contiguous()
+            loss = self.loss_function(
+                logits, None, self.config.codebook_size, num_items_in_batch, shift_labels=targets
+            )
+        states = {"hidden_states": all_states, "attentions": all_weights}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: cache if use_cache else None}, **states)
 
-        positions, attention_mask, is_causal = plan_attention(input_ids, cache)
-        hidden_states = self.embed(input_ids, positions, class_labels)  # (B, L, D)
+    def run_blocks(
+        self,
+        inputs: PriorInputs,
+        encoder_hidden_states: Tensor | None,
+        encoder_attention_mask: Tensor | None,
+        class_labels: Tensor | None,
+        cache: Cache | None,
+        output_hidden_states: bool | None,
+        output_attentions: bool | None,
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
+        """Return normalized hidden states (B, L, D), those of all blocks and all attentions if asked for."""
+        keeps_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        keeps_weights = self.config.output_attentions if output_attentions is None else output_attentions
+        if keeps_weights and self.config._attn_implementation in (None, "sdpa"):
+            raise ValueError('`output_attentions` needs `model.set_attn_implementation("eager")`: others keep none.')
+        positions, attention_mask, is_causal = plan_attention(inputs, cache)
+        token_states = self.token_embedding(inputs.ids) if inputs.embeds is None else inputs.embeds
+        hidden_states = self.embed(token_states, positions, class_labels)  # (B, L, D)
         text_states = None
         if self.config.text_hidden_size is not None and not has_cached_text(cache):
             text_states = self.project_text(encoder_hidden_states)  # (B, M, D)
         text_mask = None if encoder_attention_mask is None else encoder_attention_mask[:, None, None].bool()
         masks = {"attention_mask": attention_mask, "is_causal": is_causal, "text_mask": text_mask}
+        states, attentions = [], []
         for block in self.blocks:
-            hidden_states = block(hidden_states, text_states, **masks, cache=cache)
-
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.head(self.head_norm(self.norm(hidden_states[:, kept])))  # (B, L, V)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits, None, self.config.codebook_size, num_items_in_batch, shift_labels=labels[:, 1:].contiguous()
-            )
-        returned_cache = {CACHE_NAME: cache if use_cache is not False else None}
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **returned_cache)
+            states.append(hidden_states)
+            hidden_states, weights = block(hidden_states, text_states, **masks, cache=cache)
+            attentions.append(weights)
+        hidden_states = self.norm(hidden_states)
+        states.append(hidden_states)
+        return (
+            hidden_states,
+            tuple(states) if keeps_states else None,
+            tuple(attentions) if keeps_weights else None,
+        )
 
 
 def has_cached_text(cache: Cache | None) -> bool:
@@ -168,24 +207,33 @@ def has_cached_text(cache: Cache | None) -> bool:
     return cache is not None and bool(cache.is_updated.get(0))
 
 
-def plan_attention(input_ids: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor | None, bool]:
+def plan_attention(inputs: PriorInputs, cache: Cache | None) -> tuple[Tensor, Tensor | None, bool]:
     """Return the positions of the inputs and what each may attend to.
 
     The length of a dynamic cache is a number, so the two common cases need no mask. In a static cache it is a tensor,
     which must not be read on the host, so a mask is always used.
 
     Returns:
-        positions (L,), attention mask (1, 1, L, S) or `None`, and whether the kernel's own causal mask applies.
+        positions (1 or B, L), attention mask (1 or B, 1, L, S) or `None`, and whether the kernel's own causal mask
+        applies.
     """
-    num_inputs, device = input_ids.shape[1], input_ids.device
-    if cache is None:
-        return torch.arange(num_inputs, device=device), None, True
-    past_length = cache.get_seq_length()
-    positions = torch.arange(num_inputs, device=device) + past_length
-    if not cache.is_compileable and past_length == 0:
-        return positions, None, True
-    if not cache.is_compileable and num_inputs == 1:
-        return positions, None, False
-    num_keys, _ = cache.get_mask_sizes(num_inputs, 0)
-    is_visible = torch.arange(num_keys, device=device) <= positions[:, None]  # (L, S)
-    return positions, is_visible[None, None], False
+    num_inputs, device = inputs.length, inputs.device
+    past_length = 0 if cache is None else cache.get_seq_length()
+    places = torch.arange(num_inputs, device=device) + past_length  # (L,) in the sequence with its padding
+    positions = places[None] if inputs.position_ids is None else inputs.position_ids
+    padding = inputs.attention_mask
+    if padding is None:
+        is_growing = cache is None or not cache.is_compileable
+        if is_growing and (cache is None or past_length == 0):
+            return positions, None, True
+        if is_growing and num_inputs == 1:
+            return positions, None, False
+    elif inputs.position_ids is None:
+        positions = (padding.long().cumsum(dim=1) - 1).clamp(min=0)[:, -num_inputs:]  # (B, L)
+    num_keys = num_inputs if cache is None else cache.get_mask_sizes(num_inputs, 0)[0]
+    keys = torch.arange(num_keys, device=device)
+    is_visible = (keys <= places[:, None])[None, None]  # (1, 1, L, S)
+    if padding is not None:
+        is_token = F.pad(padding.bool(), (0, num_keys - padding.shape[1]), value=True)[:, None, None]  # (B, 1, 1, S)
+        is_visible = is_visible & (is_token | (keys == places[:, None]))  # padding sees itself: no empty rows
+    return positions, is_visible, False

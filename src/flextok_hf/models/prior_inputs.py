@@ -1,5 +1,7 @@
 """Input checks of the prior: shapes always, values only where reading them does not stall an accelerator."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -11,36 +13,98 @@ UNCONDITIONAL_LABEL = -1  # class label that adds nothing
 IGNORED_LABEL = -100  # target that the loss ignores, as in Transformers
 
 
+@dataclass(frozen=True)
+class PriorInputs:
+    """The token side of a forward pass: what runs, where it stands, what it attends to, and what it predicts.
+
+    ids (B, L), or embeds (B, L, D) instead; labels (B, L); attention_mask (B, S); position_ids (1 or B, L).
+    """
+
+    ids: Tensor | None
+    embeds: Tensor | None = None
+    labels: Tensor | None = None
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+
+    @property
+    def values(self) -> Tensor:
+        """Ids or embeddings, whichever there are."""
+        values = self.ids if self.embeds is None else self.embeds
+        assert values is not None  # checked at the door
+        return values
+
+    @property
+    def length(self) -> int:
+        """Inputs L of this pass."""
+        return self.values.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs are."""
+        return self.values.device
+
+    def without_last(self) -> "PriorInputs":
+        """Drop the last input, which has nothing to predict."""
+        parts = (self.ids, self.embeds, None, self.attention_mask, self.position_ids)
+        return PriorInputs(*(None if part is None else part[:, :-1] for part in parts))
+
+
 def check_forward_inputs(
     config: FlexTokPriorConfig,
-    input_ids: Tensor,
+    inputs: PriorInputs,
     encoder_hidden_states: Tensor | None,
     encoder_attention_mask: Tensor | None,
     class_labels: Tensor | None,
     cache: Cache | None,
-    labels: Tensor | None = None,
 ) -> None:
     """Raise an error if a model of this configuration cannot run on these inputs (see its `forward`)."""
-    if input_ids.ndim != 2 or input_ids.shape[1] == 0 or not is_integer(input_ids):
-        raise ValueError(
-            f"`input_ids` must be integers of shape (batch, length) with length 1 or more, got {input_ids.dtype} of"
-            f" shape {tuple(input_ids.shape)}. Sequences start with `bos_token_id`: `model.prepend_bos(token_ids)`."
-        )
-    if labels is not None:
-        check_labels(config, input_ids, labels, cache)
-    num_inputs = input_ids.shape[1] - (labels is not None)  # with labels, the last input is not run
+    check_sequences(config, inputs)
+    if inputs.labels is not None:
+        check_labels(config, inputs.values[:, :, 0] if inputs.ids is None else inputs.ids, inputs.labels, cache)
     past_length = 0 if cache is None else cache.get_seq_length()
+    # the last of `[BOS, all tokens]` is not run
+    num_inputs = inputs.length - (inputs.labels is not None or cache is None)
     if isinstance(past_length, int) and past_length + num_inputs > config.max_position_embeddings:
         raise ValueError(
-            f"`input_ids` needs {past_length + num_inputs} positions, but the model has"
+            f"`input_ids` needs {past_length + inputs.length} positions, but the model has"
             f" {config.max_position_embeddings} (`max_position_embeddings`; the start token takes one). Pass fewer."
         )
     is_start = isinstance(past_length, int) and past_length == 0
-    check_text(config, input_ids.shape[0], encoder_hidden_states, encoder_attention_mask, is_start)
-    check_classes(config, input_ids.shape[0], class_labels, is_start)
-    if not torch.compiler.is_compiling() and input_ids.device.type == "cpu":  # elsewhere reading values would stall
-        check_range("input_ids", input_ids, 0, config.codebook_size + 1, "The largest is `bos_token_id`.")
+    batch_size = inputs.values.shape[0]
+    check_text(config, batch_size, encoder_hidden_states, encoder_attention_mask, is_start)
+    check_classes(config, batch_size, class_labels, is_start)
+    mask = inputs.attention_mask
+    if mask is not None and isinstance(past_length, int) and mask.shape != (batch_size, past_length + inputs.length):
+        raise ValueError(
+            f"`attention_mask` must have the shape ({batch_size}, {past_length + inputs.length}), batch and positions"
+            f" so far, got {tuple(mask.shape)}."
+        )
+    if not torch.compiler.is_compiling() and inputs.device.type == "cpu":  # elsewhere reading values would stall
+        if inputs.ids is not None:
+            check_range("input_ids", inputs.ids, 0, config.codebook_size + 1, "The largest is `bos_token_id`.")
+        if inputs.position_ids is not None:
+            check_range("position_ids", inputs.position_ids, 0, config.max_position_embeddings, "BOS stands at 0.")
         check_condition_values(config, encoder_attention_mask, class_labels)
+
+
+def check_sequences(config: FlexTokPriorConfig, inputs: PriorInputs) -> None:
+    """Raise an error unless there are either ids (B, L) or embeddings (B, L, D)."""
+    if (inputs.ids is None) == (inputs.embeds is None):
+        raise ValueError("Pass either `input_ids` or `inputs_embeds`, and not both.")
+    for name, value in (("input_ids", inputs.ids), ("inputs_embeds", inputs.embeds)):
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"`{name}` must be a tensor, got {type(value).__name__}.")
+    ids, embeds = inputs.ids, inputs.embeds
+    if ids is not None and (ids.ndim != 2 or ids.shape[1] == 0 or not is_integer(ids)):
+        raise ValueError(
+            f"`input_ids` must be integers of shape (batch, length) with length 1 or more, got {ids.dtype} of"
+            f" shape {tuple(ids.shape)}. Sequences start with `bos_token_id`: `model.prepend_bos(token_ids)`."
+        )
+    if embeds is not None and (embeds.ndim != 3 or embeds.shape[1] == 0 or embeds.shape[2] != config.hidden_size):
+        raise ValueError(
+            f"`inputs_embeds` must have the shape (batch, length, {config.hidden_size}) with length 1 or more, got"
+            f" {tuple(embeds.shape)}."
+        )
 
 
 def check_generate_inputs(
@@ -55,6 +119,9 @@ def check_generate_inputs(
     text, mask = conditions.get("encoder_hidden_states"), conditions.get("encoder_attention_mask")
     labels = conditions.get("class_labels")
     batch_size = next((value.shape[0] for value in (inputs, text, labels) if value is not None), 1)
+    padding = conditions.get("attention_mask")
+    if padding is not None and not padding.bool().all():
+        raise ValueError("`attention_mask` hides positions, but sequences to continue start with `bos_token_id`.")
     check_text(config, batch_size, text, mask, is_start=True)
     check_classes(config, batch_size, labels, is_start=True)
     check_condition_values(config, mask, labels)

@@ -3,11 +3,13 @@
 Letters: B batch, L tokens of this call, M text length, S keys (cached and new), D hidden size.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_prior import FlexTokPriorConfig
 from .layers import GatedMLP, attend
@@ -38,23 +40,58 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: FlexTokPriorConfig, layer_idx: int):
         super().__init__()
+        self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.hidden_size // config.num_attention_heads
-        self.scale = config.attention_scale
+        self.scale = self.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         # rows: query, key, value
         self.qkv_proj = PackableLinear(config.hidden_size, 3 * config.hidden_size, bias=config.use_bias)
         self.out_proj = ResidualProjection(config.hidden_size, config.hidden_size, bias=config.use_bias)
         self.query_norm = make_qk_norm(config, config.qk_norm)
         self.key_norm = make_qk_norm(config, config.qk_norm)
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, is_causal: bool, cache: Cache | None):
-        """Attend from (B, L, D) to itself and the cache; `attention_mask` (1, 1, L, S) is true where allowed."""
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, is_causal: bool, cache: Cache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mix (B, L, D) with the cached positions; `attention_mask` (B or 1, 1, L, S) is true where attention goes.
+
+        Returns:
+            New states (B, L, D), and the attention weights (B, heads, L, S) of an implementation that has them.
+        """
         query, key, value = self.qkv_proj(hidden_states).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
         query, key = self.query_norm(query), self.key_norm(key)  # (B, L, heads, head_dim)
         if cache is not None:
             key, value = update_cache(cache, key, value, self.layer_idx)  # (B, S, heads, head_dim)
-        context = attend(query, key, value, attention_mask, self.scale, is_causal)  # (B, L, heads, head_dim)
-        return self.out_proj(context.flatten(-2))  # (B, L, D)
+        context, weights = self.attend(query, key, value, attention_mask, is_causal)  # (B, L, heads, head_dim)
+        return self.out_proj(context.flatten(-2)), weights  # (B, L, D)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, is_causal: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the implementation that `set_attn_implementation` chose; returns context and weights, if it has them."""
+        implementation = self.config._attn_implementation
+        if implementation in (None, "sdpa"):
+            return attend(query, key, value, attention_mask, self.scale, is_causal), None
+        if implementation == "eager":
+            return attend_eagerly(query, key, value, attention_mask, self.scale, is_causal)
+        interface = ALL_ATTENTION_FUNCTIONS[implementation]  # registered by the user
+        states = (states.transpose(1, 2) for states in (query, key, value))
+        return interface(self, *states, attention_mask, scaling=self.scale, dropout=0.0, is_causal=is_causal)
+
+
+def attend_eagerly(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scale: float, is_causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Compute `attend` in plain PyTorch; returns context (B, L, heads, head_dim) and weights (B, heads, L, S)."""
+    logits = torch.einsum("bqhd,bkhd->bhqk", query, key) * scale
+    if is_causal:
+        attention_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        logits = logits.masked_fill(~attention_mask, torch.finfo(logits.dtype).min)
+    elif attention_mask is not None:
+        logits = logits + attention_mask
+    weights = logits.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, value), weights
 
 
 class CrossAttention(nn.Module):
@@ -127,29 +164,29 @@ class PriorBlock(GradientCheckpointingLayer):
         is_causal: bool = False,
         text_mask: Tensor | None = None,
         cache: Cache | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         """Refine the sequence.
 
         Args:
             hidden_states: (B, L, D).
             text_states: projected text, (B, M, D); `None` without text, or where its keys and values are cached.
-            attention_mask: (1, 1, L, S) boolean, true where a token may attend.
+            attention_mask: (B or 1, 1, L, S) boolean, true where a token may attend.
             is_causal: use the kernel's own causal mask instead.
             text_mask: (B, 1, 1, M) boolean, true where there is text.
             cache: keys and values so far, extended in place.
 
         Returns:
-            New hidden states, (B, L, D).
+            New hidden states, (B, L, D), and the weights of self-attention if the implementation has them.
         """
         normed = self.self_attention_norm(hidden_states)
-        update = self.self_attention(normed, attention_mask, is_causal, cache)
+        update, weights = self.self_attention(normed, attention_mask, is_causal, cache)
         hidden_states = hidden_states + F.dropout(update, self.dropout, self.training)
         if self.reads_text:
             normed = self.cross_attention_norm(hidden_states)
             update = self.cross_attention(normed, text_states, text_mask, cache)
             hidden_states = hidden_states + F.dropout(update, self.dropout, self.training)
         update = self.mlp(self.mlp_norm(hidden_states))
-        return hidden_states + F.dropout(update, self.dropout, self.training)
+        return hidden_states + F.dropout(update, self.dropout, self.training), weights
 
 
 def update_cache(cache: Cache, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:

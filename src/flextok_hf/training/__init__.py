@@ -1,4 +1,4 @@
-"""Training of VAE, tokenizer and prior: options, losses, the loop around them, checkpoints and publishing.
+"""Training of the VAE, the tokenizer and the prior: options, losses, training loop, checkpoints, publishing.
 
-Imports `data`, `pipelines`, `models`, `cards` and `utils`, never `evaluation`.
+Imports `data`, `pipelines`, `models`, `cards` and `utils`, but never `evaluation`.
 """

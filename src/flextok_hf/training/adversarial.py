@@ -1,7 +1,7 @@
-"""A critic of patches that sharpens a VAE's reconstructions.
+"""Patch discriminator that sharpens a VAE's reconstructions.
 
-Both players learn in one backward pass with one optimizer: to the generator's loss the critic's weights are constants,
-to the critic's loss the reconstructions are.
+VAE and discriminator share one optimizer and one backward pass: the generator loss treats the discriminator's weights
+as constants, the discriminator loss the reconstructions.
 """
 
 import torch
@@ -14,9 +14,9 @@ MAX_ADAPTIVE_WEIGHT = 1e4
 
 
 class PatchDiscriminator(nn.Module):
-    """Tells real from reconstructed patches of images (PatchGAN; Isola et al., 2017, https://arxiv.org/abs/1611.07004).
+    """Tells real from reconstructed image patches (PatchGAN; Isola et al., 2017, https://arxiv.org/abs/1611.07004).
 
-    Group normalization instead of batch normalization keeps the samples of a batch independent.
+    Uses group instead of batch normalization to keep the samples of a batch independent.
     """
 
     def __init__(self, in_channels: int = 3, hidden_size: int = 64, num_layers: int = 3):
@@ -35,24 +35,24 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, padding=1))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Score the patches of images (B, 3, H, W) in [-1, 1]: above 0 is real, (B, 1, rows, columns)."""
+        """Return patch scores (B, 1, rows, columns) of images (B, 3, H, W) in [-1, 1]; positive means real."""
         return self.layers(pixel_values)
 
 
 def generator_loss(discriminator: PatchDiscriminator, fake: Tensor) -> Tensor:
-    """Small when the critic takes `fake` (B, 3, H, W) for real; no gradient reaches the critic."""
+    """Return a loss that is low if `fake` (B, 3, H, W) passes for real; the discriminator gets no gradient."""
     constants = {name: weight.detach() for name, weight in discriminator.named_parameters()}
     return -functional_call(discriminator, constants, fake).float().mean()
 
 
 def discriminator_loss(discriminator: PatchDiscriminator, real: Tensor, fake: Tensor) -> Tensor:
-    """Hinge loss of the critic (Lim and Ye, 2017, arXiv 1705.02894); `fake` comes without a gradient."""
-    on_real, on_fake = discriminator(torch.cat([real, fake])).float().chunk(2)
-    return 0.5 * (F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean())
+    """Return the hinge loss (Lim and Ye, 2017, arXiv 1705.02894); `fake` must be detached."""
+    real_scores, fake_scores = discriminator(torch.cat([real, fake])).float().chunk(2)
+    return 0.5 * (F.relu(1 - real_scores).mean() + F.relu(1 + fake_scores).mean())
 
 
-def adaptive_weight(reconstruction_loss: Tensor, fooling_loss: Tensor, last_weight: Tensor) -> Tensor:
+def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_weight: Tensor) -> Tensor:
     """Balance two losses by their gradients at the last layer (Esser et al., 2021, arXiv 2012.09841, equation 7)."""
-    wanted, *_ = torch.autograd.grad(reconstruction_loss, last_weight, retain_graph=True)
-    found, *_ = torch.autograd.grad(fooling_loss, last_weight, retain_graph=True)
-    return (wanted.norm() / (found.norm() + 1e-6)).clamp(max=MAX_ADAPTIVE_WEIGHT).detach()
+    target, *_ = torch.autograd.grad(reconstruction_loss, last_weight, retain_graph=True)
+    actual, *_ = torch.autograd.grad(adversarial_loss, last_weight, retain_graph=True)
+    return (target.norm() / (actual.norm() + 1e-6)).clamp(max=MAX_ADAPTIVE_WEIGHT).detach()

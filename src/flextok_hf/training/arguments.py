@@ -1,6 +1,6 @@
-"""Options of the training scripts: one dataclass per stage, checked when it is made.
+"""Options of the training scripts: one dataclass per stage, validated on construction.
 
-Options that also exist in Diffusers' training scripts have their names.
+Options shared with Diffusers' training scripts have the same names.
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from ..pipelines.flow import SIGMA_DISTRIBUTIONS
 
 
 def option(default: Any, text: str) -> Any:
-    """Make a field with a default and the help text of its flag."""
+    """Return a dataclass field with a default and the help text of its flag."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": text})
     return field(default=default, metadata={"help": text})
@@ -23,60 +23,60 @@ def option(default: Any, text: str) -> Any:
 
 @dataclass(kw_only=True)
 class TrainingArguments:
-    """Options that all stages share."""
+    """Options shared by all stages."""
 
-    output_dir: str = field(metadata={"help": "Folder for checkpoints and for the trained model."})
+    output_dir: str = field(metadata={"help": "Folder for checkpoints and the trained model."})
     train_data: list[str] = option(
-        ["synthetic"], "Hub name, folder, parquet or tar files, or `synthetic` for shapes drawn by this package."
+        ["synthetic"], "Hub dataset, folder, parquet or tar files, or `synthetic` for shapes rendered by this package."
     )
     validation_data: list[str] | None = option(
-        None, "Held-out images; default: the validation split of the synthetic set, else none."
+        None, "Held-out images; if unset, the synthetic validation split if training on `synthetic`, else none."
     )
-    dataset_config_name: str | None = option(None, "Configuration of a Hub data set that has several.")
-    image_column: str = option("image", "Column of the images.")
-    resolution: int = option(256, "Side of the square training images, in pixels.")
-    random_flip: bool = option(False, "Mirror half of the images.")
-    random_crop: bool = option(False, "Cut the square at a random place instead of the middle; proportions stay.")
+    dataset_config_name: str | None = option(None, "Configuration of a Hub dataset that has several.")
+    image_column: str = option("image", "Image column.")
+    resolution: int = option(256, "Height and width of the training images, in pixels.")
+    random_flip: bool = option(False, "Flip images horizontally with probability 0.5.")
+    random_crop: bool = option(False, "Take a random square crop instead of the center crop.")
     min_crop_scale: float = option(
-        1.0, "With `random_crop`: smallest side of the square, relative to the shorter side."
+        1.0, "With `random_crop`: smallest side of the crop, relative to the shorter image side."
     )
-    streaming: bool = option(False, "Read the data while training, without a local copy.")
-    shuffle_buffer: int = option(1000, "Rows of a stream that are shuffled together; 0 keeps their order.")
-    cache_in_memory: bool = option(False, "Decode a small data set once and keep it.")
-    cache_latents: bool = option(False, "Encode all images with the VAE only once.")
-    max_train_samples: int | None = option(None, "Use only the first samples.")
-    dataloader_num_workers: int = option(0, "Processes that decode images.")
-    fail_on_unreadable: bool = option(False, "Stop at an image that cannot be read, instead of leaving it out.")
+    streaming: bool = option(False, "Stream the data while training, without a local copy.")
+    shuffle_buffer: int = option(1000, "Rows shuffled together when streaming; 0 keeps the row order.")
+    cache_in_memory: bool = option(False, "Decode a small dataset once and keep it in memory.")
+    cache_latents: bool = option(False, "Encode all images with the VAE once and reuse the latents.")
+    max_train_samples: int | None = option(None, "Use only this many samples, the first ones.")
+    dataloader_num_workers: int = option(0, "Worker processes that decode images.")
+    fail_on_unreadable: bool = option(False, "Fail on an unreadable image instead of skipping it.")
 
-    seed: int = option(0, "Decides initial weights, order of the data and all noise.")
-    max_train_steps: int = option(1000, "Optimizer steps of the whole training.")
+    seed: int = option(0, "Seed of the initial weights, the data order and all noise.")
+    max_train_steps: int = option(1000, "Total number of optimizer steps.")
     train_batch_size: int = option(32, "Images per process and micro-batch.")
     gradient_accumulation_steps: int = option(1, "Micro-batches per optimizer step.")
     learning_rate: float = option(1e-3, "Peak learning rate.")
-    lr_scheduler: str = option("cosine", "Course of the learning rate after the warm-up.")
+    lr_scheduler: str = option("cosine", "Learning rate schedule after warm-up.")
     lr_warmup_steps: int = option(100, "Steps of linear warm-up.")
-    lr_end_ratio: float = option(0.0, "Learning rate at the end, relative to the peak, where the schedule falls to 0.")
-    adam_beta1: float = option(0.9, "AdamW: decay of the mean gradient.")
-    adam_beta2: float = option(0.95, "AdamW: decay of the mean squared gradient.")
+    lr_end_ratio: float = option(0.0, "Final learning rate relative to the peak, for schedules that decay to 0.")
+    adam_beta1: float = option(0.9, "AdamW: decay rate of the first moment.")
+    adam_beta2: float = option(0.95, "AdamW: decay rate of the second moment.")
     weight_decay: float = option(0.01, "AdamW: weight decay of matrices.")
     max_grad_norm: float = option(1.0, "Clip gradients to this norm.")
-    mixed_precision: str | None = option(None, "Precision of the products; default: that of `accelerate config`.")
+    mixed_precision: str | None = option(None, "Mixed precision mode; if unset, that of `accelerate config`.")
     gradient_checkpointing: bool = option(False, "Recompute activations to save memory.")
     compile: bool = option(False, "Compile the model with torch.compile.")
-    ema_decay: float = option(0.999, "Decay of the weight average that is exported; 0: none.")
+    ema_decay: float = option(0.999, "Decay of the exported EMA weights; 0: no EMA.")
 
-    logging_steps: int = option(20, "Write the log every so many steps, each time the means since the last.")
-    checkpointing_steps: int = option(500, "Save the state of training every so many steps.")
-    checkpoints_total_limit: int = option(2, "Keep only the newest checkpoints.")
-    resume_from_checkpoint: str | None = option(None, "`latest` or a checkpoint folder.")
-    validation_steps: int = option(500, "Draw validation images every so many steps; 0: never.")
-    num_validation_images: int = option(8, "Rows of the validation image.")
-    export_dtype: str = option("float32", "Precision of the saved model.")
-    report_to: str | None = option(None, "Tracker of accelerate, for instance `tensorboard` or `wandb`.")
-    push_to_hub: bool = option(False, "Upload the trained model, with a card, when it is saved.")
-    hub_model_id: str | None = option(None, "Repository for `push_to_hub`; default: the name of `output_dir`.")
+    logging_steps: int = option(20, "Log every N steps, each time the means since the last entry.")
+    checkpointing_steps: int = option(500, "Save a checkpoint every N steps.")
+    checkpoints_total_limit: int = option(2, "Number of newest checkpoints to keep.")
+    resume_from_checkpoint: str | None = option(None, "Checkpoint to resume from: `latest` or a folder.")
+    validation_steps: int = option(500, "Run validation every N steps; 0: never.")
+    num_validation_images: int = option(8, "Number of images on the validation sheet.")
+    export_dtype: str = option("float32", "Dtype of the saved model.")
+    report_to: str | None = option(None, "Accelerate tracker, for example `tensorboard` or `wandb`.")
+    push_to_hub: bool = option(False, "Upload the trained model and its model card to the Hub.")
+    hub_model_id: str | None = option(None, "Hub repository for `push_to_hub`; if unset, the name of `output_dir`.")
 
-    # The least and the largest value of an option that has such bounds.
+    # Smallest and largest allowed values of options that have bounds.
     LIMITS: ClassVar[dict[str, tuple[float, float]]] = {
         "resolution": (1, inf),
         "min_crop_scale": (0.01, 1),
@@ -127,21 +127,21 @@ class TrainingArguments:
 class VaeArguments(TrainingArguments):
     """Options of stage 0: the VAE between pixels and latents."""
 
-    pretrained_vae: str | None = option(None, "Start from this VAE, folder or Hub id; its sizes hold.")
+    pretrained_vae: str | None = option(None, "Start from this VAE (folder or Hub id) and keep its architecture.")
     block_out_channels: list[int] = option(
-        [128, 256, 512, 512], "Width per resolution; each but the last halves the side."
+        [128, 256, 512, 512], "Width per level; each level but the last halves the resolution."
     )
-    layers_per_block: int = option(2, "Residual blocks per resolution.")
+    layers_per_block: int = option(2, "Residual blocks per level.")
     latent_channels: int = option(16, "Channels of the latents.")
-    norm_num_groups: int = option(32, "Groups of the normalization.")
-    reconstruction_loss: str = option("l1", "Distance of pixels.")
+    norm_num_groups: int = option(32, "Groups of the group normalization.")
+    reconstruction_loss: str = option("l1", "Pixel loss: `l1` or `l2`.")
     kl_weight: float = option(1e-4, "Weight of the KL divergence per latent value.")
     perceptual_network: str | None = option(
-        None, "Vision model for a perceptual term, folder or Hub id; none: no such term."
+        None, "Vision model for a perceptual loss (folder or Hub id); if unset, no perceptual loss."
     )
-    perceptual_weight: float = option(0.1, "Weight of the perceptual term.")
-    adversarial_weight: float = option(0.0, "Weight of a patch critic, on top of its adaptive weight; 0: none.")
-    adversarial_start: int = option(0, "Step from which the critic takes part.")
+    perceptual_weight: float = option(0.1, "Weight of the perceptual loss.")
+    adversarial_weight: float = option(0.0, "Weight of a patch discriminator, on top of its adaptive weight; 0: off.")
+    adversarial_start: int = option(0, "Step at which the discriminator starts.")
 
     LIMITS: ClassVar[dict[str, tuple[float, float]]] = TrainingArguments.LIMITS | {
         "layers_per_block": (1, inf),
@@ -159,51 +159,51 @@ class VaeArguments(TrainingArguments):
 class TokenizerArguments(TrainingArguments):
     """Options of stage 1: encoder, quantizer and flow decoder."""
 
-    vae: str | None = option(None, "Frozen AutoencoderKL, folder or Hub id; none: pixel space.")
+    vae: str | None = option(None, "Frozen AutoencoderKL (folder or Hub id); if unset, train in pixel space.")
     pretrained_tokenizer: str | None = option(
         None,
-        "Start from this pipeline's tokenizer, folder or Hub id; its sizes hold, and its VAE unless `vae` is set.",
+        "Start from this pipeline's tokenizer (folder or Hub id): its architecture, and its VAE unless `vae` is set.",
     )
-    freeze_encoder: bool = option(False, "Train the decoder only: the tokens of an image stay what they are.")
-    token_layout: str = option("registers", "An ordered sequence, or a grid with a token per patch as the control.")
-    num_registers: int = option(256, "Longest token sequence; for a grid, its number of patches.")
-    fsq_levels: list[int] = option([8, 8, 8, 5, 5, 5], "FSQ levels.")
-    head_dim: int = option(64, "Width of an attention head.")
+    freeze_encoder: bool = option(False, "Train only the decoder: the tokens of an image do not change.")
+    token_layout: str = option("registers", "Ordered `registers`, or a `grid` with one token per patch as a control.")
+    num_registers: int = option(256, "Maximum number of tokens; for a grid, its number of patches.")
+    fsq_levels: list[int] = option([8, 8, 8, 5, 5, 5], "FSQ levels per code dimension.")
+    head_dim: int = option(64, "Dimension of an attention head.")
     encoder_hidden_size: int = option(768, "Width of the encoder.")
-    encoder_num_layers: int = option(12, "Blocks of the encoder.")
-    encoder_patch_size: int = option(2, "Side of an encoder patch, in latent cells.")
+    encoder_num_layers: int = option(12, "Number of encoder blocks.")
+    encoder_patch_size: int = option(2, "Encoder patch size, in latent cells.")
     decoder_hidden_size: int = option(768, "Width of the decoder.")
-    decoder_num_layers: int = option(12, "Blocks of the decoder.")
-    decoder_patch_size: int = option(2, "Side of a decoder patch, in latent cells.")
+    decoder_num_layers: int = option(12, "Number of decoder blocks.")
+    decoder_patch_size: int = option(2, "Decoder patch size, in latent cells.")
     mup_base_width: int | None = option(
-        None, "Width at which `learning_rate` holds: muP scales it for other widths; none: the same at all widths."
+        None, "Width at which `learning_rate` applies; muP scales it for other widths; if unset, no scaling."
     )
 
-    sigma_distribution: str = option("logit_normal", "How noise levels are drawn.")
-    logit_mean: float = option(0.0, "Mean of the logit-normal; positive: noisier.")
+    sigma_distribution: str = option("logit_normal", "Distribution of the training noise levels.")
+    logit_mean: float = option(0.0, "Mean of the logit-normal; positive means more noise.")
     logit_std: float = option(1.0, "Standard deviation of the logit-normal.")
-    mode_scale: float = option(0.25, "Warp of the mode distribution.")
-    keep_mode: str = option("powers_of_two", "How many tokens a sample keeps.")
-    full_length_probability: float = option(0.0, "Share of samples that keep all tokens.")
-    joint_lengths: bool = option(False, "Decode each sample twice per step: with all tokens, and with those it keeps.")
-    remove_dropped: bool = option(False, "Take dropped tokens out of the sequence, instead of a mask token for each.")
-    null_condition_probability: float = option(0.1, "Share of samples that ignore tokens.")
-    encoder_learning_rate_scale: float = option(1.0, "Encoder's learning rate, relative.")
+    mode_scale: float = option(0.25, "Scale parameter of the mode distribution.")
+    keep_mode: str = option("powers_of_two", "How to draw the number of tokens a sample keeps.")
+    full_length_probability: float = option(0.0, "Fraction of samples that keep all tokens.")
+    joint_lengths: bool = option(False, "Decode each sample twice per step: with all tokens and with those it keeps.")
+    remove_dropped: bool = option(False, "Remove dropped tokens from the sequence instead of masking them.")
+    null_condition_probability: float = option(0.1, "Fraction of samples that ignore their tokens.")
+    encoder_learning_rate_scale: float = option(1.0, "Encoder learning rate relative to `learning_rate`.")
     unrounded_probability: float = option(
-        0.0, "Share of samples that skip rounding at the start; fades out over 40% of training."
+        0.0, "Initial fraction of samples that skip rounding; fades to 0 over the first 0.4 of training."
     )
     feature_penalty: float = option(
-        0.0, "Weight that keeps features spread before rounding; fades to a sixth over 40%."
+        0.0, "Weight of a penalty that spreads unrounded features; fades to a sixth over 0.4 of training."
     )
     correlation_penalty: float = option(
-        0.0, "Weight of a penalty on features that say the same over the batch; fades like the other."
+        0.0, "Weight of a penalty on features correlated over the batch; fades like `feature_penalty`."
     )
     repa_network: str | None = option(
         None,
-        "Vision transformer whose features the decoder is to resemble (REPA), folder or Hub id; none: no such term.",
+        "Vision transformer whose features the decoder aligns with (REPA; folder or Hub id); if unset, no REPA.",
     )
-    repa_weight: float = option(1.0, "Weight of the REPA term.")
-    repa_layer: int = option(1, "Decoder block whose output is compared, counted from 0.")
+    repa_weight: float = option(1.0, "Weight of the REPA loss.")
+    repa_layer: int = option(1, "Decoder block whose output is aligned, counted from 0.")
 
     LIMITS: ClassVar[dict[str, tuple[float, float]]] = TrainingArguments.LIMITS | {
         "num_registers": (1, inf),
@@ -239,7 +239,7 @@ class TokenizerArguments(TrainingArguments):
                     f"`{name}` must be a multiple of `head_dim` ({self.head_dim}) and of 4, got {getattr(self, name)}."
                 )
         if not self.fsq_levels or min(self.fsq_levels) < 2:
-            raise ValueError(f"`fsq_levels` must hold one or more numbers of 2 or more, got {self.fsq_levels}.")
+            raise ValueError(f"`fsq_levels` must be a non-empty list of numbers of at least 2, got {self.fsq_levels}.")
         if self.joint_lengths and self.full_length_probability > 0:
             raise ValueError(
                 "`joint_lengths` decodes every sample at full length: set `full_length_probability` to 0."
@@ -247,40 +247,38 @@ class TokenizerArguments(TrainingArguments):
         if self.freeze_encoder:
             if self.pretrained_tokenizer is None:
                 raise ValueError(
-                    "`freeze_encoder` needs a trained encoder: name its pipeline in `pretrained_tokenizer`."
+                    "`freeze_encoder` needs a trained encoder: set `pretrained_tokenizer` to its pipeline."
                 )
             for name in ("unrounded_probability", "feature_penalty", "correlation_penalty"):
                 if getattr(self, name) > 0:
-                    raise ValueError(f"`{name}` trains the encoder, which `freeze_encoder` does not: set it to 0.")
+                    raise ValueError(f"`{name}` trains the encoder, which `freeze_encoder` freezes: set it to 0.")
         if self.repa_network is not None and self.cache_latents:
-            raise ValueError("`repa_network` looks at images, which `cache_latents` does not keep: leave one out.")
+            raise ValueError("`repa_network` needs images, which `cache_latents` does not keep: drop one of them.")
 
 
 @dataclass(kw_only=True)
 class PriorArguments(TrainingArguments):
-    """Options of stage 2: the autoregressive prior, and its text encoder if that is trained along."""
+    """Options of stage 2: the autoregressive prior, and its text encoder if trained jointly."""
 
-    tokenizer: str = field(metadata={"help": "Pipeline with the trained tokenizer, folder or Hub id."})
+    tokenizer: str = field(metadata={"help": "Pipeline with the trained tokenizer (folder or Hub id)."})
     token_column: str | None = option(
-        None, "Column of token ids, as scripts/tokenize_dataset.py writes them; none: images are tokenized now."
+        None, "Column of token ids from scripts/tokenize_dataset.py; if unset, tokenize images on the fly."
     )
-    caption_column: str | None = option(None, "Column of the captions (text, or a list of texts).")
-    class_column: str | None = option(None, "Column of the class labels.")
-    num_classes: int | None = option(None, "Number of classes, where the column has numbers without names.")
+    caption_column: str | None = option(None, "Caption column (text, or a list of texts).")
+    class_column: str | None = option(None, "Class label column.")
+    num_classes: int | None = option(None, "Number of classes, if the column holds numbers without names.")
     hidden_size: int = option(768, "Width of the prior.")
-    num_layers: int = option(12, "Blocks of the prior.")
-    num_heads: int = option(12, "Attention heads of the prior.")
+    num_layers: int = option(12, "Number of prior blocks.")
+    num_heads: int = option(12, "Number of attention heads.")
     qk_norm: bool = option(False, "Normalize queries and keys.")
-    dropout: float = option(0.0, "Dropout of residual updates.")
-    condition_dropout_probability: float = option(0.1, "Share of samples without a condition.")
-    text_encoder: str | None = option(None, "Frozen T5 encoder, folder or Hub id; none: train a small one along.")
+    dropout: float = option(0.0, "Dropout on residual branches.")
+    condition_dropout_probability: float = option(0.1, "Fraction of samples trained without a condition.")
+    text_encoder: str | None = option(None, "Frozen T5 encoder (folder or Hub id); if unset, a small one is trained.")
     text_hidden_size: int = option(128, "Width of the small text encoder.")
-    text_num_layers: int = option(3, "Blocks of the small text encoder.")
-    text_vocab_size: int = option(2000, "Pieces of the small text tokenizer, at most.")
-    max_text_length: int = option(120, "Longest prompt, in pieces.")
-    validation_prompts: list[str] = option(
-        [], "Prompts, or names of classes, that the validation image shows; none: no image."
-    )
+    text_num_layers: int = option(3, "Number of small text encoder blocks.")
+    text_vocab_size: int = option(2000, "Maximum vocabulary size of the small text tokenizer.")
+    max_text_length: int = option(120, "Maximum prompt length, in text tokens.")
+    validation_prompts: list[str] = option([], "Prompts or class names for the validation sheet; if unset, no sheet.")
 
     LIMITS: ClassVar[dict[str, tuple[float, float]]] = TrainingArguments.LIMITS | {
         "num_classes": (1, inf),
@@ -291,7 +289,7 @@ class PriorArguments(TrainingArguments):
         "condition_dropout_probability": (0, 1),
         "text_hidden_size": (1, inf),
         "text_num_layers": (1, inf),
-        "text_vocab_size": (259, inf),  # bytes and special pieces
+        "text_vocab_size": (259, inf),  # bytes and special tokens
         "max_text_length": (2, inf),
     }
 
@@ -299,7 +297,7 @@ class PriorArguments(TrainingArguments):
         super().__post_init__()
         if (self.caption_column is None) == (self.class_column is None):
             raise ValueError(
-                f"Name either `caption_column` or `class_column`, the condition that the prior learns; got"
+                f"Set either `caption_column` or `class_column`, the condition that the prior learns; got"
                 f" {self.caption_column!r} and {self.class_column!r}."
             )
         if self.hidden_size % self.num_heads:
@@ -309,4 +307,4 @@ class PriorArguments(TrainingArguments):
         if self.token_column is not None:
             for name in ("cache_latents", "cache_in_memory", "random_flip", "random_crop"):
                 if getattr(self, name):
-                    raise ValueError(f"`{name}` is about images, but `token_column` reads token ids: leave it out.")
+                    raise ValueError(f"`{name}` applies to images, but `token_column` reads token ids: leave it out.")

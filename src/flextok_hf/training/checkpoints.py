@@ -1,7 +1,7 @@
-"""Folders that are complete or not there: checkpoints, and which of them a run goes on from.
+"""Atomic writing of checkpoints and other folders, and which checkpoint a run resumes from.
 
-A folder is filled under another name and renamed when everything in it has reached the disk. Nothing with a final name
-is ever written into or deleted file by file, so a kill at any moment leaves only complete ones.
+A folder is filled under a temporary name and renamed once all its content is on disk. Under its final name it is never
+modified or deleted file by file, so a run killed at any moment leaves only complete folders.
 """
 
 import os
@@ -19,25 +19,25 @@ from .arguments import TrainingArguments
 CHECKPOINT_PREFIX = "checkpoint-"
 UNFINISHED = ".partial"
 STATE_FILE = "training_state.json"
-# What writing to a full or broken disk raises: the system, `torch.save` and safetensors.
+# Raised when writing to a full or broken disk, by the system, `torch.save` and safetensors.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
-# The optimizer comes with the checkpoint, so that other values would be taken from there without a word.
+# Restored with the optimizer state, so new values would silently have no effect.
 OPTIMIZER_OPTIONS = ("learning_rate", "adam_beta1", "adam_beta2", "weight_decay", "encoder_learning_rate_scale")
-# The state of a stream belongs to its readers.
+# The saved state of a stream is valid only for the same readers.
 STREAM_OPTIONS = ("train_batch_size", "dataloader_num_workers", "shuffle_buffer", "seed")
 
 
 class CheckpointNotWritten(OSError):
-    """A checkpoint could not be written; the ones before it are untouched."""
+    """A checkpoint could not be written; earlier ones are untouched."""
 
 
 def unfinished_name(folder: Path) -> Path:
-    """Return the name under which `folder` is filled."""
+    """Return the temporary name under which `folder` is filled."""
     return folder.with_name(folder.name + UNFINISHED)
 
 
 def finish_folder(folder: Path) -> None:
-    """Give the unfinished form of `folder` its name, in the place of an older one if there is one."""
+    """Rename the unfinished form of `folder` to its final name, replacing an older one if there is one."""
     unfinished = unfinished_name(folder)
     for path in [*unfinished.rglob("*"), unfinished]:
         sync(path)
@@ -48,7 +48,7 @@ def finish_folder(folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder; while that lasts it has another name."""
+    """Delete a folder, renaming it first so that it is never seen half deleted."""
     doomed = folder.with_name(folder.name + ".removed" + UNFINISHED)
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(folder, doomed)
@@ -56,13 +56,13 @@ def remove_folder(folder: Path) -> None:
 
 
 def clear_unfinished(output_dir: Path) -> None:
-    """Delete what killed runs left of checkpoints."""
+    """Delete unfinished checkpoints left by killed runs."""
     for folder in output_dir.glob(f"{CHECKPOINT_PREFIX}*{UNFINISHED}"):
         shutil.rmtree(folder)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, has reached the disk: no name may outrun its content."""
+    """Flush a file or a folder's entries to disk, so that no name appears there before its content."""
     if os.name != "posix":
         return
     handle = os.open(path, os.O_RDONLY)
@@ -73,7 +73,7 @@ def sync(path: Path) -> None:
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """Return complete checkpoints, oldest first."""
     folders = [path for path in Path(output_dir).glob(f"{CHECKPOINT_PREFIX}*") if step_of(path) is not None]
     return sorted(folders, key=lambda folder: step_of(folder) or 0)
 
@@ -85,11 +85,11 @@ def step_of(folder: Path) -> int | None:
 
 
 def find_checkpoint(arguments: TrainingArguments) -> Path | None:
-    """Return the checkpoint that the options name, `None` to start from the beginning.
+    """Return the checkpoint to resume from, or `None` to start from the beginning.
 
     Raises:
-        FileNotFoundError: a folder is named that is no complete checkpoint.
-        FileExistsError: `output_dir` holds checkpoints of steps that this run would do anew.
+        FileNotFoundError: `resume_from_checkpoint` is not a complete checkpoint.
+        FileExistsError: `output_dir` holds checkpoints of steps that this run would repeat.
     """
     choice = arguments.resume_from_checkpoint
     checkpoints = list_checkpoints(arguments.output_dir)
@@ -97,38 +97,38 @@ def find_checkpoint(arguments: TrainingArguments) -> Path | None:
         return checkpoints[-1] if checkpoints else None
     if choice is not None and not (Path(choice) / STATE_FILE).is_file():
         raise FileNotFoundError(
-            f"`resume_from_checkpoint` {choice!r} is no complete checkpoint: it has no {STATE_FILE}. Name a folder"
-            " `checkpoint-<step>`, or `latest`."
+            f"`resume_from_checkpoint` {choice!r} is not a complete checkpoint: it has no {STATE_FILE}. Pass a"
+            " `checkpoint-<step>` folder or `latest`."
         )
     step = 0 if choice is None else read_state(Path(choice))["step"]
     later = [path.name for path in checkpoints if (step_of(path) or 0) > step]
     if later:
         raise FileExistsError(
             f"`output_dir` {arguments.output_dir!r} holds {', '.join(later)} of an earlier run, which this one would"
-            f" overwrite: it starts at step {step}. Set `resume_from_checkpoint` to latest to go on, name another"
+            f" overwrite: it starts at step {step}. Set `resume_from_checkpoint` to latest to resume, choose another"
             " `output_dir`, or delete them."
         )
     return None if choice is None else Path(choice)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Read step, options and number of processes of a checkpoint."""
+    """Read the step, options and number of processes of a checkpoint."""
     return read_json(folder / STATE_FILE)
 
 
 def compare_options(saved: dict[str, Any], arguments: dict[str, Any], num_processes: int) -> list[str]:
-    """Say which options differ from those of a checkpoint.
+    """List the options that differ from those of a checkpoint.
 
     Args:
-        saved: what `read_state` gave.
+        saved: result of `read_state`.
         arguments: options of this run.
-        num_processes: of this run.
+        num_processes: number of processes of this run.
 
     Returns:
         Lines "name: before -> now".
 
     Raises:
-        ValueError: one of them cannot be changed when a run goes on.
+        ValueError: one of them cannot change when a run is resumed.
     """
     before = {**saved["arguments"], "num_processes": saved["num_processes"]}
     now = {**arguments, "num_processes": num_processes}
@@ -137,23 +137,23 @@ def compare_options(saved: dict[str, Any], arguments: dict[str, Any], num_proces
     for name in fixed:
         if name in changed:
             raise ValueError(
-                f"`{name}` is {now[name]}, but the checkpoint was made with {before[name]}, and a run that goes on"
-                " keeps it. Set it back, or start anew from the exported model."
+                f"`{name}` is {now[name]}, but the checkpoint was made with {before[name]}, and a resumed run"
+                " cannot change it. Set it back, or start a new run from the exported model."
             )
     if before["ema_decay"] == 0 < now["ema_decay"]:
         raise ValueError(
-            f"`ema_decay` is {now['ema_decay']}, but the checkpoint was made without an average of weights, which has"
-            " to be kept from the start. Set it to 0, or start anew from the exported model."
+            f"`ema_decay` is {now['ema_decay']}, but the checkpoint was made without averaged weights, and averaging"
+            " has to begin at the start. Set it to 0, or start a new run from the exported model."
         )
     silent = ("output_dir", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id")
     return [f"{name}: {before[name]} -> {now[name]}" for name in changed if name not in silent]
 
 
 def write_checkpoint(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write a checkpoint under its unfinished name; the caller gives it its own.
+    """Let `fill` write a checkpoint under its temporary name; the caller renames it.
 
     Raises:
-        CheckpointNotWritten: the disk is full, or cannot be written to for another reason.
+        CheckpointNotWritten: the disk is full or not writable.
     """
     unfinished = unfinished_name(folder)
     try:
@@ -166,5 +166,5 @@ def write_checkpoint(folder: Path, fill: Callable[[Path], None]) -> None:
         last = f"{complete[-1].name} is complete" if complete else "there is no earlier one"
         raise CheckpointNotWritten(
             f"{folder} could not be written ({error}); {free / 2**20:.0f} MiB are free on its disk and {last}. Free"
-            " some space, or set `checkpoints_total_limit` lower, then go on with `resume_from_checkpoint` latest."
+            " some space or lower `checkpoints_total_limit`, then resume with `resume_from_checkpoint` latest."
         ) from error

@@ -1,4 +1,4 @@
-"""The loop around a training step: schedule, weight average, log, validation, checkpoints, going on from them."""
+"""The training loop: schedule, weight averaging, logging, validation, checkpoints and resuming."""
 
 import itertools
 import json
@@ -32,12 +32,12 @@ from .weights import AveragedWeights, whole
 
 logger = logging.getLogger(__name__)
 
-COUNTED_IMAGES = 4  # of the first batch, from which the operations of a step are counted
-HELD_OUT_BATCHES = 8  # of the validation data, from which the loss is measured
+COUNTED_IMAGES = 4  # of the first batch, used to count the FLOPs of a step
+HELD_OUT_BATCHES = 8  # of the validation data, used to measure the loss
 COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
-# Draws what has been learned so far: figures, and a sheet of images
-Draw = Callable[[], tuple[dict[str, float], Image.Image | None]]
+# Returns validation metrics and a sheet of images
+Preview = Callable[[], tuple[dict[str, float], Image.Image | None]]
 
 
 class Trainer:
@@ -45,10 +45,10 @@ class Trainer:
 
     Args:
         arguments: options of the stage.
-        accelerator: devices, precision and processes.
-        model: computes the loss in its `forward(batch, step, rng)`; returns (loss, metrics).
-        parameter_groups: for the optimizer, as `torch.optim.AdamW` takes them.
-        vocabulary: what the rows of the model's tables stand for, where the data decide it: classes, pieces of text.
+        accelerator: handles devices, precision and processes.
+        model: its `forward(batch, step, rng)` returns (loss, metrics).
+        parameter_groups: optimizer groups, as for `torch.optim.AdamW`.
+        vocabulary: meaning of the rows of the model's embeddings, if the data decide it: class names, text tokens.
     """
 
     def __init__(
@@ -81,17 +81,19 @@ class Trainer:
 
     @property
     def images_per_step(self) -> int:
-        """Images of an optimizer step, in all its micro-batches and processes."""
+        """Images per optimizer step, over all micro-batches and processes."""
         arguments = self.arguments
         return arguments.train_batch_size * arguments.gradient_accumulation_steps * self.accelerator.num_processes
 
-    def train(self, batches: TrainingBatches, draw: Draw | None = None, held_out: DataLoader | None = None) -> None:
-        """Train to the end.
+    def train(
+        self, batches: TrainingBatches, preview: Preview | None = None, held_out: DataLoader | None = None
+    ) -> None:
+        """Train up to `max_train_steps`.
 
         Args:
             batches: the training data.
-            draw: makes the validation images, with the averaged weights.
-            held_out: batches whose loss is measured when images are drawn.
+            preview: returns metrics and images, called with the averaged weights.
+            held_out: batches for the validation loss, measured at the same steps.
         """
         arguments, accelerator = self.arguments, self.accelerator
         if self.step == arguments.max_train_steps:
@@ -114,25 +116,25 @@ class Trainer:
             progress.update()
             is_last = self.step == arguments.max_train_steps
             if self.step % arguments.logging_steps == 0 or is_last:
-                figures = {**self.mean_metrics(), **meter.read()}
-                progress.set_postfix({name: f"{value:.4g}" for name, value in figures.items()}, refresh=False)
-                self.log(figures)
+                metrics = {**self.mean_metrics(), **meter.read()}
+                progress.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)
+                self.log(metrics)
             if self.step % arguments.checkpointing_steps == 0 or is_last:
                 self.save_checkpoint()
                 meter.restart()
             if arguments.validation_steps and (self.step % arguments.validation_steps == 0 or is_last):
-                self.validate(draw, held_out)
+                self.validate(preview, held_out)
                 meter.restart()
         progress.close()
 
     def train_step(self, micro_batches: Iterator[dict[str, Any]]) -> None:
-        """Run one optimizer step over its micro-batches; draws depend on (seed, step) and the place in the step."""
+        """Run one optimizer step over its micro-batches; draws depend on seed, step and position in the step."""
         arguments, accelerator = self.arguments, self.accelerator
         self.model.train()
         num_parts = arguments.gradient_accumulation_steps
         for part in range(num_parts):
             batch = next(micro_batches)
-            # for dropout inside the model, which depends on the process as well
+            # for dropout inside the model, which also depends on the process
             torch.manual_seed(draw_seed(arguments.seed, self.step, part, accelerator.process_index))
             with accelerator.accumulate(self.model):
                 loss, metrics = self.model(batch, self.step, self.rng(part))
@@ -140,7 +142,7 @@ class Trainer:
                 self.add_metrics({"loss": loss.detach(), **metrics}, 1 / num_parts)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.model.parameters(), arguments.max_grad_norm)
-                    if norm is not None:  # DeepSpeed has none before its first step, and then a plain number
+                    if norm is not None:  # from DeepSpeed, None before its first step, then a plain number
                         self.add_metrics({"grad_norm": torch.as_tensor(whole(norm), device=accelerator.device)}, 1.0)
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
@@ -149,7 +151,7 @@ class Trainer:
         self.average.step()
 
     def rng(self, part: int) -> StepRng:
-        """Make the draws of micro-batch `part` of the current step."""
+        """Return the random draws of micro-batch `part` of the current step."""
         arguments, accelerator = self.arguments, self.accelerator
         share = arguments.train_batch_size
         stride = share * accelerator.num_processes
@@ -161,70 +163,67 @@ class Trainer:
         )
 
     def build_meter(self, batch: dict[str, Any]) -> Meter:
-        """Count the work of a step on a first batch, and measure what the machine could do."""
+        """Count the FLOPs of a step on a first batch, and measure the machine's matmul rate."""
         arguments, accelerator = self.arguments, self.accelerator
         count = arguments.train_batch_size
-        if accelerator.device.type != "cpu":  # few tell enough, and uncompiled code needs more memory for each
+        if accelerator.device.type != "cpu":  # a few suffice, and uncompiled code needs more memory per image
             count = min(count, COUNTED_IMAGES)
         part = {name: values[:count] for name, values in batch.items()}
         flops = count_training_flops(lambda: self.raw_model(part, self.step, self.rng(0))) / count
         rate = measure_matmul_rate(accelerator.device, COMPUTE_DTYPES[accelerator.mixed_precision])
         logger.info(
-            "%.3g GFLOP per image, forward and backward; this machine multiplies matrices at %.3g TFLOP/s.",
+            "%.3g GFLOP per image, forward and backward; large matmuls on this machine reach %.3g TFLOP/s.",
             flops / 1e9,
             rate / 1e12,
         )
         images_per_process = arguments.train_batch_size * arguments.gradient_accumulation_steps
         return Meter(self.images_per_step, flops * images_per_process, rate)
 
-    # Log and validation
+    # Logging and validation
 
     def add_metrics(self, metrics: dict[str, Tensor], weight: float) -> None:
-        """Add figures of a micro-batch to those since the last entry of the log, without waiting for them."""
+        """Add metrics of a micro-batch to the sums since the last log entry, without waiting for the device."""
         for name, value in metrics.items():
             entry = torch.stack([value.float() * weight, torch.full_like(value, weight, dtype=torch.float32)])
             self.sums[name] = self.sums.get(name, 0) + entry
 
     def mean_metrics(self) -> dict[str, float]:
-        """Means since the last call, over all processes."""
+        """Return the means since the last call, over all processes."""
         names = list(self.sums)
         totals = self.accelerator.reduce(torch.stack([self.sums[name] for name in names]))
         self.sums = {}
-        figures = {name: (total / count).item() for name, (total, count) in zip(names, totals, strict=True)}
-        figures["lr"] = self.lr_scheduler.get_last_lr()[0]
+        means = {name: (total / count).item() for name, (total, count) in zip(names, totals, strict=True)}
+        means["lr"] = self.lr_scheduler.get_last_lr()[0]
         assert self.batches is not None
         skipped = torch.tensor(len(self.batches.skipped), device=self.accelerator.device)
-        figures["unreadable_rows"] = self.accelerator.reduce(skipped).item()
-        return figures
+        means["unreadable_rows"] = self.accelerator.reduce(skipped).item()
+        return means
 
-    def log(self, figures: dict[str, float]) -> None:
-        """Append figures to the log and send them to the tracker."""
-        self.accelerator.log(figures, step=self.step)
-        self.folder.log(self.step, figures)
+    def log(self, metrics: dict[str, float]) -> None:
+        """Append metrics to the log and send them to the tracker."""
+        self.accelerator.log(metrics, step=self.step)
+        self.folder.log(self.step, metrics)
 
-    def validate(self, draw: Draw | None, held_out: DataLoader | None) -> None:
-        """Measure and draw with the averaged weights, without touching those in training.
-
-        All processes do the same: with sharded weights, none can compute alone, and no images are drawn.
-        """
-        figures, sheet = {}, None
-        # eager: compiling for the shapes of validation takes longer than validating
+    def validate(self, preview: Preview | None, held_out: DataLoader | None) -> None:
+        """Validate with the averaged weights, in all processes: with sharded weights, none can compute alone."""
+        metrics, sheet = {}, None
+        # eager: compiling for the shapes of validation takes longer than validation itself
         with torch.no_grad(), self.average.applied(), torch.compiler.set_stance("force_eager"):
             if held_out is not None:
-                figures["validation_loss"] = self.measure_loss(held_out)
-            if draw is not None and not isinstance(self.raw_model, FSDPModule):  # it calls parts of the model
-                drawn, sheet = draw()
-                figures |= drawn
-        if figures:
-            self.log(figures)
-            logger.info("Step %d: %s", self.step, figures)
+                metrics["validation_loss"] = self.measure_loss(held_out)
+            if preview is not None and not isinstance(self.raw_model, FSDPModule):  # it calls submodules
+                more, sheet = preview()
+                metrics |= more
+        if metrics:
+            self.log(metrics)
+            logger.info("Step %d: %s", self.step, metrics)
         if sheet is not None and self.accelerator.is_main_process:
             save_image(sheet, self.folder.path / f"validation-{self.step}.png")
             log_image(self.accelerator, sheet, self.step)
         self.accelerator.wait_for_everyone()
 
     def measure_loss(self, held_out: DataLoader) -> float:
-        """Mean loss of the first batches, with the same draws each time and without the aids of early training."""
+        """Return the mean loss of the first batches, with the same draws each time and no early-training aids."""
         losses = []
         for number, batch in enumerate(itertools.islice(held_out, HELD_OUT_BATCHES)):
             batch.pop("unreadable", None)
@@ -235,7 +234,7 @@ class Trainer:
     # Checkpoints
 
     def save_checkpoint(self) -> None:
-        """Save everything a run needs to go on; older checkpoints beyond the limit are removed afterwards."""
+        """Save everything needed to resume, then delete the oldest checkpoints beyond the limit."""
         output_dir = self.folder.path
         folder = output_dir / f"{checkpoints.CHECKPOINT_PREFIX}{self.step}"
         self.folder.report_skipped({} if self.batches is None else self.batches.skipped)
@@ -248,7 +247,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def fill_checkpoint(self, folder: Path) -> None:
-        """Write what this process has to keep."""
+        """Write this process's part of a checkpoint."""
         accelerator = self.accelerator
         accelerator.save_state(str(folder))
         self.average.save(folder, accelerator.is_main_process)
@@ -265,7 +264,7 @@ class Trainer:
             (folder / checkpoints.STATE_FILE).write_text(json.dumps(state, indent=2))
 
     def resume(self) -> None:
-        """Go on from the checkpoint that the options name, if any."""
+        """Resume from the checkpoint that the options specify, if any."""
         folder = checkpoints.find_checkpoint(self.arguments)
         if self.accelerator.is_main_process:
             checkpoints.clear_unfinished(self.folder.path)
@@ -279,13 +278,13 @@ class Trainer:
         options = asdict(self.arguments)
         if state.get("vocabulary", self.vocabulary) != self.vocabulary:
             raise ValueError(
-                f"The classes, or the pieces of text, of the training data are others than those that {folder} was"
-                " trained with, so its tables would mean something else. Go on with the same data, or start anew."
+                f"The classes, or the text tokens, of the training data differ from those that {folder} was trained"
+                " with, so its embeddings would change their meaning. Resume with the same data, or start a new run."
             )
         for line in checkpoints.compare_options(state, options, self.accelerator.num_processes):
-            logger.warning("Going on with other options than before: %s", line)
+            logger.warning("Option changed since the checkpoint: %s", line)
         self.accelerator.load_state(str(folder))
-        self.accelerator.step = 0  # its count of micro-batches, in the division of a step that was
+        self.accelerator.step = 0  # its micro-batch counter, which follows the previous split of a step
         self.step = state["step"]
         self.lr_scheduler.last_epoch = self.step
         self.average.load(folder, self.step)
@@ -293,10 +292,10 @@ class Trainer:
         if stream_file.is_file():
             self.stream_state = read_json(stream_file)
         self.begin_record()
-        logger.info("Going on from %s at step %d.", folder, self.step)
+        logger.info("Resuming from %s at step %d.", folder, self.step)
 
     def begin_record(self) -> None:
-        """Write the options down, and let the log end where this run begins."""
+        """Save the options, and truncate the log to where this run begins."""
         self.folder.write_options(asdict(self.arguments))
         self.folder.cut_log(self.step)
         if self.accelerator.is_main_process:

@@ -1,4 +1,4 @@
-"""What the optimizer does to which weights, and the course of the learning rate."""
+"""Parameter groups of the optimizer, and the learning rate schedule."""
 
 import warnings
 from typing import Any
@@ -11,17 +11,17 @@ from torch.optim.lr_scheduler import LambdaLR
 from .arguments import TrainingArguments
 
 
-# Layers that read something whose size does not grow with the width: patches, codes, frequencies of the noise level.
+# Layers whose input size does not grow with the width: patches, codes, frequencies of the noise level.
 FIXED_INPUTS = ("patch_embedding.proj", "code_proj", "time_embedder.linear_1")
 
 
 def split_by_decay(modules: list[nn.Module], learning_rate: float, width_ratio: float = 1.0) -> list[dict[str, Any]]:
-    """Make optimizer groups: weight decay for matrices and tables, not for vectors.
+    """Build optimizer groups: weight decay for matrices and embeddings, but not for vectors.
 
     Args:
-        modules: whose weights.
-        learning_rate: of vectors, tables, and matrices with inputs of a fixed size.
-        width_ratio: base width over width. Matrices that read the width learn at `width_ratio * learning_rate`, as in
+        modules: modules to train.
+        learning_rate: for vectors, embeddings, and matrices with inputs of a fixed size.
+        width_ratio: base width over width. Matrices that read the width use `width_ratio * learning_rate`, as in
             maximal update parametrization for Adam (Yang et al., 2022, https://arxiv.org/abs/2203.03466, table 3).
     """
     groups: dict[tuple[bool, bool], list[Tensor]] = {}
@@ -45,12 +45,12 @@ def split_by_decay(modules: list[nn.Module], learning_rate: float, width_ratio: 
 
 
 def build_lr_scheduler(arguments: TrainingArguments, optimizer: torch.optim.Optimizer) -> LambdaLR:
-    """Make the schedule of the learning rate: after the warm-up, `lr_end_ratio` takes the place of 0.
+    """Build the learning rate schedule; after warm-up, it decays to `lr_end_ratio` instead of 0.
 
-    It counts steps of training. Prepared by accelerate it would count those of all processes together, and a run that
-    goes on with another number of processes would be elsewhere in its course.
+    It counts training steps. If accelerate prepared it, it would count the steps of all processes together, and a run
+    resumed with another number of processes would be at another point of its schedule.
     """
-    # where the first steps overflow in half precision, PyTorch suspects a mistake
+    # a false alarm if the first steps overflow in half precision
     warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step", UserWarning)
     num_warmup_steps = arguments.lr_warmup_steps
     scheduler = get_scheduler(
@@ -61,10 +61,10 @@ def build_lr_scheduler(arguments: TrainingArguments, optimizer: torch.optim.Opti
     )
     if arguments.lr_end_ratio == 0:
         return scheduler
-    fall = scheduler.lr_lambdas[0]
+    base = scheduler.lr_lambdas[0]
 
     def factor(step: int) -> float:
-        return fall(step) if step < num_warmup_steps else 1 - (1 - arguments.lr_end_ratio) * (1 - fall(step))
+        return base(step) if step < num_warmup_steps else 1 - (1 - arguments.lr_end_ratio) * (1 - base(step))
 
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"]

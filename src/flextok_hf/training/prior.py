@@ -19,17 +19,17 @@ from .step_rng import StepRng
 
 
 class PriorForTraining(nn.Module):
-    """Prior and text encoder with their loss; the image tokenizer is frozen and not part of the module.
+    """Prior and text encoder with their loss; the image tokenizer is frozen and not a submodule.
 
     Args:
-        prior: to be trained.
-        text_encoder: trained along, or frozen; `None` for a prior of classes.
-        text_tokenizer: of the text encoder.
-        image_tokenizer: turns images into token ids; `None` where batches bring those.
+        prior: prior to train.
+        text_encoder: trained jointly, or frozen; `None` for a class-conditional prior.
+        text_tokenizer: tokenizer of the text encoder.
+        image_tokenizer: turns images into token ids; `None` if batches contain token ids.
         arguments: options of the stage.
     """
 
-    _no_split_modules = ["PriorBlock"]  # what FSDP shards apart
+    _no_split_modules = ["PriorBlock"]  # units that FSDP shards
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class PriorForTraining(nn.Module):
         self.text_encoder = None if is_frozen else text_encoder
         self.text_tokenizer = text_tokenizer
         self.arguments = arguments
-        # in a dictionary, so that they are neither trained nor saved
+        # in a dictionary, so that their weights are neither trained nor saved
         self.frozen: dict[str, Any] = {
             "image_tokenizer": image_tokenizer,
             "text_encoder": text_encoder if is_frozen else None,
@@ -61,7 +61,7 @@ class PriorForTraining(nn.Module):
             rng: source of the condition dropout, on the device of the model.
 
         Returns:
-            The cross-entropy in nats per token, and figures to log.
+            The cross-entropy in nats per token, and metrics to log.
         """
         token_ids = self.tokenize(batch)  # (B, K)
         is_dropped = rng.bernoulli(self.arguments.condition_dropout_probability, token_ids.shape[0])  # (B,)
@@ -76,13 +76,13 @@ class PriorForTraining(nn.Module):
         if "token_ids" in batch:
             return batch["token_ids"].to(self.prior.device, non_blocking=True)
         tokenizer = self.frozen["image_tokenizer"]
-        # in full precision whatever the prior trains in, so that the ids are those the tokenizer gives elsewhere
+        # in full precision whatever the prior trains in, so that the ids match those from inference
         with torch.autocast(self.prior.device.type, enabled=False):
             latents = latents_of(batch, tokenizer.vae, self.prior.device)  # (B, C, h, w)
             return tokenizer.encoder(latents).token_ids
 
     def encode_condition(self, batch: dict[str, Any], is_dropped: Tensor) -> dict[str, Tensor]:
-        """Turn captions or classes into arguments of the prior; dropped ones become "" or class -1."""
+        """Convert captions or classes to arguments of the prior; dropped ones become "" or class -1."""
         device = self.prior.device
         if self.text_tokenizer is None:
             class_labels = batch["class_labels"].to(device)
@@ -104,7 +104,7 @@ def build_prior(
     text_hidden_size: int | None,
     num_classes: int | None,
 ) -> FlexTokPriorForCausalLM:
-    """Make a fresh prior for the ids of a tokenizer; feed-forward layers are 8/3 as wide, as published."""
+    """Build a new prior for the ids of a tokenizer; feed-forward layers are 8/3 times as wide, as published."""
     return FlexTokPriorForCausalLM(
         FlexTokPriorConfig(
             codebook_size=codebook_size,

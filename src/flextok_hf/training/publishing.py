@@ -1,4 +1,4 @@
-"""What training leaves behind: the saved model with its averaged weights, a card, and a repository on the Hub."""
+"""Results of training: the saved model with its averaged weights, a model card, and a repository on the Hub."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def export(trainer: Trainer, pipe: FlexTokPipeline, stage: str) -> Path:
-    """Save the pipeline with the averaged weights, made by `stage`."""
+    """Save the pipeline trained by `stage`, with the averaged weights."""
 
     def save(folder: Path) -> None:
         names, modules = zip(*pipe.components.items(), strict=True)
@@ -40,13 +40,13 @@ def export(trainer: Trainer, pipe: FlexTokPipeline, stage: str) -> Path:
 
 
 def publish(trainer: Trainer, stage: str, name: str, save: Callable[[Path], None]) -> Path:
-    """Let `save` fill a folder of the output with the averaged weights; it gets its name only when complete.
+    """Let `save` fill an output folder with the averaged weights; it gets its final name once complete.
 
     Args:
-        trainer: at the end of its training.
+        trainer: trainer that has finished.
         stage: vae, tokenizer or prior.
-        name: of the folder.
-        save: is called by all processes; the main one writes.
+        name: name of the folder.
+        save: called by all processes; only the main one writes.
     """
     folder = trainer.folder.path / name
     unfinished = unfinished_name(folder)
@@ -71,24 +71,24 @@ def publish(trainer: Trainer, stage: str, name: str, save: Callable[[Path], None
 
 
 def hub_name(arguments: TrainingArguments) -> str:
-    """Name of the model on the Hub: the one in the options, or that of the output folder."""
+    """Return the model's name on the Hub: `hub_model_id`, or the name of the output folder."""
     return arguments.hub_model_id or Path(arguments.output_dir).resolve().name
 
 
 def check_upload(arguments: TrainingArguments, accelerator: Accelerator) -> None:
-    """Make the repository before anything is trained, so that a missing permission shows at once."""
+    """Create the repository before training, so that a missing permission shows immediately."""
     if arguments.push_to_hub and accelerator.is_main_process:
         name = hub_name(arguments)
         try:
             repository = HfApi().create_repo(name, exist_ok=True)
-            HfApi().auth_check(repository.repo_id, write=True)  # it may be there, and someone else's
+            HfApi().auth_check(repository.repo_id, write=True)  # it may exist and belong to someone else
         except (HfHubHTTPError, ValueError) as error:
             raise ValueError(f"`push_to_hub` cannot upload to {name!r}: {error}") from error
 
 
 def upload(folder: Path, name: str) -> str:
-    """Upload a folder to its repository on the Hub; returns the address of the commit."""
+    """Upload a folder to its repository on the Hub and return the URL of the commit."""
     api = HfApi()
-    repository = api.create_repo(name, exist_ok=True).repo_id  # with the user's name if it had none
+    repository = api.create_repo(name, exist_ok=True).repo_id  # including the user name
     message = "Trained with flextok_hf"
     return api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message).commit_url

@@ -1,4 +1,4 @@
-"""REPA: states inside the decoder are drawn towards the features of a frozen vision network.
+"""REPA: aligns hidden states of the decoder with the features of a frozen vision network.
 
 Letters: B batch, H W sides of an image, N patches, D hidden size, F width of the network.
 """
@@ -12,7 +12,7 @@ from .vision import FrozenVision
 
 
 class LayerTap:
-    """Keeps what a layer gives out while it is in training.
+    """Records the outputs of a layer in training mode.
 
     Args:
         layer: any module.
@@ -27,18 +27,18 @@ class LayerTap:
             self.outputs.append(output)
 
     def clear(self) -> None:
-        """Forget what came so far, such as what a backward pass computed again."""
+        """Forget earlier outputs, such as those recomputed in a backward pass."""
         self.outputs = []
 
 
 class FeatureAlignment(nn.Module):
     """Representation alignment (Yu et al., 2024, https://arxiv.org/abs/2410.06940): the features of the clean image
-    are predicted from the decoder's states by a small network, which is left behind when the model is saved.
+    are predicted from the decoder's states by a small network that is not exported with the model.
 
     Args:
-        network: vision transformer, folder or Hub id.
+        network: vision transformer, a folder or Hub id.
         hidden_size: D.
-        grid_size: patches of the decoder in a row and in a column.
+        grid_size: decoder patches per row and per column.
     """
 
     def __init__(self, network: str, hidden_size: int, grid_size: int):
@@ -46,17 +46,17 @@ class FeatureAlignment(nn.Module):
         self.grid_size = grid_size
         with loading("repa_network", network):
             vision = FrozenVision(network)
-        self.frozen = {"vision": vision}  # in a dictionary, so that it is neither trained nor saved
+        self.frozen = {"vision": vision}  # in a dictionary, so that its weights are neither trained nor saved
         width = vision.network.config.hidden_size
         self.projector = nn.Sequential(
             nn.Linear(hidden_size, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)
         )
 
     def forward(self, patches: Tensor, pixel_values: Tensor) -> Tensor:
-        """Mean distance in angle: 0 where directions agree, 2 where they are opposite; a scalar.
+        """Return the mean cosine distance, a scalar: 0 for equal directions, 2 for opposite ones.
 
         Args:
-            patches: states of the decoder, (B, N, D).
+            patches: hidden states of the decoder, (B, N, D).
             pixel_values: the clean images, (B, 3, H, W) in [-1, 1].
         """
         vision = self.frozen["vision"].to(pixel_values.device)

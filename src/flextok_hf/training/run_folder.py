@@ -1,4 +1,4 @@
-"""What a run writes down for people: its options, its log, and the rows that it could not use."""
+"""Records of a run for people to read: its options, its log, and the rows it skipped."""
 
 import json
 from collections.abc import Mapping
@@ -12,11 +12,11 @@ OPTIONS_FILE, LOG_FILE, REPORT_FILE = "arguments.json", "log.jsonl", "unreadable
 
 
 class RunFolder:
-    """The output folder of a run, as one of its processes sees it.
+    """The output folder of a run, as used by one of its processes.
 
     Args:
-        path: the folder; it exists.
-        process_index: number of the process; process 0 writes options and log.
+        path: the folder, which must exist.
+        process_index: index of the process; process 0 writes options and log.
     """
 
     def __init__(self, path: str | Path, process_index: int):
@@ -24,30 +24,30 @@ class RunFolder:
         self.process_index = process_index
 
     def write_options(self, options: Mapping[str, Any]) -> None:
-        """Write the options, in the place of those of an earlier start."""
+        """Write the options, replacing those of an earlier start."""
         if self.process_index == 0:
             write_text(self.path / OPTIONS_FILE, json.dumps(options, indent=2) + "\n")
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """Append figures to the log."""
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append metrics to the log."""
         if self.process_index == 0:
             with open(self.path / LOG_FILE, "a") as file:
-                file.write(json.dumps({"step": step, **figures}) + "\n")
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
 
     def read_log(self) -> list[dict[str, float]]:
-        """Return the entries of the log, without a last line that a kill cut off."""
+        """Return the entries of the log, ignoring a last line cut off by a kill."""
         path = self.path / LOG_FILE
         lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
         return [json.loads(line) for line in lines if line.endswith("}\n")]
 
     def cut_log(self, step: int) -> None:
-        """Drop what the log says of steps after `step`: they are about to be done again."""
+        """Drop log entries after `step`, as those steps will be repeated."""
         if self.process_index == 0 and (self.path / LOG_FILE).is_file():
             kept = [entry for entry in self.read_log() if entry["step"] <= step]
             write_text(self.path / LOG_FILE, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def report_skipped(self, skipped: Mapping[int | str, str]) -> None:
-        """Name the rows that could not be used, with those of earlier starts, in a file for each process."""
+        """Report the rows that could not be used, including those of earlier starts, in one file per process."""
         if not skipped:
             return
         name = REPORT_FILE.format(f"_{self.process_index}" if self.process_index else "")

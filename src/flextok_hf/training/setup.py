@@ -1,4 +1,4 @@
-"""What a run needs before its model: devices, precision and trackers."""
+"""Setup before the model is built: devices, precision and trackers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +15,10 @@ from .arguments import TrainingArguments
 
 
 def build_accelerator(arguments: TrainingArguments) -> Accelerator:
-    """Set up devices, precision and tracker.
+    """Set up devices, precision and trackers.
 
     Raises:
-        ValueError: there is no such tracker, or it is not installed.
+        ValueError: the tracker is unknown or not installed, or DeepSpeed is set to ZeRO-3.
     """
     output_dir = Path(arguments.output_dir)
     trackers = [kind.value for kind in LoggerType if kind.value != "all"]
@@ -30,15 +30,15 @@ def build_accelerator(arguments: TrainingArguments) -> Accelerator:
         log_with=arguments.report_to,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
     )
-    if arguments.report_to is not None and not accelerator.log_with:  # accelerate drops it without a word
+    if arguments.report_to is not None and not accelerator.log_with:  # accelerate drops it silently
         raise ValueError(f"`report_to` {arguments.report_to!r} is not installed: install it, or leave it out.")
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
         if plugin.zero_stage == 3:
-            raise ValueError("DeepSpeed's ZeRO-3 keeps no weights that could be averaged: use ZeRO-2 or FSDP2.")
-        # it cannot learn this from a data loader, which accelerate does not see here
+            raise ValueError("DeepSpeed's ZeRO-3 does not allow averaging of weights: use ZeRO-2 or FSDP2.")
+        # accelerate would read this from a data loader, but it prepares none here
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = arguments.train_batch_size
-    torch.backends.cudnn.benchmark = True  # all batches have one shape: the search for the best kernels pays
+    torch.backends.cudnn.benchmark = True  # all batches have one shape, so autotuning is worth it
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
     if arguments.report_to is not None:
@@ -52,7 +52,7 @@ def build_accelerator(arguments: TrainingArguments) -> Accelerator:
 
 @contextmanager
 def loading(option: str, source: str) -> Iterator[None]:
-    """Let errors from loading say which option named what could not be loaded."""
+    """Add the option and its value to errors raised while loading."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -60,7 +60,7 @@ def loading(option: str, source: str) -> Iterator[None]:
 
 
 def log_image(accelerator: Accelerator, image: Image.Image, step: int) -> None:
-    """Send an image to the trackers that show images."""
+    """Send an image to the trackers that support images."""
     for tracker in accelerator.trackers:
         if hasattr(tracker, "log_images"):
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

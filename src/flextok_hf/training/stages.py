@@ -1,4 +1,4 @@
-"""The stages of training from options to a saved model: data, model, loop, validation, export."""
+"""The training stages, from options to a saved model: data, model, loop, validation, export."""
 
 import itertools
 import math
@@ -42,13 +42,13 @@ from .validation import (
 from .weights import unsharded
 
 
-SCALING_BATCHES = 16  # training batches from which the scale of the latents is measured
+SCALING_BATCHES = 16  # training batches used to measure the scale of the latents
 
 TrainingData = ImageDataset | StreamedImageDataset | LatentDataset
 
 
 def start(arguments: TrainingArguments) -> Accelerator:
-    """Check what can be checked at once, set up the devices and the seed."""
+    """Check what can be checked up front, and set up devices and seed."""
     find_checkpoint(arguments)
     accelerator = build_accelerator(arguments)
     check_upload(arguments, accelerator)
@@ -70,15 +70,15 @@ def train_vae(arguments: VaeArguments) -> Path:
         vae.enable_gradient_checkpointing()
     model = VaeForTraining(vae, arguments).to(memory_format=torch.channels_last)
     if arguments.compile:
-        if arguments.adversarial_weight > 0:  # whose adaptive weight goes back through the decoder more than once
+        if arguments.adversarial_weight > 0:  # needs several backward passes through the decoder
             torch._functorch.config.donated_buffer = False
         vae.encoder.compile()
         vae.decoder.compile()
     trainer = Trainer(arguments, accelerator, model, split_by_decay([model], arguments.learning_rate))
     trainer.resume()
     batches = serve(arguments, accelerator, dataset)
-    draw = vae_validation(choose_images(arguments, held_out), vae)
-    trainer.train(batches, draw, held_out_batches(arguments, held_out, accelerator))
+    preview = vae_validation(choose_images(arguments, held_out), vae)
+    trainer.train(batches, preview, held_out_batches(arguments, held_out, accelerator))
 
     def save(folder: Path) -> None:
         (trained,) = unsharded(model, vae)
@@ -93,7 +93,7 @@ def train_vae(arguments: VaeArguments) -> Path:
 
 
 def train_tokenizer(arguments: TokenizerArguments) -> Path:
-    """Train encoder and flow decoder, and save them as a pipeline.
+    """Train the encoder and the flow decoder, and save them as a pipeline.
 
     Returns:
         The folder of the pipeline, `output_dir/pipeline`.
@@ -107,7 +107,7 @@ def train_tokenizer(arguments: TokenizerArguments) -> Path:
         encoder, decoder = build_tokenizer(arguments, vae)
     else:
         encoder, decoder, vae = load_tokenizer(arguments, vae)
-        arguments = replace(arguments, **size_options(encoder, decoder))  # what is recorded is what is trained
+        arguments = replace(arguments, **size_options(encoder, decoder))  # record the sizes actually trained
     if vae is not None:
         vae.requires_grad_(False).eval().to(accelerator.device)
     columns = Columns(arguments.image_column)
@@ -119,19 +119,19 @@ def train_tokenizer(arguments: TokenizerArguments) -> Path:
         decoder.enable_gradient_checkpointing()
     model = TokenizerForTraining(encoder, decoder, arguments, vae)
     if arguments.compile:
-        for block in (*encoder.blocks, *decoder.transformer_blocks):  # compiled once for all blocks of a kind
+        for block in (*encoder.blocks, *decoder.transformer_blocks):  # compiled once per kind of block
             block.compile()
     trainer = Trainer(arguments, accelerator, model, tokenizer_groups(arguments, model))
     trainer.resume()
     pipe = FlexTokPipeline(encoder, decoder, FlowMatchEulerDiscreteScheduler(), vae=vae)
-    draw = tokenizer_validation(arguments, choose_images(arguments, held_out), pipe)
+    preview = tokenizer_validation(arguments, choose_images(arguments, held_out), pipe)
     batches = serve(arguments, accelerator, dataset)
-    trainer.train(batches, draw, held_out_batches(arguments, held_out, accelerator))
+    trainer.train(batches, preview, held_out_batches(arguments, held_out, accelerator))
     return export(trainer, pipe, "tokenizer")
 
 
 def tokenizer_groups(arguments: TokenizerArguments, model: TokenizerForTraining) -> list[dict]:
-    """Make the optimizer's groups: encoder and decoder may learn at rates of their own."""
+    """Build the optimizer groups; encoder and decoder may have different learning rates."""
 
     def ratio(width: int) -> float:
         return 1.0 if arguments.mup_base_width is None else arguments.mup_base_width / width
@@ -147,15 +147,15 @@ def tokenizer_groups(arguments: TokenizerArguments, model: TokenizerForTraining)
 
 
 def train_prior(arguments: PriorArguments) -> Path:
-    """Train a prior for a tokenizer, and save both as a pipeline that draws from prompts or classes.
+    """Train a prior for a tokenizer, and save both as a pipeline that generates from prompts or classes.
 
-    With `token_column` the tokenizer is loaded only for validation images and at the end.
+    With `token_column`, the tokenizer is loaded only for validation images and at the end.
 
     Returns:
         The folder of the pipeline, `output_dir/pipeline`.
 
     Raises:
-        ValueError: if the conditions that the options name cannot be had.
+        ValueError: the conditions that the options specify are not available.
     """
     accelerator = start(arguments)
     with loading("tokenizer", arguments.tokenizer):
@@ -184,7 +184,7 @@ def train_prior(arguments: PriorArguments) -> Path:
         prior.config.id2label = dict(enumerate(class_names))
     if pipe is not None:
         pipe.register_modules(prior=prior, text_encoder=text_encoder, tokenizer=text_tokenizer)
-    draw = prior_validation(arguments, pipe, class_names)
+    preview = prior_validation(arguments, pipe, class_names)
     if arguments.cache_latents:
         dataset = cached(dataset, None if pipe is None else pipe.vae, arguments)
     if arguments.gradient_checkpointing:
@@ -197,16 +197,16 @@ def train_prior(arguments: PriorArguments) -> Path:
     trainer = Trainer(arguments, accelerator, model, groups, vocabulary_of(arguments, text_tokenizer, class_names))
     trainer.resume()
     batches = serve(arguments, accelerator, dataset)
-    trainer.train(batches, draw, held_out_batches(arguments, held_out, accelerator))
+    trainer.train(batches, preview, held_out_batches(arguments, held_out, accelerator))
     if pipe is None:
         pipe = FlexTokPipeline.from_pretrained(arguments.tokenizer)
         pipe.register_modules(prior=prior, text_encoder=text_encoder, tokenizer=text_tokenizer)
-        trainer.arguments = replace(arguments, resolution=pipe.resolution)  # for the record; no image was read
+        trainer.arguments = replace(arguments, resolution=pipe.resolution)  # for the record; no images were read
     return export(trainer, pipe, "prior")
 
 
 def prior_columns(arguments: PriorArguments, config: FlexTokEncoderConfig) -> Columns:
-    """Return what is read of a row to train a prior for a tokenizer."""
+    """Return the columns to read for training a prior for a tokenizer."""
     return Columns(
         arguments.image_column,
         arguments.caption_column,
@@ -219,14 +219,14 @@ def prior_columns(arguments: PriorArguments, config: FlexTokEncoderConfig) -> Co
 
 
 def check_same_classes(held_out: list[str] | None, trained: list[str] | None) -> None:
-    """Raise a ValueError if validation data name their classes otherwise than training data; numbers fit any names."""
+    """Raise a ValueError if validation and training data have different class names; numbers match any names."""
     numbers = [str(number) for number in range(len(trained or []))]
     if held_out == trained or numbers in (held_out, trained):
         return
     pairs = itertools.zip_longest(held_out or [], trained or [])
     there, here = next(pair for pair in pairs if pair[0] != pair[1])
     raise ValueError(
-        f"`validation_data` has other classes than `train_data`, such as {there!r} for {here!r}. Give it the same"
+        f"`validation_data` and `train_data` have different classes, such as {there!r} and {here!r}. Use the same"
         " classes in the same order."
     )
 
@@ -234,7 +234,7 @@ def check_same_classes(held_out: list[str] | None, trained: list[str] | None) ->
 def vocabulary_of(
     arguments: PriorArguments, text_tokenizer: PreTrainedTokenizerBase | None, class_names: list[str] | None
 ) -> list[str]:
-    """Return what the data decide: the names of the classes, or the pieces of a text tokenizer learned from them."""
+    """Return what the data decide: the class names, or the tokens of a text tokenizer learned from the data."""
     if text_tokenizer is None:
         return class_names or []
     if arguments.text_encoder is not None:
@@ -246,7 +246,7 @@ def vocabulary_of(
 def text_components(
     arguments: PriorArguments, dataset: TrainingData
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """Load the frozen text encoder that the options name, or make a small one to be trained along."""
+    """Load the frozen text encoder that the options specify, or build a small one to train jointly."""
     if arguments.text_encoder is not None:
         with loading("text_encoder", arguments.text_encoder):
             text_encoder = T5EncoderModel.from_pretrained(arguments.text_encoder, dtype=torch.float32)
@@ -256,7 +256,7 @@ def text_components(
         return tokenizer, text_encoder.requires_grad_(False).eval()
     if not isinstance(dataset, ImageDataset):
         raise ValueError(
-            "A text tokenizer cannot be learned from a stream: turn off `streaming` or name a `text_encoder`."
+            "A text tokenizer cannot be learned from a stream: turn off `streaming` or set `text_encoder`."
         )
     tokenizer = train_text_tokenizer(dataset.all_captions(), arguments.text_vocab_size, arguments.max_text_length)
     encoder = build_text_encoder(tokenizer, arguments.text_hidden_size, arguments.text_num_layers, arguments.dropout)
@@ -264,7 +264,7 @@ def text_components(
 
 
 def load_train_data(arguments: TrainingArguments, columns: Columns) -> TrainingData:
-    """Load the training rows."""
+    """Load the training data."""
     transform = ImageTransform(
         arguments.resolution, arguments.random_flip, arguments.random_crop, arguments.min_crop_scale
     )
@@ -284,17 +284,17 @@ def load_train_data(arguments: TrainingArguments, columns: Columns) -> TrainingD
 
 
 def cached(dataset: TrainingData, vae: AutoencoderKL | None, arguments: TrainingArguments) -> LatentDataset:
-    """Replace the images of a data set by their latents."""
+    """Replace the images of a dataset with their latents."""
     if vae is None or not isinstance(dataset, ImageDataset) or arguments.cache_in_memory:
         raise ValueError(
-            "`cache_latents` needs a `vae`, and goes neither with `streaming` nor with `cache_in_memory`, which keeps"
+            "`cache_latents` needs a `vae`, and does not work with `streaming` or with `cache_in_memory`, which keeps"
             " images. Leave it out, or the others."
         )
     return cache_latents(dataset, vae, arguments.dataloader_num_workers)
 
 
 def serve(arguments: TrainingArguments, accelerator: Accelerator, dataset: TrainingData) -> TrainingBatches:
-    """Serve the training data in batches, this process its part."""
+    """Return this process's share of the training data, in batches."""
     dataloader = build_dataloader(
         dataset,
         arguments.train_batch_size,

@@ -1,4 +1,4 @@
-"""A small text encoder with its own tokenizer, for priors that are trained without a pretrained one."""
+"""A small text encoder with its own tokenizer, for priors trained without a pretrained one."""
 
 from collections.abc import Iterable
 
@@ -10,14 +10,14 @@ PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
 def train_text_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """Learn a byte-level BPE tokenizer (Sennrich et al., 2016, https://arxiv.org/abs/1508.07909) from captions.
+    """Train a byte-level BPE tokenizer (Sennrich et al., 2016, https://arxiv.org/abs/1508.07909) from captions.
 
-    Upper and lower case are the same to it. Each text ends with an end token, so that the empty prompt is not empty.
+    It is case-insensitive and appends an end token to each text, so that even the empty prompt has one token.
 
     Args:
-        captions: texts to learn from.
-        vocab_size: most pieces, special ones included; at least 259.
-        max_length: longest text in pieces; longer ones are cut.
+        captions: texts to train on.
+        vocab_size: maximum vocabulary size, special tokens included; at least 259.
+        max_length: maximum text length in tokens; longer texts are truncated.
     """
     tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), normalizers.Strip()])
@@ -45,7 +45,7 @@ def train_text_tokenizer(captions: Iterable[str], vocab_size: int, max_length: i
 def build_text_encoder(
     tokenizer: PreTrainedTokenizerFast, hidden_size: int, num_layers: int, dropout: float
 ) -> T5EncoderModel:
-    """Make a fresh T5 encoder (Raffel et al., 2020, https://arxiv.org/abs/1910.10683) for a tokenizer's pieces."""
+    """Build a new T5 encoder (Raffel et al., 2020, https://arxiv.org/abs/1910.10683) for a tokenizer's vocabulary."""
     head_dim = 32
     return T5EncoderModel(
         T5Config(

@@ -1,4 +1,4 @@
-"""How fast training is, and how far from what the machine could do."""
+"""Training throughput, and how it compares to what the machine can reach."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -9,27 +9,27 @@ import torch
 from ..utils.flops import FlopCounter
 
 
-TIMED_PRODUCTS = 5
+TIMED_MATMULS = 5
 MATMUL_SIDE = {"cpu": 1024}  # large enough to reach the peak, small enough to take milliseconds
 MATMUL_SIDE_OF_ACCELERATORS = 8192
-# A multiplication with two operands costs twice in the backward pass what it costs forward.
+# The backward pass of a matmul costs twice as much as its forward pass.
 FORWARD_AND_BACKWARD = 3
-clock = time.perf_counter  # a benchmark on a busy machine may count the processor's time instead
+clock = time.perf_counter  # a benchmark on a busy machine may set it to CPU time
 
 
 def count_training_flops(forward: Callable[[], Any]) -> int:
-    """Operations of a training step whose forward pass is `forward`; recomputed activations do not count."""
+    """Count the FLOPs of a training step with forward pass `forward`, without recomputed activations."""
     with FlopCounter() as counter, torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         forward()
     return FORWARD_AND_BACKWARD * counter.trained + counter.frozen
 
 
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of the machine's own product of two large square matrices, the best of several."""
+    """Return the machine's FLOP/s in a matmul of two large square matrices, the best of several runs."""
     side = MATMUL_SIDE.get(device.type, MATMUL_SIDE_OF_ACCELERATORS)
     left, right = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
     seconds = []
-    for _ in range(1 + TIMED_PRODUCTS):
+    for _ in range(1 + TIMED_MATMULS):
         synchronize(device)
         start = clock()
         left @ right
@@ -39,18 +39,18 @@ def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until an accelerator has done what was asked of it."""
+    """Wait until an accelerator has finished its queued work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 class Meter:
-    """Measures the steps between two entries of the log.
+    """Measures throughput between two log entries.
 
     Args:
-        images_per_step: of all processes together.
-        flops_per_step: of one process; 0 if unknown.
-        matmul_rate: of one process, see `measure_matmul_rate`.
+        images_per_step: images of all processes together.
+        flops_per_step: FLOPs of one process; 0 if unknown.
+        matmul_rate: FLOP/s of one process, see `measure_matmul_rate`.
     """
 
     def __init__(self, images_per_step: int, flops_per_step: float, matmul_rate: float):
@@ -60,11 +60,11 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        """Begin anew: what lies between, such as validation, does not count."""
+        """Start over, so that time since the last call, such as validation, does not count."""
         self.start, self.steps, self.waited_s = clock(), 0, 0.0
 
     def waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Pass batches on and measure how long training had to wait for them."""
+        """Yield the batches, and measure how long training waits for them."""
         while True:
             start = clock()
             batch = next(batches)
@@ -72,14 +72,14 @@ class Meter:
             yield batch
 
     def read(self) -> dict[str, float]:
-        """Return speed and use of the machine since the last call."""
+        """Return throughput and utilization since the last call."""
         elapsed_s = clock() - self.start
         rate = self.steps * self.flops_per_step / elapsed_s
-        figures = {
+        metrics = {
             "images_per_s": self.steps * self.images_per_step / elapsed_s,
             "data_wait_share": self.waited_s / elapsed_s,
             "tflops_per_process": rate / 1e12,
             "matmul_share": rate / self.matmul_rate,
         }
         self.restart()
-        return figures
+        return metrics

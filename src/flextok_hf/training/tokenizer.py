@@ -25,13 +25,13 @@ from .setup import loading
 from .step_rng import StepRng
 
 
-FADE_SHARE = 0.4  # part of the training over which the aids against collapsed codes fade out
+FADE_SHARE = 0.4  # fraction of training over which the measures against code collapse fade out
 
 
 class TokenizerForTraining(nn.Module):
-    """Encoder and decoder with their loss, one module for all ways of distributing it."""
+    """Encoder and decoder with their loss, in one module for DDP, FSDP or DeepSpeed to wrap."""
 
-    _no_split_modules = ["EncoderBlock", "DecoderBlock"]  # what FSDP shards apart
+    _no_split_modules = ["EncoderBlock", "DecoderBlock"]  # units that FSDP shards
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class TokenizerForTraining(nn.Module):
             self.tap = LayerTap(decoder.transformer_blocks[arguments.repa_layer])
 
     def forward(self, batch: dict[str, Tensor], step: int, rng: StepRng) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the loss of a batch; in evaluation only that of the flow.
+        """Compute the loss of a batch; in evaluation mode, only the flow loss.
 
         Args:
             batch: `pixel_values` (B, 3, H, W) in [-1, 1], or cached `latents` (B, C, h, w).
@@ -65,7 +65,7 @@ class TokenizerForTraining(nn.Module):
             rng: source of all randomness, on the device of the model.
 
         Returns:
-            The loss, and figures to log.
+            The loss, and metrics to log.
         """
         # 1. Images -> features -> codes
         arguments = self.arguments
@@ -75,7 +75,7 @@ class TokenizerForTraining(nn.Module):
         is_rounded = ~rng.bernoulli(arguments.unrounded_probability * (1 - self.fade(step)), latents.shape[0])
         codes = self.encoder.quantizer(features, is_rounded)  # (B, K, Q)
 
-        # 2. Noisy images and codes -> velocity; with joint lengths every image twice, each time with its own noise
+        # 2. Noisy images and codes -> velocity; with joint lengths, each image twice, with different noise
         copies = ["full", "drawn"] if arguments.joint_lengths else ["drawn"]
         noise = torch.cat([rng.normal_like(latents) for _ in copies])
         draws = [self.draw(latents.shape[0], rng, is_full=copy == "full") for copy in copies]
@@ -93,11 +93,11 @@ class TokenizerForTraining(nn.Module):
         if not self.training:
             return flow_loss, metrics
         loss = flow_loss
-        aid = 1 - 5 / 6 * self.fade(step)
+        scale = 1 - 5 / 6 * self.fade(step)
         if arguments.feature_penalty > 0:
-            loss = loss + aid * arguments.feature_penalty * spread_penalty(features)
+            loss = loss + scale * arguments.feature_penalty * spread_penalty(features)
         if arguments.correlation_penalty > 0:
-            loss = loss + aid * arguments.correlation_penalty * correlation_penalty(features)
+            loss = loss + scale * arguments.correlation_penalty * correlation_penalty(features)
         if self.alignment is not None:
             pixel_values = batch["pixel_values"].to(latents.device).repeat(len(copies), 1, 1, 1)
             alignment_loss = self.alignment(patches, pixel_values)
@@ -106,7 +106,7 @@ class TokenizerForTraining(nn.Module):
         return loss, metrics
 
     def draw(self, batch_size: int, rng: StepRng, is_full: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw noise levels, tokens to keep and which samples ignore theirs, each (B,)."""
+        """Draw noise levels, numbers of tokens to keep, and which samples ignore their tokens, each (B,)."""
         arguments, generator = self.arguments, rng.generator
         num_registers = self.encoder.config.num_registers
 
@@ -126,14 +126,14 @@ class TokenizerForTraining(nn.Module):
     def predict(
         self, noisy_latents: Tensor, sigma: Tensor, codes: Tensor, num_tokens: Tensor, is_unconditional: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Predict the velocity (B, C, h, w), and with REPA the states of the patches at its layer, (B, N, D)."""
+        """Predict the velocity (B, C, h, w), and with REPA return the patch states at its layer, (B, N, D)."""
         if self.alignment is not None:
             self.tap.clear()
         order = slice(None)
         if noisy_latents.device.type == "cpu" and not self.arguments.compile:
             groups = LengthGroups(self.decoder, codes, num_tokens, is_unconditional)
             velocity, order = groups.predict_velocity(noisy_latents, sigma), groups.places
-        else:  # compiled code wants batches of one shape, and an accelerator no wait for the lengths
+        else:  # compiled code needs one batch shape, and an accelerator would have to wait for the lengths
             velocity = self.decoder(noisy_latents, sigma, codes, num_tokens, is_unconditional).velocity
         if self.alignment is None or not self.training:
             return velocity, None
@@ -141,14 +141,14 @@ class TokenizerForTraining(nn.Module):
         return velocity, torch.cat([states[:, :num_patches] for states in self.tap.outputs])[order]
 
     def fade(self, step: int) -> float:
-        """How far the aids against collapsed codes have faded, from 0 at the start to 1."""
+        """Return how far the measures against code collapse have faded, from 0 at the start to 1."""
         return min(1.0, step / (FADE_SHARE * self.arguments.max_train_steps))
 
 
 def build_tokenizer(
     arguments: TokenizerArguments, vae: AutoencoderKL | None
 ) -> tuple[FlexTokEncoder, FlexTokFlowDecoder]:
-    """Make a fresh encoder and decoder of the sizes in the options; latents are pixels without a VAE."""
+    """Build a new encoder and decoder with the sizes in the options; without a VAE, latents are pixels."""
     channels, factor = 3, 1
     if vae is not None:
         channels, factor = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
@@ -157,7 +157,7 @@ def build_tokenizer(
         if arguments.resolution % (factor * getattr(arguments, name)):
             raise ValueError(
                 f"`resolution` {arguments.resolution} must be a multiple of {factor * getattr(arguments, name)},"
-                f" `{name}` times {factor}, the reduction of the VAE."
+                f" `{name}` times {factor}, the downsampling factor of the VAE."
             )
         check_token_layout(arguments.token_layout, arguments.num_registers, side // getattr(arguments, name))
     encoder = FlexTokEncoder(
@@ -188,7 +188,7 @@ def build_tokenizer(
         remove_dropped=arguments.remove_dropped,
     )
     if arguments.mup_base_width is not None:
-        # an output layer starts smaller in proportion to the width, not to its root as xavier has it
+        # muP scales the initial output weights as 1 / width, Xavier as 1 / sqrt(width)
         ratio = arguments.mup_base_width / arguments.encoder_hidden_size
         with torch.no_grad():
             encoder.feature_proj.weight.mul_(ratio**0.5)
@@ -196,7 +196,7 @@ def build_tokenizer(
 
 
 def size_options(encoder: FlexTokEncoder, decoder: FlexTokFlowDecoder) -> dict[str, Any]:
-    """Return the options of `TokenizerArguments` that would make such an encoder and decoder."""
+    """Return the options of `TokenizerArguments` that describe this encoder and decoder."""
     return {
         "token_layout": encoder.config.token_layout,
         "num_registers": encoder.config.num_registers,
@@ -215,12 +215,12 @@ def size_options(encoder: FlexTokEncoder, decoder: FlexTokFlowDecoder) -> dict[s
 def load_tokenizer(
     arguments: TokenizerArguments, vae: AutoencoderKL | None
 ) -> tuple[FlexTokEncoder, FlexTokFlowDecoder, AutoencoderKL | None]:
-    """Load the encoder, the decoder and the VAE of `pretrained_tokenizer`; a given VAE takes the place of its own.
+    """Load the encoder, the decoder and the VAE of `pretrained_tokenizer`; `vae` replaces the latter if given.
 
-    With `remove_dropped` a decoder that was trained with mask tokens learns to go without them.
+    With `remove_dropped`, a decoder that was trained with mask tokens learns to work without them.
 
     Raises:
-        ValueError: if `resolution` is another one than the tokenizer's.
+        ValueError: `resolution` differs from that of the tokenizer.
     """
     unused = {"prior": None, "text_encoder": None, "tokenizer": None}
     assert arguments.pretrained_tokenizer is not None
@@ -231,7 +231,7 @@ def load_tokenizer(
     if arguments.resolution != source.resolution:
         raise ValueError(
             f"`resolution` is {arguments.resolution}, but `pretrained_tokenizer` {arguments.pretrained_tokenizer!r}"
-            f" works at {source.resolution} pixels. Set it to that."
+            f" works at {source.resolution} pixels. Set `resolution` to that."
         )
     if arguments.remove_dropped:
         source.decoder.register_to_config(remove_dropped=True)

@@ -1,4 +1,4 @@
-"""Stage 0: train the VAE that turns images into latents, and latents into images.
+"""Stage 0: train the VAE that turns images into latents and latents into images.
 
 Letters: B batch, C latent channels, h w latent grid.
 """
@@ -19,7 +19,7 @@ from .step_rng import StepRng
 
 
 class VaeForTraining(nn.Module):
-    """A VAE with its loss: reconstruction, KL divergence, and if asked for perceptual and adversarial terms."""
+    """A VAE with its loss: reconstruction, KL divergence, and optionally perceptual and adversarial terms."""
 
     def __init__(self, vae: AutoencoderKL, arguments: VaeArguments):
         super().__init__()
@@ -30,7 +30,7 @@ class VaeForTraining(nn.Module):
         if arguments.perceptual_network is not None:
             with loading("perceptual_network", arguments.perceptual_network):
                 perceptual = PerceptualDistance(arguments.perceptual_network)
-        self.frozen = {"perceptual": perceptual}  # in a dictionary, so that it is neither trained nor saved
+        self.frozen = {"perceptual": perceptual}  # in a dictionary, so that its weights are neither trained nor saved
 
     def forward(self, batch: dict[str, Tensor], step: int, rng: StepRng) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of a batch.
@@ -38,10 +38,10 @@ class VaeForTraining(nn.Module):
         Args:
             batch: `pixel_values` (B, 3, H, W) in [-1, 1].
             step: optimizer steps done so far.
-            rng: source of the noise of the posterior, on the device of the model.
+            rng: source of the posterior noise, on the device of the model.
 
         Returns:
-            The loss, and figures to log.
+            The loss, and metrics to log.
         """
         arguments = self.arguments
         # 1. Images -> posterior -> latents -> reconstructions
@@ -51,7 +51,7 @@ class VaeForTraining(nn.Module):
         latents = posterior.mean + posterior.std * rng.normal_like(posterior.mean)  # (B, C, h, w)
         reconstruction = self.vae.decode(latents).sample.float()  # (B, 3, H, W)
 
-        # 2. Losses, each a mean per pixel value or per latent value, so that weights hold for any size
+        # 2. Losses, each a mean per pixel value or per latent value, so that loss weights fit any size
         distance = F.l1_loss if arguments.reconstruction_loss == "l1" else F.mse_loss
         loss = distance(reconstruction, pixel_values)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
@@ -64,17 +64,17 @@ class VaeForTraining(nn.Module):
         if self.discriminator is None or not self.training:
             return total, metrics
         if step < arguments.adversarial_start:
-            # takes part in every step, as distributed training expects of all parameters
+            # a zero gradient, as distributed training expects one for every parameter in every step
             return total + 0.0 * sum(weight.sum() for weight in self.discriminator.parameters()), metrics
-        fooling = generator_loss(self.discriminator, reconstruction)
-        weight = adaptive_weight(loss, fooling, self.vae.decoder.conv_out.weight)
-        judging = discriminator_loss(self.discriminator, pixel_values, reconstruction.detach())
-        metrics |= {"generator_loss": fooling.detach(), "discriminator_loss": judging.detach()}
-        return total + arguments.adversarial_weight * weight * fooling + judging, metrics
+        adversarial = generator_loss(self.discriminator, reconstruction)
+        weight = adaptive_weight(loss, adversarial, self.vae.decoder.conv_out.weight)
+        hinge = discriminator_loss(self.discriminator, pixel_values, reconstruction.detach())
+        metrics |= {"generator_loss": adversarial.detach(), "discriminator_loss": hinge.detach()}
+        return total + arguments.adversarial_weight * weight * adversarial + hinge, metrics
 
 
 def build_vae(arguments: VaeArguments) -> AutoencoderKL:
-    """Make a fresh VAE of the sizes in the options, or load the one that they name."""
+    """Build a new VAE with the sizes in the options, or load `pretrained_vae`."""
     vae = None
     if arguments.pretrained_vae is not None:
         with loading("pretrained_vae", arguments.pretrained_vae):
@@ -82,8 +82,8 @@ def build_vae(arguments: VaeArguments) -> AutoencoderKL:
     num_blocks = len(arguments.block_out_channels if vae is None else vae.config.block_out_channels)
     if arguments.resolution % 2 ** (num_blocks - 1):
         raise ValueError(
-            f"`resolution` {arguments.resolution} must be a multiple of {2 ** (num_blocks - 1)}, the reduction by"
-            f" {num_blocks} `block_out_channels`."
+            f"`resolution` {arguments.resolution} must be a multiple of {2 ** (num_blocks - 1)}, the downsampling"
+            f" factor of {num_blocks} `block_out_channels`."
         )
     if vae is not None:
         return vae
@@ -106,7 +106,7 @@ def build_vae(arguments: VaeArguments) -> AutoencoderKL:
 
 @torch.no_grad()
 def measure_scaling_factor(vae: AutoencoderKL, batches: Iterable[Tensor]) -> float:
-    """Return the factor that brings the latents of these images (B, 3, H, W) to unit variance around their mean."""
+    """Return the factor that scales the latents of images (B, 3, H, W) to unit variance around their mean."""
     count, total, squares = 0, 0.0, 0.0
     for pixel_values in batches:
         latents = vae.encode(pixel_values.to(vae.device, vae.dtype)).latent_dist.mode().double()  # (B, C, h, w)

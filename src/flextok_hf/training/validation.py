@@ -1,4 +1,4 @@
-"""Images and figures while training: what each stage has learned so far, on one sheet.
+"""Validation during training: metrics and a sheet of images for each stage.
 
 Letters: B batch, R side of the square images.
 """
@@ -21,15 +21,15 @@ from ..pipelines.pipeline_flextok import FlexTokPipeline
 from ..utils.measures import peak_signal_to_noise
 from ..utils.sheets import contact_sheet, token_count_title
 from .arguments import PriorArguments, TrainingArguments
-from .loop import Draw
+from .loop import Preview
 
 
-VALIDATION_STEPS = 12  # Euler steps of validation images: enough to judge, a quarter of the time of good ones
+VALIDATION_STEPS = 12  # Euler steps of validation images: enough to judge, in a quarter of the time of good ones
 VALIDATION_GUIDANCE = 2.0
 
 
 def load_validation_data(arguments: TrainingArguments, columns: Columns) -> ImageDataset | None:
-    """Load the held-out rows, in the form that training has them but without chance; `None` if there are none."""
+    """Load the held-out rows as in training but without augmentation; `None` if there are none."""
     source = arguments.validation_data
     if source is None and arguments.train_data == ["synthetic"]:
         source = ["synthetic"]
@@ -48,7 +48,7 @@ def load_validation_data(arguments: TrainingArguments, columns: Columns) -> Imag
 def held_out_batches(
     arguments: TrainingArguments, dataset: ImageDataset | None, accelerator: Accelerator
 ) -> DataLoader | None:
-    """Serve held-out rows in their order; `None` if there are none."""
+    """Return the held-out rows in batches, in their order; `None` if there are none."""
     if dataset is None:
         return None
     return build_dataloader(
@@ -56,14 +56,14 @@ def held_out_batches(
         arguments.train_batch_size,
         shuffle=False,
         drop_last=False,
-        num_workers=0,  # few and rarely: not worth the processes
+        num_workers=0,  # a few rows now and then: not worth worker processes
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
     )
 
 
 def choose_images(arguments: TrainingArguments, dataset: ImageDataset | None) -> Tensor | None:
-    """Take images for the validation sheet, (B, 3, R, R) in [0, 1], spread over the data; `None` without data."""
+    """Return images for the validation sheet, (B, 3, R, R) in [0, 1], spread over the data; `None` without data."""
     if dataset is None:
         return None
     stride = max(1, len(dataset) // arguments.num_validation_images)
@@ -72,62 +72,62 @@ def choose_images(arguments: TrainingArguments, dataset: ImageDataset | None) ->
 
 
 def build_sheet(columns: list[Tensor], titles: list[str]) -> Image.Image:
-    """Lay columns of images, each (B, 3, R, R) in [0, 1], side by side."""
+    """Arrange columns of images, each (B, 3, R, R) in [0, 1], side by side."""
     images = [to_output(column.cpu() * 2 - 1) for column in columns]
     return contact_sheet([list(row) for row in zip(*images, strict=True)], titles)
 
 
-def vae_validation(originals: Tensor | None, vae: AutoencoderKL) -> Draw | None:
-    """Make the function that encodes and decodes held-out images; None without images."""
+def vae_validation(originals: Tensor | None, vae: AutoencoderKL) -> Preview | None:
+    """Return a function that encodes and decodes held-out images; `None` without images."""
     if originals is None:
         return None
 
-    def draw() -> tuple[dict[str, float], Image.Image]:
+    def preview() -> tuple[dict[str, float], Image.Image]:
         pixel_values = originals.to(vae.device) * 2 - 1
         decoded = vae.decode(vae.encode(pixel_values).latent_dist.mode()).sample.float().cpu()
         images = (decoded / 2 + 0.5).clamp(0, 1)
         psnr = peak_signal_to_noise(images, originals).mean().item()
         return {"psnr": psnr}, build_sheet([originals, images], ["original", "decoded"])
 
-    return draw
+    return preview
 
 
-def tokenizer_validation(arguments: TrainingArguments, originals: Tensor | None, pipe: FlexTokPipeline) -> Draw | None:
-    """Make the function that draws held-out images with growing numbers of tokens; None without images."""
-    if originals is None:
+def tokenizer_validation(arguments: TrainingArguments, images: Tensor | None, pipe: FlexTokPipeline) -> Preview | None:
+    """Return a function that reconstructs held-out images from growing numbers of tokens; `None` without images."""
+    if images is None:
         return None
     counts = token_ladder(pipe.num_registers)
 
-    def draw() -> tuple[dict[str, float], Image.Image]:
+    def preview() -> tuple[dict[str, float], Image.Image]:
         pipe.set_progress_bar_config(disable=True)
         columns = pipe.reconstruct(
-            originals,
+            images,
             max_tokens=counts,
             num_inference_steps=VALIDATION_STEPS,
             guidance_scale=1.0,
             generator=torch.Generator().manual_seed(arguments.seed),
             output_type="pt",
         )
-        figures = {
-            f"psnr_{count}": peak_signal_to_noise(images.cpu(), originals).mean().item()
-            for count, images in zip(counts, columns, strict=True)
+        metrics = {
+            f"psnr_{count}": peak_signal_to_noise(column.cpu(), images).mean().item()
+            for count, column in zip(counts, columns, strict=True)
         }
-        return figures, build_sheet([originals, *columns], ["original", *map(token_count_title, counts)])
+        return metrics, build_sheet([images, *columns], ["original", *map(token_count_title, counts)])
 
-    return draw
+    return preview
 
 
 def prior_validation(
     arguments: PriorArguments, pipe: FlexTokPipeline | None, class_names: list[str] | None
-) -> Draw | None:
-    """Make the function that draws the validation prompts with growing numbers of tokens; None without prompts."""
+) -> Preview | None:
+    """Return a function that generates images of the validation prompts with growing numbers of tokens, or `None`."""
     if not arguments.validation_prompts or pipe is None:
         return None
     counts = token_ladder(pipe.num_registers)[::2]
     condition = prompts_or_classes(arguments.validation_prompts, class_names)
     num_rows = len(arguments.validation_prompts)
 
-    def draw() -> tuple[dict[str, float], Image.Image]:
+    def preview() -> tuple[dict[str, float], Image.Image]:
         pipe.set_progress_bar_config(disable=True)
         generators = [torch.Generator().manual_seed(arguments.seed) for _ in range(num_rows)]
         token_ids = pipe.generate_tokens(**condition, generator=generators)
@@ -141,19 +141,19 @@ def prior_validation(
         sheet = build_sheet(columns, [token_count_title(count) for count in counts])
         return {"distinct_first_ids": float(token_ids[:, 0].unique().numel())}, sheet
 
-    return draw
+    return preview
 
 
 def prompts_or_classes(prompts: list[str], class_names: list[str] | None) -> dict[str, list]:
-    """Return the arguments of a pipeline call for texts, or for classes by their names.
+    """Return the arguments of a pipeline call for prompts, or for classes given by name.
 
     Raises:
-        ValueError: there is no class of that name.
+        ValueError: there is no class with that name.
     """
     if class_names is None:
         return {"prompt": prompts}
     for name in prompts:
         if name not in class_names:
             shown = ", ".join(class_names[:20]) + (" ..." if len(class_names) > 20 else "")
-            raise ValueError(f"`validation_prompts` names {name!r}, which is no class. There are: {shown}.")
+            raise ValueError(f"`validation_prompts` contains {name!r}, which is not a class. Classes: {shown}.")
     return {"class_labels": [class_names.index(name) for name in prompts]}

@@ -1,4 +1,4 @@
-"""Weights as a whole: their average over training, and what sharding among processes has spread out."""
+"""Averaging of weights over training (EMA), and gathering of weights sharded across processes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +17,11 @@ AVERAGE_FILE = "ema.safetensors"
 
 
 class AveragedWeights:
-    """Exponential average of a model's weights over the steps of its training.
+    """Exponential moving average of a model's weights over its training steps.
 
     Args:
         model: the model in training.
-        decay: share of the average that a step keeps; 0 means that there is no average.
+        decay: fraction of the average that a step keeps; 0 turns averaging off.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -29,18 +29,18 @@ class AveragedWeights:
         self.ema = EMAModel(self.shards(), decay=decay, foreach=True) if decay else None
 
     def shards(self) -> list[Tensor]:
-        """Weights of the model, of sharded ones the part of this process: averages do not mix parts."""
+        """Return the weights of the model, or this process's shards of them: averaging is elementwise."""
         parameters = list(self.model.parameters())
         return [local(parameter.detach()).requires_grad_(parameter.requires_grad) for parameter in parameters]
 
     def step(self) -> None:
-        """Take in the weights after an optimizer step."""
+        """Update the average after an optimizer step."""
         if self.ema is not None:
             self.ema.step(self.shards())
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Let the model have its averaged weights, in evaluation mode; its own come back at the end."""
+        """Give the model its averaged weights, in evaluation mode, and restore its own at the end."""
         self.model.eval()
         if self.ema is not None:
             self.ema.store(self.shards())
@@ -49,13 +49,13 @@ class AveragedWeights:
             yield
         finally:
             if isinstance(self.model, FSDPModule):
-                self.model.reshard()  # a forward pass leaves some weights together, for the backward pass to come
+                self.model.reshard()  # a forward pass leaves some weights gathered for a backward pass
             if self.ema is not None:
                 self.ema.restore(self.shards())
             self.model.train()
 
     def save(self, folder: Path, is_main_process: bool) -> None:
-        """Write the average into a checkpoint, under the names of the weights; all processes call this."""
+        """Write the average into a checkpoint, under the names of the weights; all processes must call this."""
         if self.ema is None:
             return
         average = {}
@@ -68,7 +68,7 @@ class AveragedWeights:
             save_file(average, folder / AVERAGE_FILE)
 
     def load(self, folder: Path, step: int) -> None:
-        """Read the average from a checkpoint of `step`."""
+        """Load the average from a checkpoint of `step`."""
         if self.ema is None:
             return
         average = load_file(folder / AVERAGE_FILE)
@@ -81,21 +81,21 @@ class AveragedWeights:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a tensor."""
+    """Return this process's shard of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor as it would be without sharding; if it is sharded, all processes must call this."""
+    """Return a tensor in full; if it is sharded, all processes must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def unsharded(model: nn.Module, *parts: Any) -> list[Any]:
-    """Return parts of a model that can be saved: themselves, or copies on the CPU if the model is sharded.
+    """Return parts of a model in a form that can be saved: CPU copies if the model is sharded, else unchanged.
 
     Args:
-        model: whose weights may be sharded; all processes must call this.
-        parts: modules of the model, or things that it does not hold, which are returned as they are.
+        model: model whose weights may be sharded; all processes must call this.
+        parts: modules of the model; anything else is returned unchanged.
     """
     if not isinstance(model, FSDPModule):
         return list(parts)

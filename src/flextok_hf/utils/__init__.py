@@ -1,4 +1,4 @@
-"""Helpers without a place in the data flow: files, tables, contact sheets, measures, operation counts, options.
+"""Helpers outside the data flow: files, tables, contact sheets, metrics, FLOP counts, options.
 
 Imports nothing else of the package.
 """

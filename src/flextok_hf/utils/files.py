@@ -1,4 +1,4 @@
-"""Files: results appear whole or not at all, JSON is read with errors that name the file."""
+"""File helpers: results are written atomically, and JSON errors include the file name."""
 
 import json
 import os
@@ -11,18 +11,18 @@ from PIL import Image
 
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-ANIMATED = ".webp"  # the kind of file that can hold several images in turn
+ANIMATED = ".webp"  # the format that can hold an animation
 
 
 def check_output_path(path: str | os.PathLike, extensions: tuple[str, ...]) -> Path:
-    """Return `path` if a file of one of the kinds in `extensions` can be written there; made to be called early.
+    """Return `path` if a file with one of `extensions` can be written there; call this before a long job.
 
     Args:
-        path: where the result of a long job is to go; an existing file may be replaced.
-        extensions: allowed endings in lower case, each with its dot.
+        path: where the result will be written; an existing file may be replaced.
+        extensions: allowed file extensions in lower case, each with its dot.
 
     Raises:
-        ValueError: unknown ending, missing or read-only folder, or a folder stands in the way.
+        ValueError: unsupported extension, missing or read-only folder, or `path` is a folder.
     """
     path = Path(path)
     if path.suffix.lower() not in extensions:
@@ -30,35 +30,35 @@ def check_output_path(path: str | os.PathLike, extensions: tuple[str, ...]) -> P
         raise ValueError(f"`output` {str(path)!r} {kind}; use one of {', '.join(extensions)}")
     if path.is_dir():
         raise ValueError(
-            f"`output` {str(path)!r} is a folder; name a file in it, such as {path / ('out' + path.suffix)}"
+            f"`output` {str(path)!r} is a folder; specify a file in it, such as {path / ('out' + path.suffix)}"
         )
     check_folder_around(path)
     return path
 
 
 def check_output_folder(path: str | os.PathLike) -> Path:
-    """Return `path` if a new folder can be made there; made to be called early.
+    """Return `path` if a new folder can be created there; call this before a long job.
 
     Args:
         path: must not exist, or be an empty folder.
 
     Raises:
-        ValueError: something is there already, or the folder around it is missing or read-only.
+        ValueError: it already exists and is not an empty folder, or its parent is missing or read-only.
     """
     path = Path(path)
     if path.is_dir() and any(path.iterdir()):
         raise ValueError(f"`output` {str(path)!r} exists and is not empty; choose another name, or remove it first")
     if path.exists() and not path.is_dir():
-        raise ValueError(f"`output` {str(path)!r} is a file; choose the name of a new folder")
+        raise ValueError(f"`output` {str(path)!r} is a file; specify a new folder")
     check_folder_around(path)
     return path
 
 
 def check_folder_around(path: Path) -> None:
-    """Raise a `ValueError` if the folder in which `path` is to be made is missing or read-only."""
+    """Raise a `ValueError` if the parent folder of `path` is missing or read-only."""
     if not path.parent.is_dir():
         raise ValueError(
-            f"`output` {str(path)!r} lies in a folder that does not exist; create it: mkdir -p {path.parent}"
+            f"`output` {str(path)!r} is in a folder that does not exist; create it: mkdir -p {path.parent}"
         )
     if not os.access(path.parent, os.W_OK):
         raise ValueError(f"the folder of `output` {str(path)!r} cannot be written to; choose another one")
@@ -68,12 +68,12 @@ def read_json(path: str | os.PathLike, default: Any = None) -> Any:
     """Read a JSON file.
 
     Args:
-        path: of the file.
-        default: returned if there is no such file; `None` makes that an error.
+        path: the file.
+        default: returned if the file does not exist; with `None`, that is an error.
 
     Raises:
-        FileNotFoundError: there is no such file, and no `default`.
-        ValueError: it is not JSON.
+        FileNotFoundError: the file does not exist, and there is no `default`.
+        ValueError: it is not valid JSON.
     """
     path = Path(path)
     if default is not None and not path.is_file():
@@ -87,15 +87,15 @@ def read_json(path: str | os.PathLike, default: Any = None) -> Any:
 def write_atomically(path: str | os.PathLike, write: Callable[[str], object]) -> None:
     """Let `write` fill a temporary file next to `path`, then move it there in one step.
 
-    An interrupted or failed job leaves the file that was there before as it was.
+    An interrupted or failed write leaves any existing file untouched.
 
     Args:
-        path: final name; the temporary name has the same ending, so that writers which go by it still work.
-        write: is called with the temporary name.
+        path: final name; the temporary name has the same extension, so writers that infer the format still work.
+        write: called with the temporary name.
     """
     path = Path(path)
     temporary = temporary_beside(path)
-    temporary.touch(exist_ok=False)  # with the permissions of any new file, which `tempfile` would not give
+    temporary.touch(exist_ok=False)  # with default permissions, unlike `tempfile`
     try:
         write(str(temporary))
         os.replace(temporary, path)
@@ -105,32 +105,32 @@ def write_atomically(path: str | os.PathLike, write: Callable[[str], object]) ->
 
 
 def temporary_beside(path: Path) -> Path:
-    """Return a hidden, unused name beside `path` with the same ending."""
+    """Return a hidden, unused path next to `path` with the same extension."""
     return path.with_name(f".{path.stem}-{secrets.token_hex(8)}{path.suffix}")
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a text file in UTF-8 as a whole."""
+    """Write a UTF-8 text file atomically."""
     write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 def save_image(image: Image.Image, path: str | os.PathLike) -> None:
-    """Write one image as a whole; its kind follows from the ending of `path`.
+    """Write one image atomically; the extension of `path` sets the format.
 
     Args:
-        image: any mode that the kind of file can hold.
-        path: its ending is one of `IMAGE_EXTENSIONS`.
+        image: in any mode that the format supports.
+        path: a file name with one of `IMAGE_EXTENSIONS`.
     """
     write_atomically(path, image.save)
 
 
 def save_animation(frames: Sequence[Image.Image], path: str | os.PathLike, frame_ms: int) -> None:
-    """Write images as one lossless animated WebP that plays without end and rests on the last image.
+    """Write images as one lossless animated WebP that loops and pauses on the last image.
 
     Args:
-        frames: images of one size, at least one.
+        frames: one or more images of the same size.
         path: ends in `ANIMATED`.
-        frame_ms: how long each is shown, in milliseconds; the last one three times as long.
+        frame_ms: how long each frame is shown, in milliseconds; the last one is shown three times as long.
     """
     durations = [frame_ms] * (len(frames) - 1) + [3 * frame_ms]
 
@@ -147,7 +147,7 @@ def numbered_paths(path: str | os.PathLike, count: int) -> list[Path]:
 
     Args:
         path: what the user asked for.
-        count: number of results, at least 1; numbers are padded to sort well.
+        count: number of results, at least 1; numbers are zero-padded so that the names sort.
     """
     path = Path(path)
     if count == 1:

@@ -1,4 +1,4 @@
-"""Floating-point operations of PyTorch code, counted while it runs."""
+"""FLOPs of PyTorch code, counted while it runs."""
 
 import torch
 from torch import Tensor
@@ -7,11 +7,11 @@ from torch.utils.flop_counter import flop_registry
 
 
 class FlopCounter(TorchDispatchMode):
-    """Context that counts the operations of products, convolutions and attention, with and without a gradient.
+    """Context manager that counts the FLOPs of matmuls, convolutions and attention, with and without gradients.
 
     Attributes:
-        trained: operations that a backward pass will go through.
-        frozen: operations under `torch.no_grad`.
+        trained: FLOPs of operations with gradients enabled.
+        frozen: FLOPs of operations under `torch.no_grad`.
     """
 
     def __init__(self):
@@ -19,16 +19,16 @@ class FlopCounter(TorchDispatchMode):
         self.trained = 0
         self.frozen = 0
         aten = torch.ops.aten
-        # PyTorch's own table lacks the attention kernel of the CPU, whose arguments are those of the others, and the
-        # products that oneDNN computes.
+        # PyTorch's registry lacks the CPU attention kernel, which takes the same arguments as the others, and the
+        # linear layers that oneDNN computes.
         attention = flop_registry[aten._scaled_dot_product_flash_attention]
         self.formulas = flop_registry | {aten._scaled_dot_product_flash_attention_for_cpu: attention}
         if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-            self.formulas[torch.ops.mkldnn._linear_pointwise] = count_product
+            self.formulas[torch.ops.mkldnn._linear_pointwise] = linear_flops
 
     @property
     def total(self) -> int:
-        """All operations so far."""
+        """All FLOPs so far."""
         return self.trained + self.frozen
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -43,6 +43,6 @@ class FlopCounter(TorchDispatchMode):
         return outputs
 
 
-def count_product(rows: Tensor, *args, out_val: Tensor, **kwargs) -> int:
-    """Operations of a linear layer on rows (..., in_features)."""
+def linear_flops(rows: Tensor, *args, out_val: Tensor, **kwargs) -> int:
+    """Return the FLOPs of a linear layer on rows (..., in_features)."""
     return 2 * rows.numel() * out_val.shape[-1]

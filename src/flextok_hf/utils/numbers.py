@@ -1,9 +1,9 @@
-"""What counts as a number where a caller passes one."""
+"""Type checks for numbers passed by callers."""
 
 from numbers import Integral
 from typing import Any
 
 
 def is_whole_number(value: Any) -> bool:
-    """Tell integers, of Python or NumPy, from booleans and floats."""
+    """Return whether `value` is a Python or NumPy integer, but not a boolean."""
     return isinstance(value, Integral) and not isinstance(value, bool)

@@ -10,14 +10,14 @@ from transformers import HfArgumentParser
 
 
 def parse_arguments(kind: type, argv: list[str]) -> Any:
-    """Read the options of a dataclass: `--config file.yaml` gives defaults, further flags win.
+    """Parse the options of a dataclass: `--config file.yaml` sets defaults, other flags override them.
 
     Raises:
         SystemExit: an option is missing, unknown or of the wrong type.
-        ValueError: the YAML file names an option that does not exist, or a value is not allowed.
-        FileNotFoundError: there is no such file.
+        ValueError: the YAML file has an unknown option, or a value is not allowed.
+        FileNotFoundError: the YAML file does not exist.
     """
-    # no abbreviations: a misspelled flag must not pass for another one
+    # no abbreviations: a misspelled flag must not be taken for another one
     parser = HfArgumentParser(kind, description=kind.__doc__, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with defaults for these options.")
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -34,28 +34,26 @@ def read_flags(path: Path, known: dict[str, argparse.Action]) -> list[str]:
     """Turn a YAML file into flags, so that its values are checked like those on the command line.
 
     Args:
-        path: the file.
-        known: options that exist.
+        path: the YAML file.
+        known: options that exist, by name.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no YAML, names an option that does not exist, or gives one no value or too many.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not valid YAML, or has an unknown option or one with no value or too many.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"`config` {str(path)!r} is no file. Recipes lie in scripts/configs.")
+        raise FileNotFoundError(f"`config` {str(path)!r} is no file. Recipes are in scripts/configs.")
     try:
         values = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise ValueError(f"`config` {str(path)!r} is no valid YAML: {error}") from error
+        raise ValueError(f"`config` {str(path)!r} contains no valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"`config` {str(path)!r} must hold lines `option: value`, got {values!r}.")
     unknown = [str(name) for name in values if name not in known]
     if unknown:
         hints = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]
         meant = f" Did you mean {', '.join(hints)}?" if hints else ""
-        raise ValueError(
-            f"{path} names unknown options: {', '.join(unknown)}.{meant} `--help` lists those that exist."
-        )
+        raise ValueError(f"{path} has unknown options: {', '.join(unknown)}.{meant} `--help` lists the valid ones.")
     flags = []
     for name, value in values.items():
         default = known[name].default
@@ -64,7 +62,7 @@ def read_flags(path: Path, known: dict[str, argparse.Action]) -> list[str]:
                 raise ValueError(f"`{name}` in {path} is empty. Leave it out to get the default, {default!r}.")
         elif isinstance(value, bool) and not isinstance(default, bool):
             raise ValueError(
-                f"`{name}` in {path} is a word that YAML reads as {value}: put it in quotes, or name another value."
+                f"`{name}` in {path} is a word that YAML reads as {value}: put it in quotes, or pass another value."
             )
         elif isinstance(value, list):
             if known[name].nargs != "+":

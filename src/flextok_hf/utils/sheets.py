@@ -1,4 +1,4 @@
-"""Contact sheets: images in labelled rows and columns, for instance one column per number of tokens."""
+"""Contact sheets: grids of images with column titles, for instance one column per number of tokens."""
 
 from collections.abc import Sequence
 
@@ -15,20 +15,20 @@ def contact_sheet(
     cell_size: int | None = None,
     gap: int = 8,
 ) -> Image.Image:
-    """Lay images out on one white sheet with a title over each column.
+    """Arrange images on one white sheet with a title above each column.
 
     Args:
         rows: one sequence of images per row; each row has one image per title.
         titles: one short line per column.
-        cell_size: side of the square that each image is fitted into, in pixels; by default that of the largest
-            image, at least 128, so that the images of small models can be seen.
-        gap: white pixels between images and around them.
+        cell_size: side of the square that each image is fitted into, in pixels; defaults to that of the largest
+            image, but at least 128 so that images from small models are visible.
+        gap: white pixels between and around the images.
 
     Returns:
         An RGB image.
 
     Raises:
-        ValueError: there is no image, or a row and the titles differ in length.
+        ValueError: there are no images, or a row and the titles differ in length.
     """
     if not rows or not titles:
         raise ValueError(f"`rows` and `titles` need at least one entry each, got {len(rows)} and {len(titles)}")
@@ -57,7 +57,7 @@ def contact_sheet(
 
 
 def token_count_title(num_tokens: int) -> str:
-    """Return the column title of a number of tokens: "1 token", "4 tokens"."""
+    """Return the column title for a number of tokens: "1 token", "4 tokens"."""
     return "1 token" if num_tokens == 1 else f"{num_tokens} tokens"
 
 

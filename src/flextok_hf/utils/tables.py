@@ -1,4 +1,4 @@
-"""Tables for reading: Markdown, and the titles of measures in them."""
+"""Markdown tables, and the titles of metrics in them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +20,7 @@ MEASURE_TITLES = {
 
 
 def measure_title(name: str, network: str | None = None) -> str:
-    """Return the title of a measure, by default its name in words; `network` names the source of its features."""
+    """Return the title of a metric, by default its name in words; `network` is the source of its features."""
     if name == "frechet_distance" and network is not None:
         return f"Frechet distance ({network})"
     if name == "classifier_score" and network is not None:

@@ -1,4 +1,4 @@
-"""What frozen vision networks of Transformers expect of the images they read."""
+"""Input preprocessing of frozen vision networks from Transformers."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,11 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class ImagePreprocessing:
-    """How a network wants its inputs.
+    """The inputs that a network expects.
 
     Attributes:
         size: side of the square input in pixels.
-        mean: of each channel in [0, 1], (3, 1, 1).
+        mean: mean of each channel for pixels in [0, 1], (3, 1, 1).
         std: standard deviation of each channel, (3, 1, 1).
     """
 
@@ -26,7 +26,7 @@ class ImagePreprocessing:
 
 
 def read_preprocessing(name: str) -> ImagePreprocessing:
-    """Read the preprocessing of a network, a folder or Hub id; ImageNet's at 224 pixels where nothing is stored."""
+    """Read the preprocessing of a network, a folder or Hub id; ImageNet's at 224 pixels if none is stored."""
     try:
         values, _ = ImageProcessingMixin.get_image_processor_dict(name)
     except OSError:

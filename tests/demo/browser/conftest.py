@@ -1,4 +1,4 @@
-"""The demo on loopback with the embedded model, and a headless Chromium of the distribution to use it with."""
+"""Fixtures: the demo on loopback with the embedded model, and a headless Chromium of the system."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ START_S = 120
 
 
 class Server:
-    """`flextok demo` in a process of its own."""
+    """`flextok demo` in its own process."""
 
     def __init__(self, folder: Path):
         with socket.socket() as free:
@@ -76,7 +76,7 @@ def browser():
 
 @pytest.fixture
 def open_page(browser, server):
-    """A function that opens the demo in a browser profile of its own; at the end nothing may have gone elsewhere."""
+    """A function that opens the demo in a new browser profile; no request may go to another host."""
     contexts, foreign, errors = [], [], []
 
     def open_page(width=1100, height=900):
@@ -94,7 +94,7 @@ def open_page(browser, server):
     yield open_page
     for context in contexts:
         context.close()
-    assert not foreign, "the page asked another host for something"
-    assert not errors, "a script of the page failed"
+    assert not foreign, "the page sent a request to another host"
+    assert not errors, "a script on the page failed"
     assert server.process.poll() is None
     assert "Traceback" not in server.log.read_text(), server.log.read_text()

@@ -1,6 +1,6 @@
-"""The demo as people use it: in a real browser, with good and bad input, alone and together.
+"""The demo as people use it: in a real browser, with good and bad input, by one visitor or several.
 
-`SCREENSHOTS=docs/assets` keeps images of the page for the documentation.
+`SCREENSHOTS=docs/assets` saves screenshots for the documentation.
 """
 
 import io
@@ -21,7 +21,7 @@ from flextok_hf.models.nested_dropout import token_ladder
 
 pytestmark = pytest.mark.slow
 
-MEMORY_GROWTH_MB = 64  # allocators keep some pages; a leak of 20 images' worth of work would show
+MEMORY_GROWTH_MB = 64  # allocators keep some pages; a leak over 20 requests would be larger
 NUM_REQUESTS = 20
 
 
@@ -37,7 +37,7 @@ def seeded(seed):
 
 
 def tab(page, name):
-    """Open a tab, also one that a narrow page keeps in a menu; returns its panel."""
+    """Open a tab, also if it is in the menu of a narrow page; returns its panel."""
     page.get_by_role("tab").first.wait_for()  # counting does not wait for the page
     if page.get_by_role("tab", name=name).count() == 0:
         page.get_by_role("button", name="More tabs").click()
@@ -52,14 +52,14 @@ def send(panel, path):
 
 
 def shown_image(page, panel, label):
-    """Return the image under a label as PIL, once it is there."""
+    """Return the image under a label as PIL, once it is shown."""
     frame = panel.locator(".block").filter(has=page.get_by_text(label, exact=True)).last
     source = frame.locator("img").get_attribute("src")
     return Image.open(io.BytesIO(page.request.get(source).body())).convert("RGB")
 
 
 def assert_same_image(shown, expected):
-    """Compare images up to a gray level, by which two processes may round differently."""
+    """Compare images up to one gray level, because two processes may round differently."""
     difference = np.asarray(shown).astype(int) - np.asarray(expected).astype(int)
     assert np.abs(difference).max() <= 1
 
@@ -68,24 +68,24 @@ def wait_for_count(panel, count):
     panel.get_by_text(re.compile(rf"^{count} of {count} images: ")).wait_for()
 
 
-def draw(panel, prompt, seed=0):
+def generate(panel, prompt, seed=0):
     panel.get_by_placeholder("a cat").fill(prompt)
     panel.get_by_label("Seed").fill(str(seed))
-    panel.get_by_role("button", name="Draw", exact=True).click()
+    panel.get_by_role("button", name="Generate", exact=True).click()
 
 
-def error_sentence(page):
-    """Return what the page complains about, and close the note."""
+def error_message(page):
+    """Return the error message on the page, and close it."""
     note = page.get_by_test_id("toast-body").last
     note.wait_for()
-    sentence = note.get_by_test_id("toast-text").inner_text()
+    message = note.get_by_test_id("toast-text").inner_text()
     note.get_by_test_id("toast-close").click()
     note.wait_for(state="detached")
-    return sentence
+    return message
 
 
 def keep_screenshot(page, name):
-    """Save what the page shows, reduced to 64 colors, if the environment names a folder."""
+    """Save a screenshot of the page in 64 colors, if the environment specifies a folder."""
     folder = os.environ.get("SCREENSHOTS")
     if folder:
         page.evaluate("document.activeElement && document.activeElement.blur()")
@@ -102,7 +102,7 @@ def test_a_photo_is_reconstructed_and_the_slider_changes_it(open_page, pipe):
     facts.get_by_text(f"{pipe.num_registers} tokens").wait_for()
     whole = facts.inner_text()
     expected = pipe.reconstruct(PHOTO, generator=seeded(0))
-    assert_same_image(shown_image(page, panel, "What comes back"), expected[-1][0])
+    assert_same_image(shown_image(page, panel, "Reconstruction"), expected[-1][0])
     keep_screenshot(page, "reconstruct")
 
     slider = panel.get_by_role("slider")
@@ -114,15 +114,15 @@ def test_a_photo_is_reconstructed_and_the_slider_changes_it(open_page, pipe):
     facts.get_by_text("1 token", exact=True).wait_for()
     assert facts.inner_text() != whole
     assert re.search(r"1 token, 10 bits \(1 bytes?\), PSNR \d+\.\d dB", facts.inner_text())
-    assert_same_image(shown_image(page, panel, "What comes back"), expected[0][0])
+    assert_same_image(shown_image(page, panel, "Reconstruction"), expected[0][0])
 
 
-def test_a_prompt_appears_step_by_step_and_ends_as_the_pipeline_draws_it(open_page, pipe):
+def test_a_prompt_appears_step_by_step_and_ends_with_the_image_of_the_pipeline(open_page, pipe):
     page = open_page()
     panel = tab(page, "Generate")
     counts = token_ladder(pipe.num_registers)
     start = time.monotonic()
-    draw(panel, "a red apple", seed=3)
+    generate(panel, "a red apple", seed=3)
     panel.get_by_text(re.compile(rf"^1 of {len(counts)} images: 1 token$")).wait_for()
     assert panel.locator(".grid-container img").count() < len(counts), "the first image is shown before the last"
     wait_for_count(panel, len(counts))
@@ -149,10 +149,10 @@ def test_a_photo_is_varied_four_times(open_page):
 def test_a_token_is_replaced(open_page, pipe):
     page = open_page()
     panel = tab(page, "Tokens")
-    panel.get_by_label("or a prompt").fill("a cat")
-    panel.get_by_role("button", name="Write tokens").click()
+    panel.get_by_label("Or a prompt").fill("a cat")
+    panel.get_by_role("button", name="Generate tokens").click()
     token_ids = pipe("a cat", num_inference_steps=1, output_type="latent", generator=seeded(0)).token_ids
-    cell = panel.get_by_test_id("cell-1-1")  # row and column from 0 on
+    cell = panel.get_by_test_id("cell-1-1")  # row and column, from 0
     cell.get_by_text(str(token_ids[0, 1].item()), exact=True).click()
     page.wait_for_function("document.querySelector('[aria-label=\"Token to replace\"]').value == '2'")
     new_id = (token_ids[0, 1].item() + 333) % pipe.codebook_size
@@ -167,7 +167,7 @@ def test_a_token_is_replaced(open_page, pipe):
     keep_screenshot(page, "tokens")
 
 
-def test_wrong_input_is_answered_with_a_sentence_and_work_goes_on(open_page, tmp_path, pipe):
+def test_wrong_input_gives_a_readable_message_and_the_page_still_works(open_page, tmp_path, pipe):
     (tmp_path / "text.png").write_text("not an image")
     Image.new("1", (20000, 10000)).save(tmp_path / "huge.png")
     frames = [Image.new("RGB", (64, 64), color) for color in ("red", "blue")]
@@ -177,12 +177,12 @@ def test_wrong_input_is_answered_with_a_sentence_and_work_goes_on(open_page, tmp
     send(panel, tmp_path / "text.png")
     page.get_by_test_id("toast-text").wait_for()
     keep_screenshot(page, "error")
-    assert "not an image" in error_sentence(page)
+    assert "not an image" in error_message(page)
 
     page = open_page()
     panel = tab(page, "Reconstruct")
     send(panel, tmp_path / "huge.png")
-    assert "too large" in error_sentence(page)
+    assert "too large" in error_message(page)
 
     page = open_page()
     panel = tab(page, "Reconstruct")
@@ -191,11 +191,11 @@ def test_wrong_input_is_answered_with_a_sentence_and_work_goes_on(open_page, tmp
     assert shown_image(page, panel, "What the model sees").getpixel((0, 0)) == (255, 0, 0)
 
     panel = tab(page, "Generate")
-    draw(panel, "")
-    assert "Write what to draw" in error_sentence(page)
-    draw(panel, "c" * 10_000)
-    assert "10,000 characters" in error_sentence(page)
-    draw(panel, "a cat")
+    generate(panel, "")
+    assert "Enter a prompt" in error_message(page)
+    generate(panel, "c" * 10_000)
+    assert "10,000 characters" in error_message(page)
+    generate(panel, "a cat")
     wait_for_count(panel, len(token_ladder(pipe.num_registers)))
 
 
@@ -204,46 +204,46 @@ def test_a_file_above_the_limit_is_refused(open_page, tmp_path):
     Image.fromarray(noise.numpy()).save(tmp_path / "heavy.png", compress_level=0)
     page = open_page()
     send(tab(page, "Reconstruct"), tmp_path / "heavy.png")
-    assert re.search("exceeds|too large|maximum", error_sentence(page))
+    assert re.search("exceeds|too large|maximum", error_message(page))
 
 
-def test_two_people_at_once_get_their_own_images(open_page, pipe):
+def test_two_simultaneous_visitors_get_their_own_images(open_page, pipe):
     prompts = ("a cat", "a red apple")
     pages = [open_page() for _ in prompts]
     panels = [tab(page, "Generate") for page in pages]
     for panel, prompt in zip(panels, prompts):
-        draw(panel, prompt, seed=1)
+        generate(panel, prompt, seed=1)
     for page, panel, prompt in zip(pages, panels, prompts):
         wait_for_count(panel, len(token_ladder(pipe.num_registers)))
         expected = pipe(prompt, generator=seeded(1)).images[0]
         assert_same_image(shown_image(page, panel, "The image so far"), expected)
 
 
-def test_a_tab_closed_during_a_job_leaves_the_way_free(open_page, pipe):
+def test_closing_a_tab_during_a_job_does_not_block_others(open_page, pipe):
     leaving, staying = open_page(), open_page()
     panel = tab(leaving, "Generate")
-    draw(panel, "a cat")
+    generate(panel, "a cat")
     panel.get_by_text(re.compile("^1 of ")).wait_for()
     leaving.close()
     panel = tab(staying, "Generate")
-    draw(panel, "a red apple")
+    generate(panel, "a red apple")
     wait_for_count(panel, len(token_ladder(pipe.num_registers)))
 
 
-def test_the_page_fits_a_phone(open_page):
+def test_the_page_fits_on_a_phone(open_page):
     page = open_page(width=390, height=844)
     for name in ("Reconstruct", "Generate", "Vary", "Tokens"):
         tab(page, name)
         page.wait_for_timeout(300)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, name
     panel = tab(page, "Generate")
-    draw(panel, "a cat")
+    generate(panel, "a cat")
     panel.get_by_text(re.compile("^1 of ")).wait_for()
     page.wait_for_timeout(1000)
     keep_screenshot(page, "phone")
 
 
-def test_twenty_queued_requests_are_answered_without_growing_memory(server, pipe):
+def test_twenty_queued_requests_do_not_leak_memory(server, pipe):
     from gradio_client import Client, handle_file
 
     client = Client(server.url, verbose=False)
