@@ -11,7 +11,7 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from .packed_linear import PackableLinear
+from .packed_linear import linear, packable
 
 
 LAYER_NORM_EPS = 1e-5
@@ -168,22 +168,22 @@ class Attention(nn.Module, AttentionModuleMixin):
         super().__init__()
         self.head_dim = head_dim
         self.scale = 8 / head_dim
-        self.to_q = PackableLinear(hidden_size, hidden_size, bias=False)
-        self.to_k = PackableLinear(hidden_size, hidden_size, bias=False)
-        self.to_v = PackableLinear(hidden_size, hidden_size, bias=False)
-        self.to_out = PackableLinear(hidden_size, hidden_size, bias=False)
+        self.to_q = packable(hidden_size, hidden_size)
+        self.to_k = packable(hidden_size, hidden_size)
+        self.to_v = packable(hidden_size, hidden_size)
+        self.to_out = packable(hidden_size, hidden_size)
         self.processor = AttentionProcessor()
 
     def project(self, hidden_states: Tensor, first_query: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Project (B, L, D) to query, key and value, (B, L, heads, head_dim); queries start at `first_query`."""
-        query = layer_norm(self.to_q(hidden_states[:, first_query:]).unflatten(-1, (-1, self.head_dim)))
-        key = layer_norm(self.to_k(hidden_states).unflatten(-1, (-1, self.head_dim)))
-        return query, key, self.to_v(hidden_states).unflatten(-1, (-1, self.head_dim))
+        query = layer_norm(linear(self.to_q, hidden_states[:, first_query:]).unflatten(-1, (-1, self.head_dim)))
+        key = layer_norm(linear(self.to_k, hidden_states).unflatten(-1, (-1, self.head_dim)))
+        return query, key, linear(self.to_v, hidden_states).unflatten(-1, (-1, self.head_dim))
 
     def forward(self, hidden_states: Tensor, key_bias: Tensor | None = None) -> Tensor:
         """Attend along L of (B, L, D), with `key_bias` (B, L) added to the logits of each key."""
         context = self.processor(self, *self.project(hidden_states), key_bias=key_bias)  # (B, L, heads, head_dim)
-        return self.to_out(context.flatten(-2))  # (B, L, D)
+        return linear(self.to_out, context.flatten(-2))  # (B, L, D)
 
 
 class GatedMLP(nn.Module):
@@ -194,7 +194,6 @@ class GatedMLP(nn.Module):
         intermediate_size: inner width; `None` is 8/3 D, as in the published tokenizers.
         bias: whether the linear layers have a bias.
         is_fused: store gate and up as one weight, as the published priors do, instead of two.
-        down_class: class of the last layer.
     """
 
     def __init__(
@@ -203,27 +202,26 @@ class GatedMLP(nn.Module):
         intermediate_size: int | None = None,
         bias: bool = False,
         is_fused: bool = False,
-        down_class: type[PackableLinear] = PackableLinear,
     ):
         super().__init__()
         intermediate_size = intermediate_size or 2 * (4 * hidden_size) // 3
         self.is_fused = is_fused
         if is_fused:
-            self.gate_up_proj = PackableLinear(hidden_size, 2 * intermediate_size, bias=bias)  # rows: gate, up
+            self.gate_up_proj = packable(hidden_size, 2 * intermediate_size, bias)  # rows: gate, up
         else:
-            self.gate_proj = PackableLinear(hidden_size, intermediate_size, bias=bias)
-            self.up_proj = PackableLinear(hidden_size, intermediate_size, bias=bias)
-        self.down_proj = down_class(intermediate_size, hidden_size, bias=bias)
+            self.gate_proj = packable(hidden_size, intermediate_size, bias)
+            self.up_proj = packable(hidden_size, intermediate_size, bias)
+        self.down_proj = packable(intermediate_size, hidden_size, bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Apply the MLP to every position of (B, L, D)."""
         if self.is_fused:
-            gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
-            return self.down_proj(F.silu(gate) * up)
-        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+            gate, up = linear(self.gate_up_proj, hidden_states).chunk(2, dim=-1)
+            return linear(self.down_proj, F.silu(gate) * up)
+        gate, up = linear(self.gate_proj, hidden_states), linear(self.up_proj, hidden_states)
         if torch.is_grad_enabled() or self.gate_proj._forward_hooks:  # a hook may keep its output
-            return self.down_proj(F.silu(gate) * up)
-        return self.down_proj(F.silu(gate, inplace=True).mul_(up))  # in place, as these are the widest states
+            return linear(self.down_proj, F.silu(gate) * up)
+        return linear(self.down_proj, F.silu(gate, inplace=True).mul_(up))  # in place, as these are the widest states
 
 
 class TimestepEmbedder(nn.Module):
@@ -242,8 +240,8 @@ class TimestepEmbedder(nn.Module):
         self.linear_1 = nn.Linear(frequency_embedding_size, hidden_size)
         self.linear_2 = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, sigma: Tensor) -> Tensor:
-        """Embed noise levels (B,) as (B, D)."""
+    def forward(self, sigma: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Embed noise levels (B,) as (B, D) in the precision of the model, which a quantized weight would not tell."""
         num_frequencies = self.frequency_embedding_size // 2
         exponents = torch.arange(num_frequencies, dtype=torch.float32, device=sigma.device) / num_frequencies
         # Scaled before multiplying by sigma: with angles up to 1000, the order of the factors changes the fifth digit,
@@ -251,7 +249,7 @@ class TimestepEmbedder(nn.Module):
         frequencies = torch.exp(-math.log(256) * exponents) * self.frequency_scale
         angles = sigma.float()[:, None] * frequencies  # (B, frequency_embedding_size / 2)
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.linear_2(F.silu(self.linear_1(features.to(self.linear_1.weight.dtype))))
+        return self.linear_2(F.silu(self.linear_1(features.to(dtype))))
 
 
 def sincos_position_table(hidden_size: int, grid_size: int) -> Tensor:

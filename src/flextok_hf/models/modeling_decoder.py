@@ -191,7 +191,7 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
 
         A sampler knows its noise levels in advance, so it computes all rows in one go and passes one to each call.
         """
-        temb = F.silu(self.time_embedder(sigma))  # (B, D)
+        temb = F.silu(self.time_embedder(sigma, self.dtype))  # (B, D)
         return torch.cat([layer(temb) for layer in self.modulation_layers()], dim=-1)
 
     def modulation_layers(self) -> list[nn.Module]:
@@ -222,7 +222,7 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
                 " (`num_registers`). Truncate them with `codes[:, :n]`."
             )
         num_slots = min(num_codes + 1, num_registers)
-        registers = self.code_proj(F.pad(codes.to(self.code_proj.weight.dtype), (0, 0, 0, num_slots - num_codes)))
+        registers = self.code_proj(F.pad(codes.to(self.dtype), (0, 0, 0, num_slots - num_codes)))
         registers = registers + self.register_positions[:num_slots]  # (B, S, D)
         # The mask token replaces a dropped register including its position, the null token all registers of a sample.
         registers = mask_tail(registers, count_kept(codes, num_tokens), self.mask_token)
@@ -265,7 +265,7 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
                 " token each. Truncate them with `codes[:, :n]`, or pass larger latents."
             )
         kept = count_kept(codes, num_tokens)  # (B,)
-        codes = F.pad(codes.to(self.code_proj.weight.dtype), (0, 0, 0, num_patches - num_codes))
+        codes = F.pad(codes.to(self.dtype), (0, 0, 0, num_patches - num_codes))
         if self.config.nested_dropout:
             tokens = mask_tail(self.code_proj(codes), kept, self.mask_token)  # (B, N, D)
         else:  # the code of id 0 is -1 in every dimension
@@ -312,7 +312,7 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
             hidden_states = torch.cat([patches, registers.to(patches.dtype)], dim=1)  # (B, N + S, D)
             key_bias = self.bias_of_merged(codes, num_tokens, is_unconditional, num_patches)
 
-        temb = self.time_embedder(sigma) if modulation is None else None  # (B, D)
+        temb = self.time_embedder(sigma, self.dtype) if modulation is None else None  # (B, D)
         *block_modulations, head_modulation = self.split_modulation(modulation)
         for block, block_modulation in zip(self.transformer_blocks, block_modulations, strict=True):
             arguments = (hidden_states, temb, num_patches, key_bias, block_modulation)

@@ -6,6 +6,11 @@ with the API of a Transformers causal LM: `input_ids` are `[BOS, t0, t1, ...]`, 
 Letters: B batch, L tokens of this call, M text length, S keys (cached and new), D hidden size, V codebook size.
 """
 
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,14 +22,35 @@ from transformers.utils import can_return_tuple
 
 from .configuration_prior import FlexTokPriorConfig
 from .generation_prior import PriorGenerationMixin
-from .packed_linear import PackableLinear
+from .packed_linear import linear, packable
 from .prior_cache import CACHE_NAME, prepare_cache
 from .prior_inputs import UNCONDITIONAL_LABEL, PriorInputs, check_forward_inputs
-from .prior_layers import PriorBlock, ResidualProjection, TextProjector, make_norm
+from .prior_layers import PriorBlock, TextProjector, make_norm
 from .whole_weights import WholeWeightsMixin
 
 
 HEAD_NORM_EPS = 1e-6  # of the norm that published models may have before the output layer
+
+
+class ForwardOfTrainer:
+    """Descriptor of a `forward` whose parameter `class_labels` is a condition.
+
+    `Trainer` takes every parameter of the class's `forward` with "label" in its name for a target. It finds only
+    `labels` there, and the whole signature on instances, which says which columns to keep.
+    """
+
+    def __init__(self, function: Callable):
+        functools.update_wrapper(self, function)
+        signature = inspect.signature(function)
+        targets = [item for name, item in signature.parameters.items() if name != "class_labels"]
+        self.__signature__ = signature.replace(parameters=targets)
+        self.function = function
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return self if instance is None else functools.partial(self.function, instance)
+
+    def __call__(self, *args, **kwargs):
+        return self.function(*args, **kwargs)
 
 
 class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGenerationMixin):
@@ -59,12 +85,12 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
         self.blocks = nn.ModuleList(PriorBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
         self.norm = make_norm(config) if config.use_final_norm else nn.Identity()
         self.head_norm = nn.LayerNorm(config.hidden_size, HEAD_NORM_EPS) if config.use_head_norm else nn.Identity()
-        self.head = PackableLinear(config.hidden_size, config.codebook_size, bias=config.use_bias)
+        self.head = packable(config.hidden_size, config.codebook_size, config.use_bias)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
-        if isinstance(module, ResidualProjection):
+        if getattr(module, "is_residual", False):
             # GPT-2's rule (Radford et al., 2019): the sum of all residual updates starts at the scale of a single one
             init.normal_(module.weight, std=std / (2 * self.config.num_hidden_layers) ** 0.5)
         elif isinstance(module, (nn.Linear, nn.Embedding)):
@@ -104,6 +130,7 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
         is_start = (positions == 0)[..., None] & has_class[:, None, None]  # (B, L, 1)
         return hidden_states + torch.where(is_start, class_states[:, None], 0.0)
 
+    @ForwardOfTrainer
     @can_return_tuple
     def forward(
         self,
@@ -155,7 +182,7 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if is_full and labels is None:
             hidden_states = F.pad(hidden_states, (0, 0, 0, 1))
-        logits = self.head(self.head_norm(hidden_states[:, kept]))  # (B, L, V)
+        logits = linear(self.head, self.head_norm(hidden_states[:, kept]))  # (B, L, V)
         loss = None
         if labels is not None:
             targets = labels[:, 1:].contiguous()

@@ -24,32 +24,46 @@ IS_X86 = platform.machine() in ("x86_64", "AMD64")
 MAX_SHARE_OF_MEMORY = 0.25  # of total RAM; packed weights are held in addition to the model's own
 
 
-class PackableLinear(nn.Linear):
-    """A linear layer that can hold a copy of its weight in the kernel's own layout, see `packed_weights`."""
+def packable(in_features: int, out_features: int, bias: bool = False) -> nn.Linear:
+    """Make a plain `nn.Linear` that `linear` calls, so that its weight may be packed."""
+    layer = nn.Linear(in_features, out_features, bias=bias)
+    layer.packed_weight = None  # type: ignore[assignment]  # not a buffer: it lasts only for a loop
+    return layer
 
-    packed_weight: Tensor | None = None  # not a buffer: it lasts only for a loop
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Apply the layer to (..., in_features); with gradients or when compiled, as `nn.Linear` does."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or hidden_states.device.type != "cpu":
-            return super().forward(hidden_states)
-        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        num_rows, weight = rows.shape[0], self.packed_weight  # read once: another thread may end its loop
-        if weight is None:
-            if not (num_rows >= MIN_ROWS_UNPACKED and self.is_faster_in_onednn(hidden_states)):
-                return super().forward(hidden_states)
-            weight = self.weight
-        elif num_rows < MIN_ROWS:
-            rows = F.pad(rows, (0, 0, 0, MIN_ROWS - num_rows))
-        product = torch.ops.mkldnn._linear_pointwise(rows, weight, self.bias, "none", [], "")
-        return product[:num_rows].view(*hidden_states.shape[:-1], -1)
+def linear(layer: nn.Module, hidden_states: Tensor) -> Tensor:
+    """Call a layer on (..., in_features), by a faster kernel where that is the same; all large layers are called here.
 
-    def is_faster_in_onednn(self, hidden_states: Tensor) -> bool:
-        """Whether oneDNN supports the unpacked weight and is faster; PyTorch uses it for half precision anyway."""
-        if self.weight.numel() < MIN_SIZE or type(self.weight) is not nn.Parameter:  # subclasses may override matmul
-            return False
-        is_float32 = self.weight.dtype == hidden_states.dtype == torch.float32
-        return is_float32 and has_kernels() and not torch.is_autocast_enabled("cpu")
+    Only a plain `nn.Linear` on a CPU takes another way. What gradients, compilers, hooks, quantizers and adapters need
+    is their own: quantizers look for exactly this class, and whatever they put in its place is called as it is.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not is_plain(layer):
+        return layer(hidden_states)
+    rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+    num_rows, weight = rows.shape[0], getattr(layer, "packed_weight", None)  # another thread may end its loop
+    if weight is None:
+        if not (num_rows >= MIN_ROWS_UNPACKED and is_faster_in_onednn(layer, hidden_states)):
+            return layer(hidden_states)
+        weight = layer.weight
+    elif num_rows < MIN_ROWS:
+        rows = F.pad(rows, (0, 0, 0, MIN_ROWS - num_rows))
+    product = torch.ops.mkldnn._linear_pointwise(rows, weight, layer.bias, "none", [], "")
+    return product[:num_rows].view(*hidden_states.shape[:-1], -1)
+
+
+def is_plain(layer: nn.Linear) -> bool:
+    """Whether a layer multiplies by a plain weight and nothing else happens: no hooks, no tensor subclass."""
+    if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter or "forward" in layer.__dict__:
+        return False
+    return not (layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_diffusers_hook"))
+
+
+def is_faster_in_onednn(layer: nn.Linear, hidden_states: Tensor) -> bool:
+    """Whether oneDNN supports the unpacked weight and is faster; PyTorch uses it for half precision anyway."""
+    if layer.weight.numel() < MIN_SIZE or hidden_states.device.type != "cpu":
+        return False
+    is_float32 = layer.weight.dtype == hidden_states.dtype == torch.float32
+    return is_float32 and has_kernels() and not torch.is_autocast_enabled("cpu")
 
 
 @contextmanager
@@ -57,7 +71,7 @@ def packed_weights(model: nn.Module, num_calls: int) -> Iterator[None]:
     """Pack the weights of `model` for a `with` block, if it is worth it and the machine has the kernels.
 
     Args:
-        model: its `PackableLinear` layers are packed; a no-op unless they are on the CPU.
+        model: its plain `packable` layers are packed; a no-op unless they are on the CPU.
         num_calls: how many times the block will call the model.
     """
     weights = PackedWeights(model, num_calls)
@@ -78,11 +92,11 @@ class PackedWeights:
     """
 
     def __init__(self, model: nn.Module, num_calls: int):
-        layers = [module for module in model.modules() if isinstance(module, PackableLinear)]
+        layers = [module for module in model.modules() if hasattr(module, "packed_weight") and is_plain(module)]
         is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
         is_packed = any(layer.packed_weight is not None for layer in layers)
         is_worth_it = num_calls >= MIN_CALLS and not (is_compiled or is_packed or is_offloaded(model))
-        self.weights: dict[PackableLinear, Tensor] = {}
+        self.weights: dict[nn.Linear, Tensor] = {}
         if is_worth_it and can_pack([layer.weight for layer in layers]):
             for layer in layers:
                 self.weights[layer] = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), USUAL_ROWS)
@@ -92,11 +106,11 @@ class PackedWeights:
         """Make the model use the packed weights within a `with` block."""
         try:
             for layer, weight in self.weights.items():
-                layer.packed_weight = weight
+                layer.packed_weight = weight  # type: ignore[assignment]
             yield
         finally:
             for layer in self.weights:
-                layer.packed_weight = None
+                layer.packed_weight = None  # type: ignore[assignment]
 
     def free(self) -> None:
         """Free the memory; from now on the model uses its own weights."""

@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_prior import FlexTokPriorConfig
 from .layers import GatedMLP, attend
-from .packed_linear import PackableLinear
+from .packed_linear import linear, packable
 
 
 def make_norm(config: FlexTokPriorConfig) -> nn.Module:
@@ -31,8 +31,15 @@ def make_qk_norm(config: FlexTokPriorConfig, is_used: bool) -> nn.Module:
     return norm_class(config.hidden_size // config.num_attention_heads, eps)
 
 
-class ResidualProjection(PackableLinear):
-    """Last layer of a residual update; a separate class, because its initial weights are smaller."""
+def residual_projection(in_features: int, out_features: int, bias: bool) -> nn.Linear:
+    """Make the last layer of a residual update, marked because it starts smaller than other layers."""
+    return mark_residual(packable(in_features, out_features, bias))
+
+
+def mark_residual(layer: nn.Linear) -> nn.Linear:
+    """Mark the last layer of a residual update for `_init_weights`."""
+    layer.is_residual = True  # type: ignore[assignment]
+    return layer
 
 
 class CausalSelfAttention(nn.Module):
@@ -45,8 +52,8 @@ class CausalSelfAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scale = self.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         # rows: query, key, value
-        self.qkv_proj = PackableLinear(config.hidden_size, 3 * config.hidden_size, bias=config.use_bias)
-        self.out_proj = ResidualProjection(config.hidden_size, config.hidden_size, bias=config.use_bias)
+        self.qkv_proj = packable(config.hidden_size, 3 * config.hidden_size, config.use_bias)
+        self.out_proj = residual_projection(config.hidden_size, config.hidden_size, config.use_bias)
         self.query_norm = make_qk_norm(config, config.qk_norm)
         self.key_norm = make_qk_norm(config, config.qk_norm)
 
@@ -58,12 +65,12 @@ class CausalSelfAttention(nn.Module):
         Returns:
             New states (B, L, D), and the attention weights (B, heads, L, S) of an implementation that has them.
         """
-        query, key, value = self.qkv_proj(hidden_states).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
+        query, key, value = linear(self.qkv_proj, hidden_states).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
         query, key = self.query_norm(query), self.key_norm(key)  # (B, L, heads, head_dim)
         if cache is not None:
             key, value = update_cache(cache, key, value, self.layer_idx)  # (B, S, heads, head_dim)
         context, weights = self.attend(query, key, value, attention_mask, is_causal)  # (B, L, heads, head_dim)
-        return self.out_proj(context.flatten(-2)), weights  # (B, L, D)
+        return linear(self.out_proj, context.flatten(-2)), weights  # (B, L, D)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, is_causal: bool
@@ -101,10 +108,10 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         self.head_dim = config.hidden_size // config.num_attention_heads
-        self.query_proj = PackableLinear(config.hidden_size, config.hidden_size, bias=config.use_bias)
+        self.query_proj = packable(config.hidden_size, config.hidden_size, config.use_bias)
         # rows: key, value
         self.key_value_proj = nn.Linear(config.hidden_size, 2 * config.hidden_size, bias=config.use_bias)
-        self.out_proj = ResidualProjection(config.hidden_size, config.hidden_size, bias=config.use_bias)
+        self.out_proj = residual_projection(config.hidden_size, config.hidden_size, config.use_bias)
         self.query_norm = make_qk_norm(config, config.cross_qk_norm)
         self.key_norm = make_qk_norm(config, config.cross_qk_norm)
 
@@ -112,7 +119,7 @@ class CrossAttention(nn.Module):
         self, hidden_states: Tensor, text_states: Tensor | None, text_mask: Tensor | None, cache: Cache | None
     ) -> Tensor:
         """Attend from (B, L, D) to the text (B, M, D), or its cached keys and values; `text_mask` is (B, 1, 1, M)."""
-        query = self.query_norm(self.query_proj(hidden_states).unflatten(-1, (-1, self.head_dim)))
+        query = self.query_norm(linear(self.query_proj, hidden_states).unflatten(-1, (-1, self.head_dim)))
         if cache is not None and cache.is_updated.get(self.layer_idx):
             layer = cache.cross_attention_cache.layers[self.layer_idx]
             key, value = layer.keys.transpose(1, 2), layer.values.transpose(1, 2)
@@ -122,7 +129,7 @@ class CrossAttention(nn.Module):
             if cache is not None:
                 key, value = update_cache(cache.cross_attention_cache, key, value, self.layer_idx)
                 cache.is_updated[self.layer_idx] = True
-        return self.out_proj(attend(query, key, value, text_mask).flatten(-2))  # (B, L, D)
+        return linear(self.out_proj, attend(query, key, value, text_mask).flatten(-2))  # (B, L, D)
 
 
 class TextProjector(nn.Module):
@@ -130,9 +137,9 @@ class TextProjector(nn.Module):
 
     def __init__(self, config: FlexTokPriorConfig):
         super().__init__()
-        self.fc1 = nn.Linear(config.text_hidden_size, config.text_hidden_size, bias=config.use_bias)
+        self.fc1 = nn.Linear(config.text_hidden_size, config.text_hidden_size, config.use_bias)
         self.activation = ACT2FN[config.projector_activation]
-        self.fc2 = nn.Linear(config.text_hidden_size, config.hidden_size, bias=config.use_bias)
+        self.fc2 = nn.Linear(config.text_hidden_size, config.hidden_size, config.use_bias)
 
     def forward(self, encoder_hidden_states: Tensor) -> Tensor:
         """Project (B, M, text_hidden_size) to (B, M, D)."""
@@ -152,9 +159,8 @@ class PriorBlock(GradientCheckpointingLayer):
             self.cross_attention_norm = make_norm(config)
             self.cross_attention = CrossAttention(config, layer_idx)
         self.mlp_norm = make_norm(config)
-        self.mlp = GatedMLP(
-            config.hidden_size, config.intermediate_size, config.use_bias, is_fused=True, down_class=ResidualProjection
-        )
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.use_bias, is_fused=True)
+        mark_residual(self.mlp.down_proj)
 
     def forward(
         self,
