@@ -10,13 +10,21 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache, EncoderDecoderCache, StaticCache
-from transformers.generation import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .packed_linear import packed_weights
 from .prior_cache import CACHE_NAME, PreallocatedLayer, static_shape, with_text_cache
 from .prior_inputs import UNCONDITIONAL_LABEL, check_generate_inputs
-from .prior_sampling import GuidedSampling, KeptSteps, PriorGenerateOutput, choose, double_batch, pad_texts
+from .prior_sampling import (
+    GuidedSampling,
+    KeptSteps,
+    PriorGenerateOutput,
+    UnfinishedRows,
+    choose,
+    double_batch,
+    pad_texts,
+)
 
 
 STATIC_TEXT_MULTIPLE = 32  # with a static cache, texts are padded to a multiple of this to limit the number of lengths
@@ -138,7 +146,8 @@ class PriorGenerationMixin(GenerationMixin):
         if compiled and sampling.owns_cache:
             model_kwargs[CACHE_NAME] = self.recall_cache(model_kwargs, batch_size * (2 if sampling.is_guided else 1))
         next_forward = self.get_compiled_call(generation_config.compile_config) if compiled else self
-        other_criteria = [rule for rule in stopping_criteria if not isinstance(rule, MaxLengthCriteria)]
+        pad_token_id = getattr(generation_config, "_pad_token_tensor", None)
+        rows = UnfinishedRows(stopping_criteria, pad_token_id, batch_size, input_ids.device)
 
         cache = model_kwargs.get(CACHE_NAME)
         forward, new_ids = self, input_ids if cache is None else input_ids[:, int(cache.get_seq_length()) :]
@@ -153,10 +162,11 @@ class PriorGenerationMixin(GenerationMixin):
                 logits = unconditional + sampling.guidance_scale * (conditional - unconditional)
             scores = logits_processor(input_ids, logits)  # (B, V)
             next_ids = choose(scores, generation_config.do_sample, sampling.generator)  # (B, 1)
-            kept.add(logits, scores, next_ids)
+            kept.add(output, logits, scores, next_ids, rows.is_open)
+            next_ids = rows.fill(next_ids)
             input_ids = torch.cat([input_ids, next_ids], dim=1)
             forward, new_ids = next_forward, input_ids if cache is None else next_ids
-            if any(rule(input_ids, scores).all() for rule in other_criteria):
+            if rows.all_done(input_ids, scores):
                 break
         if generation_config.return_dict_in_generate or sampling.return_log_probs:
             return PriorGenerateOutput(sequences=input_ids, **{CACHE_NAME: cache}, **kept.outputs())

@@ -116,6 +116,7 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
         frequency_embedding_size: number of sinusoidal features of the noise level.
         max_timestep: scale of these features; read it from the checkpoint, never assume it.
         remove_dropped: remove dropped registers; published models replace each with a mask token instead.
+        default_guidance_scale: used by pipelines for calls that do not pass one.
     """
 
     _supports_gradient_checkpointing = True
@@ -139,6 +140,7 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
         frequency_embedding_size: int = 256,
         max_timestep: float = 1.0,
         remove_dropped: bool = False,
+        default_guidance_scale: float | None = None,
     ):
         super().__init__()
         if hidden_size % head_dim or hidden_size % 4:

@@ -4,12 +4,15 @@ Letters: B batch, M text length, k new tokens, V codebook size.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig
+from transformers.generation import MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .prior_inputs import UNCONDITIONAL_LABEL
 
@@ -47,27 +50,58 @@ class KeptSteps:
     """Outputs of each step that `generate` was asked to return."""
 
     def __init__(self, generation_config: GenerationConfig, return_log_probs: bool):
-        self.scores: list[Tensor] | None = [] if generation_config.output_scores else None
-        self.logits: list[Tensor] | None = [] if generation_config.output_logits else None
-        self.log_probs: list[Tensor] | None = [] if return_log_probs else None
-
-    def add(self, logits: Tensor, scores: Tensor, next_ids: Tensor) -> None:
-        """Store what was requested of logits and processed scores, (B, V), and chosen ids, (B, 1)."""
-        if self.scores is not None:
-            self.scores.append(scores)
-        if self.logits is not None:
-            self.logits.append(logits)
-        if self.log_probs is not None:
-            self.log_probs.append(scores.log_softmax(dim=-1).gather(1, next_ids))
-
-    def outputs(self) -> dict[str, tuple[Tensor, ...] | Tensor | None]:
-        """Return the fields of `PriorGenerateOutput`."""
-        log_probs = torch.cat(self.log_probs, dim=1) if self.log_probs else None
-        return {
-            "scores": tuple(self.scores or ()) or None,
-            "logits": tuple(self.logits or ()) or None,
-            "log_probs": log_probs,
+        asked = {
+            "scores": generation_config.output_scores,
+            "logits": generation_config.output_logits,
+            "hidden_states": generation_config.output_hidden_states,
+            "attentions": generation_config.output_attentions,
+            "log_probs": return_log_probs,
         }
+        self.steps: dict[str, list] = {name: [] for name, is_asked in asked.items() if is_asked}
+
+    def add(
+        self, output: CausalLMOutputWithPast, logits: Tensor, scores: Tensor, next_ids: Tensor, is_open: Tensor
+    ) -> None:
+        """Store what was requested of the output, logits and scores (B, V), and new ids (B, 1) of open rows (B,)."""
+        for name, values in self.steps.items():
+            if name == "log_probs":
+                values.append(scores.log_softmax(dim=-1).gather(1, next_ids) * is_open[:, None])
+            else:
+                values.append({"scores": scores, "logits": logits}.get(name, getattr(output, name, None)))
+
+    def outputs(self) -> dict[str, tuple | Tensor]:
+        """Return the fields of `PriorGenerateOutput`."""
+        fields: dict[str, Any] = {name: tuple(values) for name, values in self.steps.items() if values}
+        if "log_probs" in fields:
+            fields["log_probs"] = torch.cat(fields["log_probs"], dim=1)
+        return fields
+
+
+class UnfinishedRows:
+    """Which rows of a batch still grow; after its end, a row is filled with the padding id.
+
+    Args:
+        rules: of Transformers; each says of (B, L) ids which rows are done.
+        pad_token_id: a scalar tensor; `None` if no rule ends a single row.
+    """
+
+    def __init__(self, rules: StoppingCriteriaList, pad_token_id: Tensor | None, num_rows: int, device: torch.device):
+        self.rules = [rule for rule in rules if not isinstance(rule, MaxLengthCriteria)]
+        has_end = any(hasattr(rule, "eos_token_id") for rule in self.rules)
+        self.pad_token_id = pad_token_id.to(device) if has_end and pad_token_id is not None else None
+        self.is_open = torch.ones(num_rows, dtype=torch.bool, device=device)  # (B,)
+
+    def fill(self, next_ids: Tensor) -> Tensor:
+        """Replace the new ids (B, 1) of finished rows by padding."""
+        return (
+            next_ids if self.pad_token_id is None else torch.where(self.is_open[:, None], next_ids, self.pad_token_id)
+        )
+
+    def all_done(self, input_ids: Tensor, scores: Tensor) -> bool:
+        """Apply the rules to ids (B, L); returns whether every row has ended."""
+        for rule in self.rules:
+            self.is_open = self.is_open & ~rule(input_ids, scores)
+        return bool(self.rules) and not self.is_open.any()
 
 
 def choose(scores: Tensor, do_sample: bool, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:

@@ -10,12 +10,14 @@ class WholeWeightsMixin:
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """Load a model from a folder or the Hub as its library does, but never with missing weights.
 
-        The libraries only warn about them: Transformers initializes them randomly, Diffusers not at all.
+        The libraries only warn about them: Transformers initializes them randomly, Diffusers not at all. Pickle files
+        (`.bin`) are read with `use_safetensors=False` only.
 
         Raises:
             ValueError: if the file lacks weights of this model.
             OSError: if there is no weight file, or it cannot be read.
         """
+        kwargs.setdefault("use_safetensors", True)  # pickle files can run code: only on request
         with_report = kwargs.pop("output_loading_info", False)
         source = f"{cls.__name__} in {str(pretrained_model_name_or_path)!r}"
         try:

@@ -42,6 +42,9 @@ pipeline_loading_utils.LOADABLE_CLASSES["flextok_hf"] = OWN_CLASSES
 pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(OWN_CLASSES)
 
 
+DEFAULT_GUIDANCE_SCALE, DEFAULT_PRIOR_GUIDANCE_SCALE = 7.5, 3.0  # of the published models
+
+
 @dataclass
 class FlexTokPipelineOutput(BaseOutput):
     """Images and the tokens they were generated from.
@@ -69,8 +72,8 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         prior: prompts or classes to token ids.
         text_encoder: prompts to the states that condition the prior.
         tokenizer: tokenizer of the text encoder.
-        default_guidance_scale: guidance scale of the decoder for calls that do not pass one.
-        default_prior_guidance_scale: the same for the prior.
+        default_guidance_scale: guidance scale of the decoder for calls that do not pass one; `None` is the decoder's.
+        default_prior_guidance_scale: the same for the prior, which keeps it in its generation configuration.
     """
 
     model_cpu_offload_seq = "text_encoder->prior->encoder->decoder->vae"
@@ -86,11 +89,19 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         prior: FlexTokPriorForCausalLM | None = None,
         text_encoder: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        default_guidance_scale: float = 7.5,
-        default_prior_guidance_scale: float = 3.0,
+        default_guidance_scale: float | None = None,
+        default_prior_guidance_scale: float | None = None,
     ):
         super().__init__()
-        # saved with the model, since the best guidance scale depends on how well it was trained
+        # The best scales depend on how well a model was trained: saved here, and with each model for other pipelines.
+        generation = None if prior is None else prior.generation_config
+        if default_guidance_scale is None:
+            default_guidance_scale = decoder.config.default_guidance_scale or DEFAULT_GUIDANCE_SCALE
+        if default_prior_guidance_scale is None:
+            default_prior_guidance_scale = getattr(generation, "default_guidance_scale", DEFAULT_PRIOR_GUIDANCE_SCALE)
+        decoder.register_to_config(default_guidance_scale=default_guidance_scale)
+        if generation is not None:
+            generation.default_guidance_scale = default_prior_guidance_scale
         self.register_to_config(
             default_guidance_scale=default_guidance_scale, default_prior_guidance_scale=default_prior_guidance_scale
         )
@@ -114,6 +125,7 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         """
         if "dtype" not in kwargs and "torch_dtype" not in kwargs:
             kwargs["dtype"] = torch.float32
+        kwargs.setdefault("use_safetensors", True)  # pickle files can run code: only on request
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
