@@ -1,5 +1,6 @@
 """The flow decoder: what a prefix of codes does and does not influence."""
 
+import diffusers
 import pytest
 import torch
 from tiny_models import FSQ_LEVELS, NUM_REGISTERS, SHAPES, make_decoder, make_pipeline
@@ -149,3 +150,20 @@ def test_an_adapter_is_trainable_while_the_decoder_is_frozen(tiny_decoder, laten
     assert not torch.allclose(velocity(tiny_decoder, latents, CODES), before)
     tiny_decoder.disable_adapters()
     assert velocity(tiny_decoder, latents, CODES).equal(before)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        diffusers.TaylorSeerCacheConfig(),
+        diffusers.TaylorSeerCacheConfig(use_lite_mode=True),
+        diffusers.FasterCacheConfig(),
+        diffusers.PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2),
+        None,
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_caches_that_do_not_work_are_refused_by_name(tiny_decoder, config):
+    with pytest.raises(ValueError, match=f"`config` is a {type(config).__name__}"):
+        tiny_decoder.enable_cache(config)
+    assert not tiny_decoder.is_cache_enabled

@@ -195,7 +195,7 @@ class PriorGenerationMixin(GenerationMixin):
             return {"inputs_embeds": inputs_embeds, **given_inputs(kwargs)}
         cache = kwargs.get(CACHE_NAME)
         past_length = 0 if cache is None else int(cache.get_seq_length())
-        if next_sequence_length is None and past_length >= input_ids.shape[1]:
+        if past_length >= input_ids.shape[1]:
             raise ValueError(
                 f"`{CACHE_NAME}` holds {past_length} positions, but only {input_ids.shape[1]} ids were passed. Pass"
                 " the whole sequence, also what the cache holds, and at least one id more."

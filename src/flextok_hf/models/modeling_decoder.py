@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from diffusers import FirstBlockCacheConfig, MagCacheConfig
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders import PeftAdapterMixin
@@ -22,6 +23,9 @@ from .configuration_encoder import check_token_layout
 from .layers import Attention, GatedMLP, PatchEmbedding, TimestepEmbedder, layer_norm, unpatchify
 from .nested_dropout import count_kept, mask_tail, merged_tail_bias
 from .whole_weights import WholeWeightsMixin
+
+
+WORKING_CACHES = (FirstBlockCacheConfig, MagCacheConfig)
 
 
 @dataclass
@@ -182,9 +186,15 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
         """Skip computations that change little between steps, with one of Diffusers' block caches.
 
         Args:
-            config: for example a `FirstBlockCacheConfig` or `MagCacheConfig`. What to skip is decided per batch, so
-                an image then depends on the others in its batch.
+            config: a `FirstBlockCacheConfig` or `MagCacheConfig`. What to skip is decided per batch, so an image then
+                depends on the others in its batch.
+
+        Raises:
+            ValueError: for other caches, which fail with this decoder or have no effect.
         """
+        if not isinstance(config, WORKING_CACHES):
+            known = " or ".join(kind.__name__ for kind in WORKING_CACHES)
+            raise ValueError(f"`config` is a {type(config).__name__}, which does not work here. Use a {known}.")
         TransformerBlockRegistry.register(DecoderBlock, TransformerBlockMetadata())
         super().enable_cache(config)
 
