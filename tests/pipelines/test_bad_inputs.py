@@ -1,5 +1,6 @@
 """Invalid arguments raise errors that name the argument and say how to fix it."""
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import NUM_REGISTERS
@@ -84,3 +85,48 @@ def test_a_missing_file_is_named(tiny_pipeline, tmp_path):
 def test_a_prompt_needs_a_prior(tiny_tokenizer_pipeline):
     with pytest.raises(ValueError, match="no prior.*`tokenize`.*prior="):
         tiny_tokenizer_pipeline("a cat")
+
+
+@pytest.mark.parametrize(
+    "name, value, error",
+    [
+        ("temperature", 0, ValueError),
+        ("temperature", -1.0, ValueError),
+        ("temperature", float("nan"), TypeError),
+        ("temperature", float("inf"), TypeError),
+        ("temperature", "1", TypeError),
+        ("temperature", True, TypeError),
+        ("top_k", -1, ValueError),
+        ("top_k", 1.5, ValueError),
+        ("top_k", None, TypeError),
+        ("top_p", 0.0, ValueError),
+        ("top_p", 1.5, ValueError),
+        ("top_p", 2.0, ValueError),
+        ("top_p", float("nan"), TypeError),
+        ("top_p", True, TypeError),
+        ("prior_guidance_scale", float("nan"), TypeError),
+        ("prior_guidance_scale", "3", TypeError),
+        ("prior_guidance_scale", True, TypeError),
+    ],
+)
+def test_options_of_the_prior_are_checked_before_it_runs(tiny_pipeline, name, value, error):
+    for call in (tiny_pipeline, tiny_pipeline.generate_tokens, tiny_pipeline.stream):
+        with pytest.raises(error, match=f"`{name}` must be"):
+            call("a red circle", **{name: value})
+
+
+@pytest.mark.parametrize("numbers", [(2, 3), (np.float32(2.0), np.int64(3)), (np.float64(2.0), np.int32(3))])
+def test_options_of_the_prior_may_be_any_kind_of_number(tiny_pipeline, numbers):
+    def ids(temperature, top_k):
+        options = {"temperature": temperature, "top_k": top_k, "top_p": 1, "prior_guidance_scale": 2}
+        return tiny_pipeline.generate_tokens("a red circle", generator=torch.Generator().manual_seed(0), **options)
+
+    assert ids(*numbers).equal(ids(2.0, 3))
+
+
+def test_tokens_alone_are_those_of_the_call(tiny_pipeline):
+    options = {"max_tokens": [2, 5], "num_images_per_prompt": 2}
+    prompts = ["a red circle", "a blue square on white"]
+    alone = tiny_pipeline.generate_tokens(prompts, generator=torch.Generator().manual_seed(1), **options)
+    drawn = tiny_pipeline(prompts, generator=torch.Generator().manual_seed(1), num_inference_steps=1, **options)
+    assert [row.tolist() for row in alone] == [row.tolist() for row in drawn.token_ids]

@@ -507,14 +507,15 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         inputs.check_prefix_fits(prefix, num_conditions, counts)
         if prior_guidance_scale is None:
             prior_guidance_scale = self.config.default_prior_guidance_scale
+        options = inputs.check_generation(prior_guidance_scale=prior_guidance_scale, **sampling)
         return TokenWriter(
             self.prior,
             prefix.expand(num_conditions, -1).repeat_interleave(num_images_per_prompt, dim=0),  # (B, p)
             counts,
             conditions,
-            guidance_scale=prior_guidance_scale,
+            guidance_scale=options.pop("prior_guidance_scale"),
             generator=inputs.spread_generators(generator, len(counts)),
-            **sampling,
+            **options,
             **self.prior_options,
         )
 
