@@ -1,11 +1,13 @@
 import errno
+import struct
+from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from flextok_hf.pipelines.images import load_image, prepare_images, to_output
+from flextok_hf.pipelines.images import load_image, prepare_images, to_output, to_rgb
 
 
 R = 16
@@ -121,6 +123,104 @@ def test_images_are_turned_upright(tmp_path, orientation):
     sides = {"top": green[0], "bottom": green[-1], "left": green[:, 0], "right": green[:, -1]}
     darkest = min(sides, key=lambda side: sides[side].mean())
     assert darkest == red_side
+
+
+SHORT = 3
+TAGS = {
+    "a width that is text": (256, 2, 4, b"abc\0"),
+    "a resolution that is text": (282, 2, 4, b"abc\0"),
+    "a date that is a number": (306, SHORT, 1, b"\1\0\0\0"),
+    "a camera folder that is text": (34665, 2, 4, b"abc\0"),
+    "a data type that does not exist": (271, 99, 1, b"abc\0"),
+    "a text outside the file": (315, 2, 1000, b"\xff\xff\xff\0"),
+}
+
+
+def encode(kind, *tags, orientation=6, size=(32, 24)):
+    """An image file with an orientation and raw EXIF tags: number, type, count, 4 bytes."""
+    tags = sorted((*tags, (274, SHORT, 1, struct.pack("<HH", orientation, 0))))
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(tags))
+    exif += b"".join(struct.pack("<HHI4s", *tag) for tag in tags) + bytes(4)
+    return encode_with(kind, exif, size)
+
+
+def encode_with(kind, exif, size=(32, 24)):
+    file = BytesIO()
+    photo(*size).save(file, kind, exif=exif)
+    return file.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore:Truncated File Read", "ignore:Possibly corrupt EXIF", "ignore:Corrupt EXIF")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("tag", TAGS)
+def test_an_orientation_next_to_a_broken_tag_is_applied_once(kind, tag):
+    upright = load_image(encode(kind, TAGS[tag]))
+    assert upright.size == (24, 32)
+    assert np.array_equal(np.array(upright), np.rot90(np.array(load_image(encode(kind, orientation=1))), -1))
+    assert to_rgb(upright).size == (24, 32)
+
+
+@pytest.mark.parametrize("orientation", [0, 1, 9, 65535])
+@pytest.mark.parametrize("tag", [None, *TAGS])
+@pytest.mark.filterwarnings("ignore:Truncated File Read")
+def test_an_orientation_that_is_no_known_value_is_ignored(orientation, tag):
+    tags = [] if tag is None else [TAGS[tag]]
+    image = load_image(encode("PNG", *tags, orientation=orientation))
+    assert np.array_equal(np.array(image), np.array(photo(32, 24)))
+
+
+@pytest.mark.filterwarnings("ignore:Truncated File Read", "ignore:Corrupt EXIF", "ignore:not enough data")
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"Exif\0\0garbagegarbage",
+        b"Exif\0\0II*\0",
+        b"Exif\0\0II*\0\xff\xff\xff\xff",
+        b"Exif\0\0MM\0*\0\0\0\x08\xff\xff",
+        b"Exif\0\0II*\0\x08\0\0\0\1\0" + struct.pack("<HHI4s", 274, 2, 2, b"6\0\0\0"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_exif_that_does_not_parse_is_ignored(kind, exif):
+    pixels = np.array(Image.open(BytesIO(encode_with(kind, exif))).convert("RGB"))
+    assert np.array_equal(np.array(load_image(encode_with(kind, exif))), pixels)
+
+
+def test_deep_images_are_turned_next_to_a_broken_tag():
+    file = BytesIO()
+    exif = Image.open(BytesIO(encode("PNG", TAGS["a width that is text"]))).info["exif"]
+    Image.fromarray(np.full((24, 32), 257 * 9, dtype=np.uint16)).save(file, "PNG", exif=exif)
+    upright = load_image(file.getvalue())
+    assert upright.size == (24, 32) and (np.array(upright) == 9).all()
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_an_image_turned_upright_is_not_turned_again(orientation):
+    image = Image.open(BytesIO(encode("PNG", orientation=orientation)))
+    upright = to_rgb(image)
+    assert np.array_equal(np.array(to_rgb(upright)), np.array(upright))
+    assert np.array_equal(np.array(to_rgb(image)), np.array(upright))  # the image passed in is left unchanged
+
+
+@pytest.mark.parametrize("mode", ["1", "CMYK", "HSV", "YCbCr"])
+def test_a_palettes_transparency_left_by_a_conversion_is_ignored(mode):
+    file = BytesIO()
+    Image.new("RGBA", (R, R), (255, 0, 0, 128)).quantize(4).save(file, "PNG")
+    image = Image.open(file).convert(mode)
+    assert "transparency" in image.info
+    assert torch.equal(prepare_images(image, R)[0], as_bytes_values(image).float() / 255 * 2 - 1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "transparency"),
+    [("RGB", b"\0\x80"), ("RGB", 3), ("L", b"\0"), ("L", (1, 2, 3)), ("1", b"\0"), ("P", (0, 0, 0)), ("CMYK", 0)],
+)
+def test_a_transparency_that_does_not_suit_the_mode_is_ignored(mode, transparency):
+    image = photo().convert(mode)
+    expected = as_bytes_values(image)
+    image.info["transparency"] = transparency
+    assert torch.equal(prepare_images(image, R)[0], expected.float() / 255 * 2 - 1)
+    assert image.info["transparency"] == transparency
 
 
 def test_the_shorter_side_is_resized_and_the_center_is_cropped():

@@ -1,8 +1,6 @@
-"""`python -m flextok_hf.cli` is the same as the command `flextok`."""
-
-import sys
+"""`python -m flextok_hf.cli` is the command `flextok`."""
 
 from .arguments import main
 
 
-sys.exit(main())
+raise SystemExit(main())

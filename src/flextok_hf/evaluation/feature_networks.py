@@ -76,10 +76,9 @@ class TransformersFeatures(FeatureNetwork):
             labels = self.network.config.id2label
             self.class_names = [labels[index] for index in range(len(labels))]
             self.network.classifier.register_forward_pre_hook(self._keep_classifier_input)
-        expected = read_preprocessing(name)
-        self.input_size = expected.size
-        self.register_buffer("mean", expected.mean, persistent=False)
-        self.register_buffer("std", expected.std, persistent=False)
+        self.input_size, mean, std = read_preprocessing(name)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
         known = read_json(Path(name) / TRAINING_RECORD, {})
         self.description = Description(
             name=known.get("name", public_name(name)),
@@ -182,9 +181,9 @@ class ClipScore(nn.Module):
         self.network = CLIPModel.from_pretrained(name, dtype=torch.float32).requires_grad_(False).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(name)
         self.input_size = self.network.config.vision_config.image_size
-        expected = read_preprocessing(name)
-        self.register_buffer("mean", expected.mean, persistent=False)
-        self.register_buffer("std", expected.std, persistent=False)
+        _, mean, std = read_preprocessing(name)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
         self.sha256 = weights_hash({"network": self.network})
 
     @torch.no_grad()

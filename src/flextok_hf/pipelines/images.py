@@ -7,6 +7,7 @@ import errno
 import struct
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 
 
@@ -23,6 +24,8 @@ WHITE = (255, 255, 255)
 # What Pillow raises for files that are not images, or are truncated or damaged; it varies by format.
 PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, OverflowError, struct.error, zlib.error)
 SYSTEM_ERRORS = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # not caused by the file's content
+# What turns images of EXIF orientation 2, 3, ... 8 upright.
+TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
 PILLOW_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
@@ -64,19 +67,30 @@ def load_image(source: str | Path | bytes) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a PIL image of any mode to upright (EXIF) RGB: transparency on white, 16 bits scaled to 8."""
+    """Convert any PIL image to upright (EXIF) RGB: transparency on white, 16 bits as 8, broken metadata ignored."""
     image.load()
+    orientation: Any = None
+    with suppress(Exception):  # what broken EXIF raises varies by tag
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
     if image.mode.startswith("I") or image.mode == "F":
         image = _deep_to_gray(image)
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # exif_transpose copies even upright images
-        image = ImageOps.exif_transpose(image)
     if image.mode in ("RGBa", "La"):  # Pillow converts premultiplied alpha only to straight alpha
         image = image.convert({"RGBa": "RGBA", "La": "LA"}[image.mode])
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if "transparency" in image.info and image.mode in ("1", "L", "P", "RGB"):
+        try:
+            image = image.convert("RGBA")
+        except (*PILLOW_ERRORS, TypeError):  # left behind by another mode
+            image = image.copy()
+            del image.info["transparency"]
+    if image.mode in ("RGBA", "LA", "PA"):
         rgba = image if image.mode == "RGBA" else image.convert("RGBA")  # convert copies even to the same mode
         image = Image.new("RGB", rgba.size, WHITE)
         image.paste(rgba, mask=rgba)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    if orientation in range(2, 9):  # ImageOps.exif_transpose would rewrite all tags, which fails if one is broken
+        image = image.transpose(Image.Transpose[TURNS[int(orientation) - 2]])
+        image.info = {}  # or the image would be turned again
+    return image
 
 
 def resize_and_crop(image: Image.Image, resolution: int) -> Image.Image:
@@ -240,7 +254,7 @@ def _resize_tensor(pixels: Tensor, resolution: int) -> Tensor:
 
 
 def _deep_to_gray(image: Image.Image) -> Image.Image:
-    """Scale a gray image of 16 bits (also as 32-bit integers) or of floats in [0, 1] to 8 bits, keeping its EXIF."""
+    """Scale a gray image of 16 bits (also as 32-bit integers) or of floats in [0, 1] to 8 bits."""
     values = np.array(image)
     low, high = values.min(), values.max()
     full = 1 if image.mode == "F" else 65535
@@ -254,9 +268,7 @@ def _deep_to_gray(image: Image.Image) -> Image.Image:
         if isinstance(image.info.get("transparency"), int):
             values[values == image.info["transparency"]] = full  # the transparent color becomes white
         gray = ((values.astype(np.uint32) * 255 + full // 2) // full).astype(np.uint8)
-    result = Image.fromarray(gray)
-    result.getexif().update(image.getexif())
-    return result
+    return Image.fromarray(gray)
 
 
 def _dtype_message(name: str, dtype: object) -> str:

@@ -113,7 +113,7 @@ def pad_token_ids(
         num_registers: maximum sequence length.
 
     Returns:
-        Ids (B, longest), padded with 0, and the length of each sequence.
+        Ids (B, longest), int64, padded with 0, and the length of each sequence.
 
     Raises:
         TypeError: if they are not integer tensors.
@@ -134,7 +134,8 @@ def pad_token_ids(
         raise ValueError("`token_ids` is empty. Pass at least one sequence.")
     for index, sequence in enumerate(sequences):
         check_sequence(sequence, f"`token_ids[{index}]`", codebook_size, num_registers)
-    return torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True), [len(sequence) for sequence in sequences]
+    rows = [sequence.long() for sequence in sequences]  # padding would cast all rows to the first one's data type
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), [len(row) for row in rows]
 
 
 def check_sequence(sequence: Any, name: str, codebook_size: int, num_registers: int) -> None:
@@ -220,6 +221,31 @@ def check_sampling(
     check_guidance(guidance)
     if output_type not in output_types:
         raise ValueError(f"`output_type` must be one of {', '.join(output_types)}, got {output_type!r}.")
+
+
+def check_generation(**options: Any) -> dict[str, Any]:
+    """Return the options of the prior's sampling as plain numbers.
+
+    Args:
+        options: `prior_guidance_scale`, `temperature` above 0, `top_k` of 0 or more, `top_p` in (0, 1].
+
+    Raises:
+        TypeError: if one is not a finite number.
+        ValueError: if one is out of range.
+    """
+    allowed = {
+        "prior_guidance_scale": (lambda value: True, "a finite number"),
+        "temperature": (lambda value: value > 0, "a number above 0"),
+        "top_k": (lambda value: value >= 0 and value == int(value), "a whole number of 0 or more; 0 is all"),
+        "top_p": (lambda value: 0 < value <= 1, "a number in (0, 1]; 1 is all"),
+    }
+    for name, value in options.items():
+        is_allowed, what = allowed[name]
+        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+            raise TypeError(f"`{name}` must be {what}, got {value!r}.")
+        if not is_allowed(value):
+            raise ValueError(f"`{name}` must be {what}, got {value!r}.")
+    return {name: int(value) if name == "top_k" else float(value) for name, value in options.items()}
 
 
 def spread_generators(

@@ -24,10 +24,10 @@ class FrozenVision(nn.Module):
         super().__init__()
         self.name = name
         self.network = AutoModel.from_pretrained(name, dtype=torch.float32).requires_grad_(False).eval()
-        expected = read_preprocessing(name)
+        _, mean, std = read_preprocessing(name)
         # [-1, 1] -> [0, 1] -> normalization of the network, in one step
-        self.register_buffer("shift", (0.5 - expected.mean) / expected.std, persistent=False)
-        self.register_buffer("scale", 0.5 / expected.std, persistent=False)
+        self.register_buffer("shift", (0.5 - mean) / std, persistent=False)
+        self.register_buffer("scale", 0.5 / std, persistent=False)
 
     def normalize(self, pixel_values: Tensor) -> Tensor:
         """Turn images (B, 3, H, W) in [-1, 1] into network inputs of the same shape."""
