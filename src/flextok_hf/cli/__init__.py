@@ -3,7 +3,5 @@
 Imports every other folder, but only after the arguments have been checked: `flextok --help` does not load PyTorch.
 """
 
-from .arguments import build_parser, main
-
-
-__all__ = ["build_parser", "main"]
+from .arguments import build_parser as build_parser
+from .arguments import main as main
