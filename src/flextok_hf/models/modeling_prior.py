@@ -217,9 +217,11 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
         masks = {"attention_mask": attention_mask, "is_causal": is_causal, "text_mask": text_mask}
         states, attentions = [], []
         for block in self.blocks:
-            states.append(hidden_states)
+            if keeps_states:  # otherwise each is freed when the next block is done
+                states.append(hidden_states)
             hidden_states, weights = block(hidden_states, text_states, **masks, cache=cache)
-            attentions.append(weights)
+            if keeps_weights:
+                attentions.append(weights)
         hidden_states = self.norm(hidden_states)
         states.append(hidden_states)
         return (
