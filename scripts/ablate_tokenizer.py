@@ -118,9 +118,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--train_data", nargs="+", help="replaces both datasets of the configuration")
-    parser.add_argument("--validation_data", nargs="+", help="validation data; ignored without --train_data")
+    parser.add_argument("--validation_data", nargs="+", help="validation data, with --train_data")
     parser.add_argument("--output", type=Path, required=True, help="folder for table.md and figures.json")
     options = parser.parse_args()
+    if options.validation_data and not options.train_data:
+        parser.error("--validation_data needs --train_data, which replaces both datasets of the configuration")
     base = parse_arguments(TokenizerArguments, ["--config", options.config])
     if options.train_data:
         base = replace(base, train_data=options.train_data, validation_data=options.validation_data)

@@ -9,6 +9,7 @@ Several processes share the work under `accelerate launch` or `torchrun`. An int
 started again with the same options. Requires the extra `flextok_hf[eval]`.
 """
 
+import argparse
 import sys
 
 from flextok_hf.evaluation.complexity import Complexity
@@ -27,10 +28,11 @@ MEASUREMENTS = {
 }
 
 
-def compare(paths: list[str]) -> str:
+def compare(argv: list[str]) -> str:
     """Return a table of all metrics that two result files share."""
-    if len(paths) != 2:
-        raise SystemExit("usage: evaluate.py compare FIRST.json SECOND.json")
+    parser = argparse.ArgumentParser(prog="evaluate.py compare", description=compare.__doc__)
+    parser.add_argument("paths", nargs=2, metavar="RECORD.json", help="result file of a measurement")
+    paths = parser.parse_args(argv).paths
     rows = compare_records(*map(read_record, paths))
     cells = [[name, f"{a:.4f}", f"{b:.4f}", f"{d:+.4f}", "yes" if apart else ""] for name, a, b, d, apart in rows]
     return markdown_table(["figure", "first", "second", "difference", "intervals apart"], cells)
@@ -38,16 +40,16 @@ def compare(paths: list[str]) -> str:
 
 def main(argv: list[str]) -> None:
     """Run the command given by the first argument with the options that follow."""
-    commands = (*MEASUREMENTS, "compare")
-    if not argv or argv[0] not in commands:
-        raise SystemExit(f"usage: evaluate.py {{{','.join(commands)}}} [OPTIONS]; --help after the command lists them")
-    if argv[0] == "compare":
+    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=(*MEASUREMENTS, "compare"), help="`--help` after it lists its options")
+    command = parser.parse_args(argv[:1]).command
+    if command == "compare":
         print(compare(argv[1:]))
         return
-    kind, measurement = MEASUREMENTS[argv[0]]
+    kind, measurement = MEASUREMENTS[command]
     options = parse_arguments(kind, argv[1:])
     if measurement(options).measure():  # only the main process has a record
-        print(f"Wrote {options.output}/{argv[0]}.json")
+        print(f"Wrote {options.output}/{command}.json")
 
 
 if __name__ == "__main__":

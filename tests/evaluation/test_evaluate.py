@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from importlib import import_module
 
 import pytest
 import torch
+from accelerate import PartialState
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -17,6 +19,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
+from torch import nn
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -30,10 +33,11 @@ from transformers import (
 )
 
 from flextok_hf import FlexTokEncoder, FlexTokEncoderConfig, FlexTokFlowDecoder
-from flextok_hf.evaluation import complexity
+from flextok_hf.evaluation import complexity, progress
 from flextok_hf.evaluation.adherence import NAME_CHECKS, Reference, checks_for, measure_feature_space, score
 from flextok_hf.evaluation.feature_networks import ClipScore, load_feature_network
 from flextok_hf.evaluation.images import EvaluationImages, load_split
+from flextok_hf.evaluation.options import ComplexityOptions
 from flextok_hf.evaluation.sampling import Sampling, generate, reconstruct, seeded_generators
 from flextok_hf.models.configuration_prior import FlexTokPriorConfig
 from flextok_hf.models.modeling_prior import FlexTokPriorForCausalLM
@@ -285,6 +289,40 @@ def test_complexity_reports_the_tokens_that_each_level_needs(run, tmp_path):
     assert (tmp_path / "complexity.md").read_text().startswith("# Tokens needed per condition")
 
 
+def test_complexity_checks_the_attributes_that_are_given(data_folder, model_folder, tmp_path):
+    options = ComplexityOptions(
+        data=str(data_folder),
+        output=str(tmp_path),
+        model=str(model_folder),
+        num_inference_steps=1,
+        token_counts=[1],
+        attributes=["name"],
+    )
+    given = asdict(options)
+    record = complexity.Complexity(options).measure()
+    assert asdict(options) == given, "the caller's options are left as they are"
+    assert list(record["results"]) == ["name (prompt)", "name (styled_prompt)"]
+    assert record["protocol"]["attributes"] == ["name"]
+    assert record["protocol"]["levels"] == ["prompt=name", "styled_prompt=name,style"]
+    assert complexity.Complexity(replace(options, attributes=[])).attributes == ["name", "style"]
+
+
+@pytest.mark.parametrize(
+    ("attributes", "levels", "words"),
+    [
+        (["color"], ["prompt=name"], r"\['color'\] are in none of the `levels`"),
+        (["name", "color"], ["prompt=name"], r"\['color'\] are in none of the `levels`"),
+        (["style"], ["prompt=name", "styled_prompt=name,style"], "must ask for one of `attributes`"),
+        ([], ["prompt=name", "prompt=name"], "a level twice"),
+        (["name"], ["prompt=name", "prompt=name,style"], "a level twice"),
+        ([], ["prompt"], "form column=attribute"),
+    ],
+)
+def test_levels_that_do_not_fit_the_attributes_are_refused(attributes, levels, words):
+    with pytest.raises(ValueError, match=words):
+        ComplexityOptions(data="data", output="results", attributes=attributes, levels=levels)
+
+
 @pytest.mark.parametrize(
     ("shares", "saturation", "expected"),
     [
@@ -365,6 +403,37 @@ def test_two_processes_give_the_figures_of_one(whole_run, data_folder, model_fol
     assert together["num_processes"] == 2
     assert together["results"] == numbers(alone)
     assert together["protocol"] == alone["protocol"]
+
+
+def test_saving_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    saves = []
+    evaluation = progress.Evaluation("a", nn.ModuleDict(), 1000, 1, {}, tmp_path, PartialState(cpu=True))
+    original = evaluation.save
+
+    def save():
+        original()
+        saves.append(now[0])
+        now[0] += 40.0
+
+    def measure(samples):
+        now[0] += 10.0
+        return {}
+
+    monkeypatch.setattr(evaluation, "save", save)
+    evaluation.run(measure)
+    assert 40 * len(saves[:-1]) < 0.021 * now[0], saves
+    assert len(saves) > 4
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help-me"], ["tokenize"], ["Reconstruction"], ["compare", "one.json"]])
+def test_a_command_line_without_a_measurement_is_refused_with_what_there_is(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main(arguments)
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert "RECORD.json" in message or all(name in message for name in (*evaluate.MEASUREMENTS, "compare"))
 
 
 @pytest.mark.parametrize("counts, message", [([0], "1 or more"), ([4, 1], "growing")])

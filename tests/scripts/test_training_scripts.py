@@ -66,6 +66,15 @@ def test_ablations_change_one_thing_and_resume_where_they_stopped(config, tmp_pa
     assert json.loads((tmp_path / "results" / "figures.json").read_text())["results"] == record["results"]
 
 
+def test_validation_data_alone_is_refused_and_not_ignored(config, tmp_path, monkeypatch, capsys):
+    script = load_script("ablate_tokenizer")
+    command = ["ablate", "--config", str(config), "--output", str(tmp_path), "--validation_data", "held_out"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match="2"):
+        script.main()
+    assert "--train_data" in capsys.readouterr().err
+
+
 def test_curves_are_plotted_of_what_the_logs_have(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     script = load_script("plot_training")

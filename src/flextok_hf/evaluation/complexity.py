@@ -35,13 +35,14 @@ class Complexity(ConditionedMeasurement):
 
     def __init__(self, options: ComplexityOptions):
         levels = options.parsed_levels()
-        options.attributes = list(dict.fromkeys(name for _, names in levels for name in names))
-        super().__init__("complexity", options)
+        super().__init__("complexity", options, list(dict.fromkeys(name for _, names in levels for name in names)))
         self.sampling = options.sampling().resolved(self.pipe)
         rows = [row for row in self.all_rows if row["split"] == options.split]
         if not rows:
             raise ValueError(f"`split` {options.split!r} of {options.data!r} is missing or empty.")
         self.names = [" + ".join(attributes) for _, attributes in levels]
+        if len(set(self.names)) < len(levels):  # the same attributes in several wordings
+            self.names = [f"{name} ({column})" for name, (column, _) in zip(self.names, levels, strict=True)]
         self.level_checks = [Check("passed", attributes) for _, attributes in levels]
         # the same rows at every level, so that levels differ only in detail
         self.levels = [self.column_set(column, rows) for column, _ in levels]

@@ -20,20 +20,22 @@ class ConditionedMeasurement(Measurement):
     Args:
         name: name of the measurement.
         options: its options.
+        attributes: what prompts can ask for if `options.attributes` is empty; by default name and style, if present.
     """
 
     options: ConditionOptions
 
-    def __init__(self, name: str, options: ConditionOptions):
+    def __init__(self, name: str, options: ConditionOptions, attributes: Sequence[str] = ()):
         super().__init__(name, options)
         if self.pipe.prior is None:
             raise ValueError("This model has no prior, so it cannot generate. Measure its reconstruction instead.")
         self.all_rows = self.load_all_splits()
         known = self.all_rows[0]
-        missing = [attribute for attribute in options.attributes if attribute not in known]
+        named = list(options.attributes or attributes)
+        missing = [attribute for attribute in named if attribute not in known]
         if missing:
             raise ValueError(f"`attributes` {missing} are not columns of {options.data!r}, which has {list(known)}.")
-        self.attributes = list(options.attributes) or [name for name in NAMING_ATTRIBUTES if name in known]
+        self.attributes = named or [name for name in NAMING_ATTRIBUTES if name in known]
         self.has_prompt_sets = {"styled_prompt", "prompt", "everyday", *NAMING_ATTRIBUTES} <= set(known)
         if self.has_prompt_sets:
             self.all_rows = [row for row in self.all_rows if row["style"] != PHOTO]

@@ -144,10 +144,24 @@ class ComplexityOptions(ConditionOptions):
         for level in self.levels:
             if "=" not in level or not all(level.partition("=")[::2]):
                 raise ValueError(f"`levels` has {level!r}; each must have the form column=attribute,attribute.")
+        levels = self.parsed_levels()
+        unused = sorted(set(self.attributes) - {name for _, names in levels for name in names})
+        if unused:
+            raise ValueError(
+                f"`attributes` {unused} are in none of the `levels` {self.levels}: no prompt asks for them."
+            )
+        if not all(names for _, names in levels):
+            raise ValueError(f"Each of the `levels` {self.levels} must ask for one of `attributes` {self.attributes}.")
+        if len(set(levels)) < len(levels):
+            raise ValueError(f"`levels` {self.levels} hold a level twice.")
 
     def parsed_levels(self) -> list[tuple[str, tuple[str, ...]]]:
-        """Return the prompt column and the attributes asked for, per level."""
-        return [(level.partition("=")[0], tuple(level.partition("=")[2].split(","))) for level in self.levels]
+        """Return the prompt column and the attributes to check, per level: of those asked for, the `attributes`."""
+        split = [level.partition("=")[::2] for level in self.levels]
+        return [
+            (column, tuple(name for name in names.split(",") if name in self.attributes or not self.attributes))
+            for column, names in split
+        ]
 
     def sampling(self) -> Sampling:
         """Return the sampling settings."""

@@ -23,6 +23,7 @@ from .accumulators import CONCATENATED_STATES, Accumulator
 
 
 SAVE_SECONDS = 30.0
+SAVE_SHARE = 0.02  # of the time; sums of feature products take gigabytes
 
 
 class Evaluation:
@@ -76,7 +77,7 @@ class Evaluation:
         Args:
             measure: adds a batch of samples to the accumulators and returns the skipped ones with reasons.
         """
-        last_save = time.monotonic()
+        next_save = time.monotonic() + SAVE_SECONDS
         is_main = self.state.is_main_process
         bar = tqdm(total=len(self.samples), initial=self.position, desc=self.name, unit="sample", disable=not is_main)
         while self.position < len(self.samples):
@@ -86,9 +87,11 @@ class Evaluation:
             self.position += len(batch)
             self.seconds += time.perf_counter() - start
             bar.update(len(batch))
-            if time.monotonic() - last_save > SAVE_SECONDS:
+            now = time.monotonic()
+            if now > next_save:
                 self.save()
-                last_save = time.monotonic()
+                saved = time.monotonic()
+                next_save = saved + max(SAVE_SECONDS, (saved - now) / SAVE_SHARE)
         bar.close()
         self.save()
         self.state.wait_for_everyone()
@@ -99,7 +102,7 @@ class Evaluation:
     def save(self) -> None:
         """Write the sums and the position of this process atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.detach().clone() for name, tensor in self.accumulators.state_dict().items()}
+        tensors = dict(self.accumulators.state_dict())
         metadata = {
             "protocol": self.protocol_hash,
             "position": str(self.position),
