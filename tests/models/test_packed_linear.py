@@ -42,7 +42,7 @@ def test_results_are_the_same_for_any_number_of_rows(shape, bias):
     model, inputs = make_model(bias), random(*shape)
     expected = model(inputs)
     with packed_weights(model, num_calls=100):
-        assert all(layer.packed_weight is not None for layer in model)
+        assert all(layer.packed_weights for layer in model)
         actual = model(inputs)
     assert actual.shape == expected.shape
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
@@ -54,7 +54,7 @@ def test_results_in_half_precision_are_rounded_once(monkeypatch):
         pytest.skip("this machine has no kernels for bfloat16")
     layer, inputs = make_model(dtype=torch.bfloat16)[0], random(3, 24).bfloat16()
     with packed_weights(layer, num_calls=100), torch.no_grad():
-        assert layer.packed_weight is not None
+        assert layer.packed_weights
         exact = inputs.float() @ layer.weight.float().T
         torch.testing.assert_close(linear(layer, inputs).float(), exact, atol=0, rtol=2**-7)
 
@@ -112,7 +112,7 @@ def test_layers_that_others_changed_are_called_as_they_are(change):
     change(model)
     expected = model[1](nn.functional.silu(model[0](inputs)))
     with packed_weights(model, num_calls=100):
-        assert getattr(model[0], "packed_weight", None) is None
+        assert not getattr(model[0], "packed_weights", None)
         torch.testing.assert_close(model(inputs), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -146,7 +146,7 @@ def test_packed_weights_end_with_their_block_even_after_an_error():
     with pytest.raises(KeyError), packed_weights(model, num_calls=100):
         assert set(model.state_dict()) == names
         raise KeyError
-    assert model[0].packed_weight is None
+    assert not model[0].packed_weights
     with torch.no_grad():
         model[0].weight.zero_()
         assert not linear(model[0], random(2, 24)).any()
@@ -156,7 +156,7 @@ def test_packed_weights_end_with_their_block_even_after_an_error():
 def test_nothing_is_packed_where_it_is_not_worth_it_or_not_possible(monkeypatch):
     def is_packed(model, num_calls=100):
         with packed_weights(model, num_calls):
-            return any(layer.packed_weight is not None for layer in model)
+            return any(layer.packed_weights for layer in model)
 
     assert is_packed(make_model())
     assert not is_packed(make_model(), num_calls=packed_linear.MIN_CALLS - 1)

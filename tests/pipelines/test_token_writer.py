@@ -108,11 +108,11 @@ def test_short_parts_use_the_same_packed_weights_as_the_whole(tiny_pipeline, mon
     monkeypatch.setattr(packed_linear, "MIN_CALLS", tiny_pipeline.num_registers)
     head, is_packed = tiny_pipeline.prior.head, []
     handle = tiny_pipeline.prior.norm.register_forward_pre_hook(
-        lambda *_: is_packed.append(head.packed_weight is not None)
+        lambda *_: is_packed.append(bool(head.packed_weights))
     )
     streams = [tiny_pipeline.stream("a red circle", [1, 2, 6], generator=seeded(), **FEW_STEPS) for _ in range(2)]
     for _ in zip(*streams, strict=True):
-        assert head.packed_weight is None  # the model is unchanged between parts
+        assert not head.packed_weights  # the model is unchanged between parts
     handle.remove()
     assert is_packed == [True] * 2 * tiny_pipeline.num_registers
 

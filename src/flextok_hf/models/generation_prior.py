@@ -225,7 +225,7 @@ class PriorGenerationMixin(GenerationMixin):
 
         A CUDA graph is tied to the memory addresses of its cache, so a new cache would need a new capture.
         """
-        cache, kept, self.kept_cache = model_kwargs[CACHE_NAME], self.kept_cache, None
+        cache, kept = model_kwargs[CACHE_NAME], vars(self).pop("kept_cache", None)  # at once: for one of the threads
         is_empty = int(cache.get_seq_length()) == 0  # and does not continue an earlier call
         text = model_kwargs.get("encoder_hidden_states")
         shape = (num_rows, 0 if text is None else text.shape[1], self.dtype, self.device)

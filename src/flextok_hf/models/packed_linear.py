@@ -9,6 +9,7 @@ import ctypes
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import get_ident
 
 import psutil
 import torch
@@ -27,7 +28,7 @@ MAX_SHARE_OF_MEMORY = 0.25  # of total RAM; packed weights are held in addition 
 def packable(in_features: int, out_features: int, bias: bool = False) -> nn.Linear:
     """Make a plain `nn.Linear` that `linear` calls, so that its weight may be packed."""
     layer = nn.Linear(in_features, out_features, bias=bias)
-    layer.packed_weight = None  # type: ignore[assignment]  # not a buffer: it lasts only for a loop
+    layer.packed_weights = {}  # type: ignore[assignment]  # thread -> weight; not a buffer: lasts only for a loop
     return layer
 
 
@@ -40,7 +41,8 @@ def linear(layer: nn.Module, hidden_states: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not is_plain(layer):
         return layer(hidden_states)
     rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-    num_rows, weight = rows.shape[0], getattr(layer, "packed_weight", None)  # another thread may end its loop
+    num_rows, packed = rows.shape[0], getattr(layer, "packed_weights", None)  # a layer put in place of ours has none
+    weight = packed.get(get_ident()) if packed else None
     if weight is None:
         if not (num_rows >= MIN_ROWS_UNPACKED and is_faster_in_onednn(layer, hidden_states)):
             return layer(hidden_states)
@@ -85,32 +87,36 @@ def packed_weights(model: nn.Module, num_calls: int) -> Iterator[None]:
 class PackedWeights:
     """Packed copies of weights for a loop that may pause: the model uses them only inside `in_use`.
 
-    Empty if packing is not worth it or not possible, or if an enclosing block has already packed the model.
+    Empty if packing is not worth it or not possible, or if an enclosing block has already packed the model. Each thread
+    has its own loops, so that other threads do not change its results; loops that run at the same time share copies.
 
     Args:
         model, num_calls: as for `packed_weights`.
     """
 
     def __init__(self, model: nn.Module, num_calls: int):
-        layers = [module for module in model.modules() if hasattr(module, "packed_weight") and is_plain(module)]
+        layers = [module for module in model.modules() if hasattr(module, "packed_weights") and is_plain(module)]
         is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
-        is_packed = any(layer.packed_weight is not None for layer in layers)
+        is_packed = any(get_ident() in layer.packed_weights for layer in layers)
         is_worth_it = num_calls >= MIN_CALLS and not (is_compiled or is_packed or is_offloaded(model))
         self.weights: dict[nn.Linear, Tensor] = {}
         if is_worth_it and can_pack([layer.weight for layer in layers]):
+            reorder = torch.ops.mkldnn._reorder_linear_weight
             for layer in layers:
-                self.weights[layer] = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), USUAL_ROWS)
+                shared = list(layer.packed_weights.values())[:1]  # of another thread
+                self.weights[layer] = shared[0] if shared else reorder(layer.weight.detach(), USUAL_ROWS)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Make the model use the packed weights within a `with` block."""
+        """Make the model use the packed weights within a `with` block, in this thread."""
+        thread = get_ident()
         try:
             for layer, weight in self.weights.items():
-                layer.packed_weight = weight  # type: ignore[assignment]
+                layer.packed_weights[thread] = weight
             yield
         finally:
             for layer in self.weights:
-                layer.packed_weight = None  # type: ignore[assignment]
+                layer.packed_weights.pop(thread, None)
 
     def free(self) -> None:
         """Free the memory; from now on the model uses its own weights."""
