@@ -1,8 +1,10 @@
 """Model cards state what the files of a model state, and nothing else."""
 
+import ast
 import importlib
 import json
 import re
+import shutil
 import sys
 
 import pytest
@@ -11,7 +13,7 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from flextok_hf.cards.model_card import MARK, is_replaceable, same_weights, write_model_card
+from flextok_hf.cards.model_card import MARK, is_replaceable, same_weights, write_model_card, write_saved_card
 from flextok_hf.cards.sections import duration, logged_seconds, markdown_table, results_table, training_facts
 from flextok_hf.pipelines.pipeline_flextok import FlexTokPipeline
 from flextok_hf.utils.measures import weights_hash
@@ -96,6 +98,13 @@ def test_the_python_code_of_a_card_runs(folder, monkeypatch):
     assert scope["few"].size == scope["image"].size == (16, 16)
 
 
+def test_a_prompt_with_quotes_is_quoted(folder):
+    (folder / "model_card.yaml").write_text("""prompt: 'the word "cat" \\ on a wall'\n""")
+    code = re.search(r"```python\n(.*?)```", write_model_card(folder).read_text(), re.DOTALL).group(1)
+    constants = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert 'the word "cat" \\ on a wall' in constants
+
+
 def test_missing_information_is_stated_and_not_made_up(folder):
     card = ModelCard.load(folder / "README.md")
     assert "license" not in card.data.to_dict() and "model-index" not in card.data.to_dict()
@@ -149,6 +158,21 @@ def test_results_of_other_weights_are_not_copied(folder, tmp_path):
     assert not same_weights(folder, tmp_path / "copy")
 
 
+@pytest.mark.parametrize("part", ["encoder", "decoder", "prior", "text_encoder"])
+def test_weights_that_are_not_safetensors_are_never_taken_for_equal(folder, tmp_path, part):
+    shutil.copytree(folder, tmp_path / "copy")
+    assert same_weights(folder, tmp_path / "copy")
+    for number, model in enumerate((folder, tmp_path / "copy")):
+        (weights,) = (model / part).glob("*.safetensors")
+        torch.save({"weight": torch.tensor(number)}, weights.with_suffix(".bin"))
+        weights.unlink()
+    enrich(folder)
+    assert not same_weights(folder, tmp_path / "copy")
+    write_saved_card(str(folder), tmp_path / "copy", None)
+    text = (tmp_path / "copy" / "README.md").read_text()
+    assert "Made from `model`" in text and "## Evaluation" not in text
+
+
 def test_a_missing_component_makes_a_different_model(folder, tmp_path):
     FlexTokPipeline.from_pretrained(folder, prior=None, text_encoder=None, tokenizer=None).save_pretrained(
         tmp_path / "b"
@@ -166,6 +190,8 @@ def test_a_hand_written_card_is_kept(folder, tiny_pipeline):
 def test_sets_of_images_become_columns():
     table = results_table({"trained": {"1": {"name": SHARE}}, "held_out": {"1": {"name": SHARE | {"share": 0.5}}}})
     assert "| tokens | trained | held out |" in table and "| 1 | 81% (78 to 84) | 50% (78 to 84) |" in table
+    partial = results_table({"trained": {"1": {"name": SHARE}}, "plain": {"1": {"style": SHARE}}, "none": {}})
+    assert "| 1 | 81% (78 to 84) |  |  |" in partial, "not every set has every metric"
     assert markdown_table(["a"], [[1]]) == "| a |\n| --- |\n| 1 |"
 
 

@@ -16,7 +16,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from official_checkpoints import write_prior, write_tokenizer
-from paths import FIXTURES, ROOT
+from paths import FIXTURES, PHOTO, ROOT
 from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file, save_file
 from tiny_models import make_decoder
@@ -311,6 +311,12 @@ def test_a_pipeline_is_pushed_with_its_own_valid_card(hub, tiny_pipeline, tmp_pa
         assert names <= set(pushed)
         stored = load_bytes(pushed[f"decoder/{WEIGHTS}"])
         assert all(torch.equal(stored[key], value) for key, value in tiny_pipeline.decoder.state_dict().items())
+    for name, content in pushed.items():
+        (tmp_path / "empty" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "empty" / name).write_bytes(content)
+    shutil.copyfile(PHOTO, tmp_path / "photo.jpg")
+    code = card.text.partition("```python\n")[2].partition("```")[0] + "print(image.size == few.size == (16, 16))"
+    assert run_program(code, tmp_path, f"http://127.0.0.1:{hub.server_port}") == "True", "the code of the card runs"
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ Besides configuration and weights, the folder of a saved model may hold:
     images/*           images for the card
 """
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -170,11 +171,14 @@ def same_weights(source: Path, target: Path) -> bool:
 
 
 def equal_tensors(source: Path, target: Path) -> bool:
-    """Compare the tensors in two folders of weight files, with only one pair in memory at a time."""
+    """Compare the tensors in two folders of weight files, with only one pair in memory at a time.
+
+    Folders without safetensors, whose weights are pickled or missing, are never equal: they are not opened.
+    """
     files = [sorted(folder.glob("*.safetensors")) for folder in (source, target)]
     opened = [[safe_open(path, framework="pt") for path in paths] for paths in files]
     owners = [{key: weights for weights in group for key in weights.keys()} for group in opened]
-    if owners[0].keys() != owners[1].keys():
+    if not owners[0] or owners[0].keys() != owners[1].keys():
         return False
     for key in owners[0]:
         first, second = (owner[key].get_tensor(key).float() for owner in owners)
@@ -240,15 +244,16 @@ def summary(folder: Path, facts: Mapping[str, Any]) -> str:
 
 def usage(folder: Path, name: str, facts: Mapping[str, Any]) -> str:
     """Return example code that loads and uses the model."""
+    quoted = json.dumps(name)
     if not (folder / "model_index.json").is_file():
-        return f'```python\nfrom diffusers import AutoencoderKL\n\nvae = AutoencoderKL.from_pretrained("{name}")\n```'
-    lines = ["from flextok_hf import FlexTokPipeline", "", f'pipe = FlexTokPipeline.from_pretrained("{name}")']
+        return f"```python\nfrom diffusers import AutoencoderKL\n\nvae = AutoencoderKL.from_pretrained({quoted})\n```"
+    lines = ["from flextok_hf import FlexTokPipeline", "", f"pipe = FlexTokPipeline.from_pretrained({quoted})"]
     if name == "embedded_model":
         lines = ["from flextok_hf import FlexTokPipeline, embedded_model", ""]
         lines += ["pipe = FlexTokPipeline.from_pretrained(embedded_model())"]
     if (folder / "prior").is_dir():
         has_text = (folder / "text_encoder").is_dir()
-        condition = f'"{facts.get("prompt", "a prompt")}"' if has_text else "class_labels=[0]"
+        condition = json.dumps(facts.get("prompt", "a prompt")) if has_text else "class_labels=[0]"
         lines += [f"image = pipe({condition}, max_tokens=8).images[0]"]
     lines += [
         'token_ids = pipe.tokenize("photo.jpg")  # coarse first',

@@ -214,7 +214,8 @@ def results_table(results: Mapping[str, Any]) -> str:
     counts = list(next(iter(results.values())))
     measure = next(key for key, value in next(iter(results.values()))[counts[0]].items() if is_figure(value))
     header = ["tokens", *(key.replace("_", " ") for key in results)]
-    rows = [[count, *(cell(results[key][count][measure]) for key in results)] for count in counts]
+    by_count = [(count, [results[key].get(count, {}).get(measure) for key in results]) for count in counts]
+    rows = [[count, *("" if figure is None else cell(figure) for figure in row)] for count, row in by_count]
     title = measure_title(measure)
     return f"Metric: {title}.\n\n{markdown_table(header, rows)}"
 
