@@ -86,6 +86,28 @@ def test_randomness_does_not_depend_on_how_a_step_is_split(options):
     torch.testing.assert_close(torch.stack(parts).mean(), whole)
 
 
+@pytest.mark.parametrize("share", [1, 3, 8, 20])
+def test_noise_does_not_depend_on_how_a_step_is_split(share):
+    whole = StepRng(5, total=40)
+    expected = [whole.normal_like(torch.empty(40, 2, 5)) for _ in range(2)]  # two draws, as with joint lengths
+    for first in range(0, 40 - share + 1, share):
+        rng = StepRng(5, first=first, total=40)
+        for noise in expected:
+            assert torch.equal(rng.normal_like(torch.empty(share, 2, 5)), noise[first : first + share])
+
+
+def test_noise_is_standard_normal_and_differs_between_images_and_draws():
+    rng = StepRng(0)
+    first, second = rng.normal_like(torch.empty(100, 3, 8, 8)), rng.normal_like(torch.empty(100, 3, 8, 8))
+    assert abs(first.mean()) < 0.02 and abs(first.std() - 1) < 0.02
+    assert torch.corrcoef(torch.cat([first, second]).flatten(1)).fill_diagonal_(0).abs().max() < 0.4
+
+
+def test_a_process_draws_the_noise_of_its_own_images_only():
+    rng = StepRng(0, first=10**9, total=2 * 10**9)  # gigabytes, were it drawn for the whole step
+    assert rng.normal_like(torch.empty(4, 3, 8, 8)).shape == (4, 3, 8, 8)
+
+
 def test_dropped_tokens_give_the_encoder_no_gradient():
     model = make_model(keep_mode="uniform", null_condition_probability=0.0)
     sigma, _, is_unconditional = model.draw(BATCH_SIZE, StepRng(0))

@@ -80,7 +80,7 @@ def tokenize_batches(
     copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def upload(pixels: Tensor) -> tuple[Tensor, "torch.cuda.Event | None"]:
-        if copies is None:
+        if copies is None or pixels.device.type != "cpu":  # only memory of the host can be pinned
             return pixels.to(device), None
         with torch.cuda.stream(copies):
             on_device = pixels.pin_memory().to(device, non_blocking=True)

@@ -58,13 +58,14 @@ class PriorForTraining(nn.Module):
             batch: `token_ids` (B, K), cached `latents` (B, C, h, w) or `pixel_values` (B, 3, H, W) in [-1, 1], with
                 `captions`, a list of B texts, or `class_labels` (B,).
             step: optimizer steps done so far.
-            rng: source of the condition dropout, on the device of the model.
+            rng: source of the condition dropout.
 
         Returns:
             The cross-entropy in nats per token, and metrics to log.
         """
         token_ids = self.tokenize(batch)  # (B, K)
-        is_dropped = rng.bernoulli(self.arguments.condition_dropout_probability, token_ids.shape[0])  # (B,)
+        # on the host, where the captions are
+        is_dropped = rng.host_bernoulli(self.arguments.condition_dropout_probability, token_ids.shape[0])  # (B,)
         condition = self.encode_condition(batch, is_dropped if self.training else torch.zeros_like(is_dropped))
         input_ids = self.prior.prepend_bos(token_ids)  # (B, K + 1)
         loss = self.prior(input_ids=input_ids, labels=input_ids, **condition).loss
@@ -85,12 +86,13 @@ class PriorForTraining(nn.Module):
         """Convert captions or classes to arguments of the prior; dropped ones become "" or class -1."""
         device = self.prior.device
         if self.text_tokenizer is None:
-            class_labels = batch["class_labels"].to(device)
-            return {"class_labels": torch.where(is_dropped, UNCONDITIONAL_LABEL, class_labels)}
+            class_labels = torch.where(is_dropped, UNCONDITIONAL_LABEL, batch["class_labels"])
+            return {"class_labels": class_labels.to(device, non_blocking=True)}
         captions = [
             "" if drop else caption for caption, drop in zip(batch["captions"], is_dropped.tolist(), strict=True)
         ]
-        text = self.text_tokenizer(captions, padding=True, truncation=True, return_tensors="pt").to(device)
+        text = self.text_tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
+        text = text.to(device, non_blocking=True)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.text_encoder is not None):
             encoder = self.text_encoder or self.frozen["text_encoder"].to(device)
             states = encoder(input_ids=text.input_ids, attention_mask=text.attention_mask).last_hidden_state

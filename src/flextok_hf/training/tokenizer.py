@@ -99,7 +99,7 @@ class TokenizerForTraining(nn.Module):
         if arguments.correlation_penalty > 0:
             loss = loss + scale * arguments.correlation_penalty * correlation_penalty(features)
         if self.alignment is not None:
-            pixel_values = batch["pixel_values"].to(latents.device).repeat(len(copies), 1, 1, 1)
+            pixel_values = batch["pixel_values"].to(latents.device, non_blocking=True).repeat(len(copies), 1, 1, 1)
             alignment_loss = self.alignment(patches, pixel_values)
             metrics["repa_loss"] = alignment_loss.detach()
             loss = loss + arguments.repa_weight * alignment_loss
