@@ -3,7 +3,8 @@
 import pytest
 import torch
 from tiny_models import FSQ_LEVELS, NUM_REGISTERS, SHAPES, make_encoder
-from transformers import AutoModel
+from transformers import AttentionInterface, AutoModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from flextok_hf import FlexTokEncoder, FlexTokEncoderConfig
 
@@ -74,9 +75,103 @@ def test_outputs_are_consistent(tiny_encoder, latents):
     assert len(output.token_ids.unique()) > NUM_REGISTERS  # not collapsed, so that equal ids mean something
 
 
+LAYOUTS = {"registers": {}, "grid": {"token_layout": "grid", "num_registers": NUM_PATCHES}}
+
+
+@pytest.mark.parametrize("wanted", [{}, {"output_hidden_states": True}, {"output_attentions": True}])
 @torch.no_grad()
-def test_return_dict_false_gives_a_tuple(tiny_encoder, latents):
-    assert tiny_encoder(latents, return_dict=False)[2].equal(tiny_encoder(latents).token_ids)
+def test_return_dict_false_gives_a_tuple(tiny_encoder, latents, wanted):
+    tiny_encoder.set_attn_implementation("eager")
+    as_tuple, output = tiny_encoder(latents, return_dict=False, **wanted), tiny_encoder(latents, **wanted)
+    assert as_tuple[2].equal(output.token_ids) and len(as_tuple) == len(output.to_tuple()) == 3 + len(wanted)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_hidden_states_lead_from_the_patches_to_the_features(latents, layout):
+    encoder = make_encoder(**LAYOUTS[layout])
+    output, plain = encoder(latents, num_tokens=4, output_hidden_states=True), encoder(latents, num_tokens=4)
+    first, second, last = output.hidden_states
+    num_states = NUM_PATCHES + (4 if layout == "registers" else 0)
+    assert first[:, :NUM_PATCHES].equal(encoder.patch_embedding(latents))
+    assert first.shape == second.shape == (3, num_states, SHAPES["hidden_size"])
+    assert encoder.feature_proj(last).equal(output.features) and output.features.equal(plain.features)
+    assert plain.hidden_states is None and plain.attentions is None
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_eager_attention_gives_the_same_features_and_its_weights(latents, layout):
+    encoder = make_encoder(**LAYOUTS[layout])
+    expected = encoder(latents).features
+    encoder.set_attn_implementation("eager")
+    output = encoder(latents, output_attentions=True)
+    torch.testing.assert_close(output.features, expected, atol=1e-5, rtol=0)
+    for weights in output.attentions:
+        torch.testing.assert_close(weights.sum(dim=-1), torch.ones(weights.shape[:-1]))
+    if layout == "registers":
+        whole, of_registers = output.attentions
+        assert whole.shape[-2:] == (NUM_PATCHES + NUM_REGISTERS,) * 2
+        assert of_registers.shape[-2:] == (NUM_REGISTERS, NUM_PATCHES + NUM_REGISTERS)
+        assert not whole[..., :NUM_PATCHES, NUM_PATCHES:].any()  # patches see no registers
+        assert not of_registers[..., NUM_PATCHES:].triu(1).any()  # registers see no later ones
+
+
+@pytest.mark.parametrize("name", ["config", "argument"])
+def test_gradients_reach_kept_states_and_weights(latents, name):
+    wanted = {"output_hidden_states": True, "output_attentions": True}
+    encoder = make_encoder(**(wanted if name == "config" else {}))
+    encoder.set_attn_implementation("eager")
+    output = encoder(latents, **(wanted if name == "argument" else {}))
+    kept = [output.hidden_states[0], output.attentions[0]]
+    for states in kept:
+        states.retain_grad()
+    output[0].flatten()[0].backward()
+    assert all(states.grad.any() for states in kept)
+
+
+def test_attention_weights_of_a_fused_kernel_are_refused(tiny_encoder, latents):
+    with pytest.raises(ValueError, match='set_attn_implementation\\("eager"\\)'):
+        tiny_encoder(latents, output_attentions=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_a_registered_attention_function_is_called(latents, layout):
+    encoder, calls = make_encoder(**LAYOUTS[layout]), []
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return sdpa_attention_forward(*args, **kwargs)
+
+    expected = encoder(latents).features
+    AttentionInterface.register("counted", counted)
+    encoder.set_attn_implementation("counted")
+    torch.testing.assert_close(encoder(latents).features, expected, atol=1e-5, rtol=0)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention", "paged|eager", "unknown"])
+def test_other_attention_implementations_are_refused_by_name(tiny_encoder, name):
+    with pytest.raises(ValueError, match="FlexTokEncoder does not support|is not supported"):
+        tiny_encoder.set_attn_implementation(name)
+    assert tiny_encoder.config._attn_implementation == "sdpa"
+
+
+def test_the_patch_embedding_is_the_input_embedding(tiny_encoder, latents):
+    assert tiny_encoder.get_input_embeddings() is tiny_encoder.patch_embedding
+    other = make_encoder(in_channels=1).patch_embedding
+    tiny_encoder.set_input_embeddings(other)
+    assert tiny_encoder(latents[:, :1]).token_ids.shape == (3, NUM_REGISTERS)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dimension", range(len(FSQ_LEVELS)))
+def test_features_that_are_not_finite_have_no_id(tiny_encoder, value, dimension):
+    features = torch.zeros(1, 2, len(FSQ_LEVELS))
+    features[0, 1, dimension] = value
+    token_ids = tiny_encoder.quantizer.codes_to_ids(tiny_encoder.quantizer(features))
+    assert token_ids[0, 0] >= 0 and token_ids[0, 1] == -1
 
 
 @pytest.mark.parametrize("num_tokens", [0, -1, 1.5, True])
@@ -108,10 +203,12 @@ def test_an_encoder_loaded_in_half_precision_computes_in_it(tiny_encoder, latent
     torch.testing.assert_close(features.float(), tiny_encoder(latents).features, atol=0.05, rtol=0.05)
 
 
-def test_gradient_checkpointing_changes_nothing(latents):
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_gradient_checkpointing_changes_nothing(latents, implementation):
     gradients = []
     for is_checkpointed in (False, True):
         encoder = make_encoder().train()
+        encoder.set_attn_implementation(implementation)
         if is_checkpointed:
             encoder.gradient_checkpointing_enable()
         encoder(latents).codes.square().sum().backward()
@@ -125,6 +222,7 @@ def test_gradient_checkpointing_changes_nothing(latents):
     [
         ({"hidden_size": 30}, "`hidden_size`.*multiple"),
         ({"num_registers": 0}, "`num_registers` must be 1 or more"),
+        ({"num_hidden_layers": 0}, "`num_hidden_layers` must be 1 or more"),
         ({"fsq_levels": [8, 1]}, "`fsq_levels`"),
         ({"patch_size": "two"}, "patch_size"),
     ],

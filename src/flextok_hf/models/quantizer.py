@@ -32,6 +32,7 @@ class FiniteScalarQuantizer(nn.Module):
     def bound(self, features: Tensor) -> Tensor:
         """Squash features (B, K, Q) into the range of the levels, in float32: dimension q spans its L_q integers."""
         features = features.float()
+        features = torch.where(features.isfinite(), features, torch.nan)  # or infinity would look like an edge level
         levels = constant(tuple(self.levels), features.dtype, features.device)  # (Q,)
         half_range = (levels - 1) * (1 + BOUND_MARGIN) / 2
         offset = torch.where(levels % 2 == 0, 0.5, 0.0)  # an even number of levels has no middle one
@@ -42,7 +43,7 @@ class FiniteScalarQuantizer(nn.Module):
         """Round features to codes; gradients pass straight through.
 
         Args:
-            features: (B, K, Q), any range.
+            features: (B, K, Q), any range; NaN and infinity become NaN.
             is_rounded: (B,) boolean; samples where it is false keep their bounded, unrounded values (a training aid).
 
         Returns:
@@ -55,11 +56,13 @@ class FiniteScalarQuantizer(nn.Module):
         return rounded / constant(tuple(self.half_widths), rounded.dtype, rounded.device)
 
     def codes_to_ids(self, codes: Tensor) -> Tensor:
-        """Convert codes (B, K, Q) in [-1, 1] to token ids (B, K) in [0, V), int64."""
+        """Convert codes (B, K, Q) in [-1, 1] to token ids (B, K) in [0, V), int64; -1 for codes that are not finite."""
         half_widths = constant(tuple(self.half_widths), codes.dtype, codes.device)
         # round, not truncate: a code is stored as k / 13 for 27 levels, and k / 13 * 13 can land just below k
         digits = (codes * half_widths + half_widths).round().long()  # (B, K, Q)
-        return (digits * constant(tuple(self.place_values), digits.dtype, digits.device)).sum(dim=-1)
+        token_ids = (digits * constant(tuple(self.place_values), digits.dtype, digits.device)).sum(dim=-1)
+        # as integers, they would be any id; raising an error here would stall an accelerator
+        return torch.where(codes.isfinite().all(dim=-1), token_ids, -1)
 
     def ids_to_codes(self, token_ids: Tensor) -> Tensor:
         """Convert token ids (B, K) to codes (B, K, Q), float32; the inverse of `codes_to_ids`."""
