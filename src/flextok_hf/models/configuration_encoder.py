@@ -43,16 +43,8 @@ class FlexTokEncoderConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Raise an error if the values are inconsistent."""
-        sizes = (
-            "in_channels",
-            "patch_size",
-            "grid_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "head_dim",
-            "num_registers",
-        )
-        for name in sizes:
+        widths = ("in_channels", "patch_size", "grid_size", "hidden_size", "head_dim")
+        for name in (*widths, "num_hidden_layers", "num_registers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be 1 or more, got {getattr(self, name)}.")
         if self.hidden_size % self.head_dim or self.hidden_size % 4:

@@ -58,7 +58,7 @@ class EncoderAttention(Attention):
         `register_mask` (K, N + K) is true where a register may attend; `None` if there are only patches.
 
         Returns:
-            New states of the queries, (B, N + K or K, D), and the attention weights of an implementation that has them.
+            New states of the queries, (B, N + K or K, D), and their weights if the implementation has them.
         """
         if self.config._attn_implementation not in (None, "sdpa"):
             return self.attend_as_chosen(hidden_states, register_mask, num_patches, is_last)

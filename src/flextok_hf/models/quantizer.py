@@ -56,7 +56,7 @@ class FiniteScalarQuantizer(nn.Module):
         return rounded / constant(tuple(self.half_widths), rounded.dtype, rounded.device)
 
     def codes_to_ids(self, codes: Tensor) -> Tensor:
-        """Convert codes (B, K, Q) in [-1, 1] to token ids (B, K) in [0, V), int64; -1 for codes that are not finite."""
+        """Convert codes (B, K, Q) in [-1, 1] to token ids (B, K) in [0, V), int64; -1 if a code is not finite."""
         half_widths = constant(tuple(self.half_widths), codes.dtype, codes.device)
         # round, not truncate: a code is stored as k / 13 for 27 levels, and k / 13 * 13 can land just below k
         digits = (codes * half_widths + half_widths).round().long()  # (B, K, Q)
