@@ -1,5 +1,6 @@
 import errno
 import struct
+import subprocess
 from io import BytesIO
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 from flextok_hf.pipelines.images import load_image, prepare_images, to_output, to_rgb
+from flextok_hf.utils.image_formats import RASTER_FORMATS
 
 
 R = 16
@@ -133,6 +135,9 @@ TAGS = {
     "a camera folder that is text": (34665, 2, 4, b"abc\0"),
     "a data type that does not exist": (271, 99, 1, b"abc\0"),
     "a text outside the file": (315, 2, 1000, b"\xff\xff\xff\0"),
+    "an earlier text outside the file": (270, 2, 1000, b"\xff\xff\xff\0"),
+    "an earlier number outside the file": (259, 5, 1, b"\xff\xff\xff\x7f"),
+    "an earlier text that runs out of the file": (271, 2, 1000, b"\x08\0\0\0"),
 }
 
 
@@ -158,6 +163,15 @@ def test_an_orientation_next_to_a_broken_tag_is_applied_once(kind, tag):
     assert upright.size == (24, 32)
     assert np.array_equal(np.array(upright), np.rot90(np.array(load_image(encode(kind, orientation=1))), -1))
     assert to_rgb(upright).size == (24, 32)
+
+
+@pytest.mark.filterwarnings("ignore:Truncated File Read")
+@pytest.mark.parametrize("order", "<>")
+def test_the_byte_order_of_tags_after_a_broken_one_is_respected(order):
+    tags = [(270, 2, 1000, 0xFFFFFF), (274, SHORT, 1, 6 if order == "<" else 6 << 16)]
+    header = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "IH", 8, len(tags))
+    exif = b"Exif\0\0" + header + b"".join(struct.pack(order + "HHII", *tag) for tag in tags) + bytes(4)
+    assert load_image(encode_with("JPEG", exif)).size == (24, 32)
 
 
 @pytest.mark.parametrize("orientation", [0, 1, 9, 65535])
@@ -272,6 +286,49 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         load_image(tmp_path)
 
 
+# What Pillow would hand to Ghostscript, and to Windows
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+PLACEABLE_WMF = b"\xd7\xcd\xc6\x9a\0\0" + struct.pack("<4hH", 0, 0, 96, 96, 96) + bytes(6) + b"\1\0\t\0" + bytes(40)
+
+
+@pytest.mark.parametrize("suffix", ["eps", "png", "jpg"])
+@pytest.mark.parametrize("content", [EPS, PLACEABLE_WMF, b"%PDF-1.4\n", b"<svg xmlns='http://www.w3.org/2000/svg'/>"])
+def test_formats_that_are_no_raster_formats_are_refused_under_any_ending(tmp_path, monkeypatch, content, suffix):
+    monkeypatch.setattr(subprocess, "Popen", None)  # Pillow starts no program
+    path = tmp_path / f"image.{suffix}"
+    path.write_bytes(content)
+    for source in (path, content):
+        with pytest.raises(ValueError, match="not an image, or of a format that is not read.*JPEG, PNG"):
+            load_image(source)
+
+
+@pytest.mark.parametrize("name", RASTER_FORMATS)
+def test_raster_formats_are_read_under_any_ending(tmp_path, name):
+    Image.init()
+    if name not in Image.SAVE:
+        pytest.skip(f"this Pillow has no {name}")
+    photo(32, 32).save(tmp_path / "image.dat", name)
+    assert load_image(tmp_path / "image.dat").size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        (np.full((R, R), -3, dtype=np.int32), "has values from -3 to -3, but mode I allows 0 to 65535"),
+        (np.full((R, R), 70000, dtype=np.int32), "from 70000 to 70000"),
+        (np.full((R, R), 2.5, dtype=np.float32), "from 2.5 to 2.5, but mode F allows 0 to 1. Scale"),
+        (np.full((R, R), np.nan, dtype=np.float32), "from nan to nan"),
+    ],
+)
+def test_images_of_values_out_of_range_are_not_called_damaged(tmp_path, values, found):
+    path = tmp_path / "deep.tiff"
+    Image.fromarray(values).save(path)
+    for read, name in ((load_image, "deep.tiff'"), (lambda path: prepare_images(Image.open(path), R), "`images`")):
+        with pytest.raises(ValueError, match=f"{name} has values .*{found.removeprefix('has values ')}") as error:
+            read(path)
+        assert "damaged" not in str(error.value)
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp", "tiff", "bmp"])
 def test_truncated_files_are_refused(tmp_path, suffix):
     path = tmp_path / f"cut.{suffix}"
@@ -284,7 +341,7 @@ def test_truncated_files_are_refused(tmp_path, suffix):
 def test_a_file_that_the_system_cannot_read_is_not_called_damaged(tmp_path, monkeypatch):
     photo().save(tmp_path / "whole.png")
 
-    def too_many_files(*args):
+    def too_many_files(*args, **options):
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(Image, "open", too_many_files)

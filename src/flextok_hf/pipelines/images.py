@@ -18,6 +18,8 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import ExifTags, Image
 from torch import Tensor
 
+from ..utils.image_formats import RASTER_FORMATS, open_image
+
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 WHITE = (255, 255, 255)
@@ -26,7 +28,12 @@ PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, Overfl
 SYSTEM_ERRORS = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # not caused by the file's content
 # What turns images of EXIF orientation 2, 3, ... 8 upright.
 TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
+SHORT = 3  # the type of the orientation in EXIF
 PILLOW_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+class ImageValueError(ValueError):
+    """The values of a whole image are out of range; the message continues "This image"."""
 
 
 def load_image(source: str | Path | bytes) -> Image.Image:
@@ -41,7 +48,8 @@ def load_image(source: str | Path | bytes) -> Image.Image:
     Raises:
         FileNotFoundError: if there is no such file.
         OSError: if the system cannot read the file, regardless of its content.
-        ValueError: if the file is not an image, is truncated or damaged, or is too large to decode safely.
+        ValueError: if the file is not an image of one of `RASTER_FORMATS`, is truncated or damaged, is too large to
+            decode safely, or has values out of range.
     """
     file: str | Path | BytesIO
     if isinstance(source, (str, Path)):
@@ -54,10 +62,15 @@ def load_image(source: str | Path | bytes) -> Image.Image:
     else:
         name, file = f"an image of {len(source)} bytes", BytesIO(source)
     try:
-        with Image.open(file) as image:
+        with open_image(file) as image:
             return to_rgb(image)
     except Image.UnidentifiedImageError as error:
-        raise ValueError(f"{name} is not an image that Pillow can read. Convert it to PNG or JPEG.") from error
+        formats = ", ".join(RASTER_FORMATS)
+        raise ValueError(
+            f"{name} is not an image, or of a format that is not read. Convert it to one of {formats}."
+        ) from error
+    except ImageValueError as error:
+        raise ImageValueError(f"{name} {error}") from error
     except PILLOW_BOMBS as error:
         raise ValueError(_bomb_message(name, error)) from error
     except PILLOW_ERRORS as error:
@@ -69,9 +82,7 @@ def load_image(source: str | Path | bytes) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any PIL image to upright (EXIF) RGB: transparency on white, 16 bits as 8, broken metadata ignored."""
     image.load()
-    orientation: Any = None
-    with suppress(Exception):  # what broken EXIF raises varies by tag
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    orientation = read_orientation(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _deep_to_gray(image)
     if image.mode in ("RGBa", "La"):  # Pillow converts premultiplied alpha only to straight alpha
@@ -91,6 +102,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.transpose(Image.Transpose[TURNS[int(orientation) - 2]])
         image.info = {}  # or the image would be turned again
     return image
+
+
+def read_orientation(image: Image.Image) -> Any:
+    """Return the EXIF orientation of an image, 1 to 8 if it is valid, or `None`; other tags may be broken."""
+    with suppress(Exception):  # what broken EXIF raises varies by tag
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        if orientation is not None:
+            return orientation
+        # Pillow skips all tags that follow one with a value outside of the block
+        block = image.info["exif"].removeprefix(b"Exif\0\0")
+        order = "<" if block.startswith(b"II") else ">"
+        (start,) = struct.unpack_from(order + "I", block, 4)
+        (num_tags,) = struct.unpack_from(order + "H", block, start)
+        tags = struct.iter_unpack(order + "HHIHxx", block[start + 2 : start + 2 + 12 * num_tags])
+        return next(value for *key, value in tags if key == [ExifTags.Base.Orientation, SHORT, 1])
+    return None
 
 
 def resize_and_crop(image: Image.Image, resolution: int) -> Image.Image:
@@ -174,6 +201,8 @@ def _prepare_one(image: Any, name: str, resolution: int) -> Tensor:
             raise ValueError(f"{name} is empty: its size is {image.size[0]} x {image.size[1]} pixels.")
         try:
             rgb = to_rgb(image)
+        except ImageValueError as error:
+            raise ValueError(f"{name} {error}") from error
         except PILLOW_BOMBS as error:
             raise ValueError(_bomb_message(name, error)) from error
         except PILLOW_ERRORS as error:
@@ -259,8 +288,8 @@ def _deep_to_gray(image: Image.Image) -> Image.Image:
     low, high = values.min(), values.max()
     full = 1 if image.mode == "F" else 65535
     if not (low >= 0 and high <= full):  # also true for NaN
-        raise ValueError(
-            f"its values range from {low} to {high}; mode {image.mode} allows 0 to {full}; scale them to 8 bits first"
+        raise ImageValueError(
+            f"has values from {low} to {high}, but mode {image.mode} allows 0 to {full}. Scale them to 8 bits first."
         )
     if image.mode == "F":
         gray = np.rint(values * 255).astype(np.uint8)
