@@ -243,7 +243,7 @@ class Bench:
             self.pipe, self.pipe_kind = models.build_tokenizer(size, self.device, DTYPE), kind
             if kind[1] != "eager":
                 mode = {"mode": "reduce-overhead"} if variant == "graphs" else {}
-                self.pipe.compile(**self.compile_options, **mode)
+                self.pipe.enable_compile(**self.compile_options, **mode)
         return self.pipe
 
     @torch.no_grad()

@@ -68,7 +68,7 @@ def test_the_encoder_compiles_for_all_lengths():
 
 def test_a_compiled_pipeline_gives_the_same_images():
     plain, pipe = (make_pipeline(prior=make_prior(text_hidden_size=None, num_classes=3)) for _ in range(2))
-    pipe.compile(**OPTIONS)
+    pipe.enable_compile(**OPTIONS)
     for counts in ([1, 4, 6], [2, 3], [5, 5, 1, 2]):
         options = {"num_inference_steps": 2, "output_type": "pt", "guidance_scale": 3.0}
         labels = list(range(len(counts)))[:3] + [0] * (len(counts) - 3)

@@ -20,7 +20,7 @@ CALLS = {
     "no images of a prompt": (
         lambda pipe: pipe("a", num_images_per_prompt=0), ValueError, "`num_images_per_prompt`", "1 or more"
     ),
-    "no steps": (lambda pipe: pipe("a", num_inference_steps=0), ValueError, "`num_inference_steps`", "1 or more"),
+    "no steps": (lambda pipe: pipe("a", num_inference_steps=0), ValueError, "`num_inference_steps`", "from 1 to 1000"),
     "a misspelled guidance": (lambda pipe: pipe("a", guidance="agp"), ValueError, "`guidance`", "apg, cfg"),
     "a guidance scale in words": (
         lambda pipe: pipe("a", guidance_scale="high"), TypeError, "`guidance_scale`", "a finite number"
@@ -41,7 +41,7 @@ CALLS = {
         lambda pipe: pipe.detokenize(IDS, latents=torch.zeros(2, 3, 16, 16)), ValueError, "`latents`", r"\(1, 3,"
     ),
     "noise of whole numbers": (
-        lambda pipe: pipe.detokenize(IDS, latents=torch.zeros(1, 3, 16, 16).long()), ValueError, "`latents`", "noise"
+        lambda pipe: pipe.detokenize(IDS, latents=torch.zeros(1, 3, 16, 16).long()), TypeError, "`latents`", "noise"
     ),
     "noise that does not fit the patches": (
         lambda pipe: pipe.detokenize(IDS, latents=torch.zeros(1, 3, 15, 16)), ValueError, "`latents`", "multiple"

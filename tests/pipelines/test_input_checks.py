@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from flextok_hf.pipelines.input_checks import pad_token_ids
+from flextok_hf.pipelines.token_checks import pad_token_ids
 
 
 CODEBOOK_SIZE = 64_000

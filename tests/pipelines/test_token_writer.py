@@ -107,9 +107,7 @@ def test_two_interleaved_streams_do_not_affect_each_other(tiny_pipeline):
 def test_short_parts_use_the_same_packed_weights_as_the_whole(tiny_pipeline, monkeypatch):
     monkeypatch.setattr(packed_linear, "MIN_CALLS", tiny_pipeline.num_registers)
     head, is_packed = tiny_pipeline.prior.head, []
-    handle = tiny_pipeline.prior.norm.register_forward_pre_hook(
-        lambda *_: is_packed.append(bool(head.packed_weights))
-    )
+    handle = tiny_pipeline.prior.norm.register_forward_pre_hook(lambda *_: is_packed.append(bool(head.packed_weights)))
     streams = [tiny_pipeline.stream("a red circle", [1, 2, 6], generator=seeded(), **FEW_STEPS) for _ in range(2)]
     for _ in zip(*streams, strict=True):
         assert not head.packed_weights  # the model is unchanged between parts

@@ -213,10 +213,8 @@ def _add_verbosity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
 
 
-def _add_decoding(parser: argparse.ArgumentParser, steps: int) -> None:
-    parser.add_argument(
-        "--num-inference-steps", type=positive_int, default=steps, metavar="N", help=f"decoder steps ({steps})"
-    )
+def _add_decoding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num-inference-steps", type=positive_int, default=20, metavar="N", help="decoder steps (20)")
     parser.add_argument(
         "--guidance-scale",
         type=non_negative_float,
@@ -234,7 +232,7 @@ def _add_generate(commands) -> None:
     parser.add_argument("--image", metavar="PHOTO", help="photo to vary")
     parser.add_argument("--keep-tokens", type=positive_int, metavar="K", help="keep the first K tokens of PHOTO")
     _add_prior(parser)
-    _add_decoding(parser, steps=25)
+    _add_decoding(parser)
     _add_shared(parser)
 
 
@@ -251,7 +249,7 @@ def _add_stream(commands) -> None:
         "--frame-ms", type=positive_int, default=700, metavar="N", help="milliseconds per frame of a .webp (700)"
     )
     _add_prior(parser)
-    _add_decoding(parser, steps=25)
+    _add_decoding(parser)
     _add_shared(parser)
 
 
@@ -286,7 +284,7 @@ def _add_detokenize(commands) -> None:
     parser.add_argument("ids", metavar="IDS", help="JSON file from `flextok tokenize`, or a plain list of ids")
     parser.add_argument("--output", required=True, metavar="FILE", help="image file; several are numbered: cat-1.png")
     parser.add_argument("--max-tokens", type=positive_int, metavar="N", help="use only the first N tokens (all)")
-    _add_decoding(parser, steps=20)
+    _add_decoding(parser)
     _add_shared(parser)
 
 
@@ -301,7 +299,7 @@ def _add_reconstruct(commands) -> None:
         metavar="N",
         help="token counts, one column each (1 2 4 ... all)",
     )
-    _add_decoding(parser, steps=20)
+    _add_decoding(parser)
     _add_shared(parser)
 
 

@@ -16,9 +16,9 @@ from transformers.utils import logging as transformers_logging
 from ..embedded import embedded_model
 from ..pipelines.bulk_tokenization import tokenize_batches
 from ..pipelines.images import load_image, prepare_images, resize_and_crop
-from ..pipelines.input_checks import check_token_counts
 from ..pipelines.loading import load_pipeline
 from ..pipelines.pipeline_flextok import FlexTokPipeline
+from ..pipelines.token_checks import check_token_counts
 from ..utils.files import ANIMATED, numbered_paths, read_json, save_animation, save_image
 from ..utils.sheets import contact_sheet, token_count_title
 from .token_files import parse_token_ids, write_token_file

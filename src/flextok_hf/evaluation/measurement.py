@@ -10,8 +10,8 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from ..pipelines.input_checks import check_token_counts
 from ..pipelines.loading import choose_device, load_pipeline
+from ..pipelines.token_checks import check_token_counts
 from ..utils.flops import FlopCounter
 from .accumulators import Accumulator
 from .distributions import check_sample_count

@@ -87,8 +87,8 @@ def packed_weights(model: nn.Module, num_calls: int) -> Iterator[None]:
 class PackedWeights:
     """Packed copies of weights for a loop that may pause: the model uses them only inside `in_use`.
 
-    Empty if packing is not worth it or not possible, or if an enclosing block has already packed the model. Each thread
-    has its own loops, so that other threads do not change its results; loops that run at the same time share copies.
+    Empty if packing is not worth it or not possible, or if an enclosing block has already packed the model. Loops of
+    other threads do not change a thread's results, but those that run at the same time share copies.
 
     Args:
         model, num_calls: as for `packed_weights`.

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..models.modeling_decoder import FlexTokFlowDecoder
 from ..models.packed_linear import is_offloaded
 from .guidance import Guidance
+from .input_checks import check_guidance_scale
 from .length_groups import LengthGroups
 
 
@@ -44,8 +45,7 @@ class GuidedVelocity:
         self.sigmas = sigmas.to(codes.device)
         self.codes = codes
         self.num_tokens = num_tokens
-        levels = sigmas.tolist()
-        self.scales = [guidance_scale(level) if callable(guidance_scale) else guidance_scale for level in levels]
+        self.scales = [scale_at(guidance_scale, level) for level in sigmas.tolist()]
         self.guide = Guidance(guidance)
         self.groups = {is_guided: self.group_rows(is_guided) for is_guided in {scale != 1 for scale in self.scales}}
         # Depends only on the noise level: computed once, unless offloading loads the weights only during a call.
@@ -70,3 +70,10 @@ class GuidedVelocity:
             return velocity
         conditional, unconditional = velocity.chunk(2)
         return self.guide(conditional, unconditional, self.scales[step])
+
+
+def scale_at(guidance_scale: GuidanceScale, sigma: float) -> float:
+    """Return the guidance scale at a noise level; raises an error if a function gives no finite number."""
+    if not callable(guidance_scale):
+        return guidance_scale
+    return check_guidance_scale(guidance_scale(sigma), f"guidance_scale({sigma:g})")

@@ -1,9 +1,7 @@
 """Checks of the pipeline's arguments; errors say what is allowed and how to fix the call."""
 
 import difflib
-import math
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -11,163 +9,31 @@ import torch
 from torch import Tensor
 
 from ..models.configuration_prior import FlexTokPriorConfig
-from ..models.nested_dropout import token_ladder
-from ..utils.numbers import is_whole_number
+from ..utils.numbers import is_finite_number, is_whole_number
 from .guidance import check_guidance
 
 
-def resolve_max_tokens(max_tokens: int | Sequence[int] | None, batch_size: int, num_registers: int) -> list[int]:
-    """Turn `max_tokens`, an upper bound, into one token count per sample.
-
-    Args:
-        max_tokens: one bound for all, one per sample, or `None` for `num_registers`.
-        batch_size: number of samples.
-        num_registers: maximum sequence length; larger bounds mean this one.
-
-    Raises:
-        ValueError: if a bound is not a whole number of 1 or more, or their number differs from `batch_size`.
-    """
-    if isinstance(max_tokens, Tensor | np.ndarray):
-        max_tokens = max_tokens.tolist()
-    bounds: Any = [num_registers] * batch_size if max_tokens is None else max_tokens
-    if not isinstance(bounds, list | tuple):
-        bounds = [bounds] * batch_size
-    if len(bounds) != batch_size:
-        raise ValueError(
-            f"`max_tokens` has {len(bounds)} values for {batch_size} images or prompts. Pass one number for all, or"
-            " a list with one each."
-        )
-    for bound in bounds:
-        if not is_whole_number(bound) or bound < 1:
-            raise ValueError(
-                f"`max_tokens` must be whole numbers of 1 or more, got {bound!r}. An image needs at least one token;"
-                f" omit `max_tokens` to use all {num_registers}."
-            )
-    return [min(int(bound), num_registers) for bound in bounds]
+MAX_SCALE, MIN_TEMPERATURE = 1e6, 1e-6  # beyond, float32 overflows
 
 
-def check_token_counts(token_counts: Any, num_registers: int) -> list[int]:
-    """Return increasing token counts, each at most `num_registers`; `None` means 1, 2, 4, ... up to all.
-
-    Raises:
-        ValueError: if there are none, one is not a whole number of 1 or more, or they do not increase.
-    """
-    if token_counts is None:
-        return token_ladder(num_registers)
-    is_several = isinstance(token_counts, list | tuple | range | np.ndarray)
-    asked = list(token_counts) if is_several else [token_counts]
-    counts = resolve_max_tokens(asked, len(asked), num_registers)
-    if not asked or asked != sorted(set(asked)):
-        raise ValueError(f"`token_counts` must be growing numbers, such as [1, 4, 16], got {token_counts!r}.")
-    return list(dict.fromkeys(counts))
-
-
-def check_keep_tokens(keep_tokens: Any, limit: int, reason: str) -> None:
-    """Raise a ValueError unless `keep_tokens` is a whole number from 1 to `limit`."""
-    if not is_whole_number(keep_tokens) or not 1 <= keep_tokens <= limit:
-        raise ValueError(
-            f"`keep_tokens` must be a whole number from 1 to {limit} ({reason}), got {keep_tokens!r}. It is the"
-            " number of image tokens to keep; the prior generates the rest."
-        )
-
-
-def check_prefix_ids(token_ids: Any, keep_tokens: Any, codebook_size: int, num_registers: int) -> Tensor:
-    """Return the first `keep_tokens` ids to continue from, (B, p); all of them if it is `None`.
-
-    Raises:
-        ValueError: if there are fewer, or the rows differ in length and `keep_tokens` is `None`.
-    """
-    padded_ids, lengths = pad_token_ids(token_ids, codebook_size, num_registers)
-    if keep_tokens is not None:
-        check_keep_tokens(keep_tokens, min(lengths), "the length of the shortest row of `token_ids`")
-    elif min(lengths) < max(lengths):
-        raise ValueError(
-            f"`token_ids` has rows of {min(lengths)} to {max(lengths)} ids, but all images must continue from the same"
-            f" number. Set `keep_tokens` to at most {min(lengths)}."
-        )
-    return padded_ids[:, :keep_tokens]
-
-
-def check_prefix_fits(prefix: Tensor, num_conditions: int, counts: Sequence[int]) -> None:
-    """Raise a ValueError if a prefix (1 or prompts, p) does not match the number of prompts or exceeds a count."""
-    if prefix.shape[0] not in (1, num_conditions):
-        raise ValueError(
-            f"{prefix.shape[0]} images or rows of `token_ids` do not match {num_conditions} prompts or classes. Pass"
-            " one for all, or one each."
-        )
-    if prefix.shape[1] > min(counts):
-        raise ValueError(
-            f"{prefix.shape[1]} tokens are kept, but an image may have only {min(counts)}. Keep fewer (`keep_tokens`),"
-            " or allow more (`max_tokens`, `token_counts`)."
-        )
-
-
-def pad_token_ids(
-    token_ids: Tensor | Sequence[Tensor], codebook_size: int, num_registers: int
-) -> tuple[Tensor, list[int]]:
-    """Combine sequences of equal or different lengths into one tensor.
-
-    Args:
-        token_ids: (B, k) integers, or B one-dimensional tensors of different lengths.
-        codebook_size: ids must be below it.
-        num_registers: maximum sequence length.
-
-    Returns:
-        Ids (B, longest), int64, padded with 0, and the length of each sequence.
-
-    Raises:
-        TypeError: if they are not integer tensors.
-        ValueError: if there are none, one is empty or too long, or an id is out of range.
-    """
-    if isinstance(token_ids, Tensor):
-        sequences = list(token_ids) if token_ids.ndim == 2 else [token_ids]
-        if token_ids.ndim != 2 or token_ids.shape[0] == 0:
-            raise ValueError(
-                f"`token_ids` must have the shape (batch, num_tokens), got {tuple(token_ids.shape)}. For one image,"
-                " add the batch dimension with `token_ids[None]`."
-            )
-    elif isinstance(token_ids, list | tuple):
-        sequences = list(token_ids)
-    else:
-        raise TypeError(f"`token_ids` must be a tensor or a list of tensors, got {type(token_ids).__name__}.")
-    if not sequences:
-        raise ValueError("`token_ids` is empty. Pass at least one sequence.")
-    for index, sequence in enumerate(sequences):
-        check_sequence(sequence, f"`token_ids[{index}]`", codebook_size, num_registers)
-    rows = [sequence.long() for sequence in sequences]  # padding would cast all rows to the first one's data type
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), [len(row) for row in rows]
-
-
-def check_sequence(sequence: Any, name: str, codebook_size: int, num_registers: int) -> None:
-    """Raise a TypeError or ValueError that starts with `name` unless `sequence` is a decodable (k,) tensor."""
-    if not isinstance(sequence, Tensor) or sequence.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-        kind = sequence.dtype if isinstance(sequence, Tensor) else type(sequence).__name__
-        raise TypeError(f"{name} must be a tensor of integers, got {kind}. Pass ids as `tokenize` returns them.")
-    if sequence.ndim != 1 or not 1 <= len(sequence) <= num_registers:
-        raise ValueError(
-            f"{name} must contain 1 to {num_registers} ids in one dimension, got the shape {tuple(sequence.shape)}."
-            " Truncate longer sequences with `token_ids[:, :n]`; never pad shorter ones."
-        )
-    low, high = int(sequence.min()), int(sequence.max())
-    if low < 0 or high >= codebook_size:
-        raise ValueError(
-            f"{name} must lie in [0, {codebook_size}), the codebook, but ranges from {low} to {high}. The ids may come"
-            " from another model, or still include a start token."
-        )
-
-
-def check_prompts(prompt: Any) -> list[str]:
+def check_prompts(prompt: Any, name: str = "prompt") -> list[str]:
     """Return the prompts as a list; an empty string is allowed and means unconditional.
 
     Raises:
         TypeError: if `prompt` is neither a string nor a list of strings.
-        ValueError: if the list is empty.
+        ValueError: if the list is empty, or a string is no text that could be encoded.
     """
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list | tuple) or not all(isinstance(text, str) for text in prompts):
-        raise TypeError(f"`prompt` must be a string or a list of strings, got {prompt!r}.")
+        raise TypeError(f"`{name}` must be a string or a list of strings, got {prompt!r}.")
     if len(prompts) == 0:
-        raise ValueError("`prompt` is an empty list. Pass at least one prompt.")
+        raise ValueError(f"`{name}` is an empty list. Pass at least one prompt.")
+    for text in prompts:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(
+                f"`{name}` contains half of a character (a lone surrogate), which is no text: {text!r}. Decode the"
+                ' text again, for example with `errors="replace"`.'
+            )
     return list(prompts)
 
 
@@ -210,42 +76,73 @@ def find_class(name: str, config: FlexTokPriorConfig) -> int:
 
 
 def check_sampling(
-    num_inference_steps: Any, guidance_scale: Any, guidance: str, output_type: str, output_types: Sequence[str]
+    num_inference_steps: Any,
+    guidance_scale: Any,
+    guidance: Any,
+    output_type: Any,
+    max_steps: int,
+    output_types: Sequence[str],
 ) -> None:
     """Raise a ValueError or TypeError unless the sampling options of the flow decoder are valid."""
-    if not is_whole_number(num_inference_steps) or num_inference_steps < 1:
-        raise ValueError(f"`num_inference_steps` must be a whole number of 1 or more, got {num_inference_steps!r}.")
-    is_number = isinstance(guidance_scale, Real) and not isinstance(guidance_scale, bool)
-    if not callable(guidance_scale) and not (is_number and math.isfinite(guidance_scale)):
-        raise TypeError(f"`guidance_scale` must be a finite number or a function of sigma, got {guidance_scale!r}.")
+    if not is_whole_number(num_inference_steps) or not 1 <= num_inference_steps <= max_steps:
+        raise ValueError(
+            f"`num_inference_steps` must be a whole number from 1 to {max_steps} (the scheduler's"
+            f" `num_train_timesteps`), got {shortened(num_inference_steps)}."
+        )
+    if not callable(guidance_scale):
+        check_guidance_scale(guidance_scale, "guidance_scale", "a finite number or a function of sigma")
     check_guidance(guidance)
-    if output_type not in output_types:
+    if not isinstance(output_type, str) or output_type not in output_types:
         raise ValueError(f"`output_type` must be one of {', '.join(output_types)}, got {output_type!r}.")
+
+
+def check_guidance_scale(scale: Any, name: str, what: str = "a finite number") -> float:
+    """Return a guidance scale as a plain number.
+
+    Raises:
+        TypeError: if it is not a finite number.
+        ValueError: if it is so large that results would overflow.
+    """
+    if not is_finite_number(scale):
+        raise TypeError(f"`{name}` must be {what}, got {shortened(scale)}.")
+    if abs(scale) > MAX_SCALE:
+        raise ValueError(f"`{name}` must lie within {MAX_SCALE:g} of 0, got {scale!r}; 1 is no guidance.")
+    return float(scale)
+
+
+def shortened(value: Any) -> str:
+    """Return `repr(value)`, or its start if it is long; numbers of thousands of digits have no `repr`."""
+    if isinstance(value, int) and abs(value) >= 10**30:
+        return "a number of more than 30 digits"
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."
 
 
 def check_generation(**options: Any) -> dict[str, Any]:
     """Return the options of the prior's sampling as plain numbers.
 
     Args:
-        options: `prior_guidance_scale`, `temperature` above 0, `top_k` of 0 or more, `top_p` in (0, 1].
+        options: `prior_guidance_scale`, `temperature` of 1e-6 or more, `top_k` of 0 or more, `top_p` in (0, 1].
 
     Raises:
         TypeError: if one is not a finite number.
         ValueError: if one is out of range.
     """
+    scale = options.pop("prior_guidance_scale")
+    checked: dict[str, Any] = {"prior_guidance_scale": check_guidance_scale(scale, "prior_guidance_scale")}
     allowed = {
-        "prior_guidance_scale": (lambda value: True, "a finite number"),
-        "temperature": (lambda value: value > 0, "a number above 0"),
+        "temperature": (lambda value: value >= MIN_TEMPERATURE, f"a finite number of {MIN_TEMPERATURE:g} or more"),
         "top_k": (lambda value: value >= 0 and value == int(value), "a whole number of 0 or more; 0 is all"),
         "top_p": (lambda value: 0 < value <= 1, "a number in (0, 1]; 1 is all"),
     }
     for name, value in options.items():
         is_allowed, what = allowed[name]
-        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
-            raise TypeError(f"`{name}` must be {what}, got {value!r}.")
+        if not is_finite_number(value):
+            raise TypeError(f"`{name}` must be {what}, got {shortened(value)}.")
         if not is_allowed(value):
             raise ValueError(f"`{name}` must be {what}, got {value!r}.")
-    return {name: int(value) if name == "top_k" else float(value) for name, value in options.items()}
+        checked[name] = int(value) if name == "top_k" else float(value)
+    return checked
 
 
 def spread_generators(
@@ -270,3 +167,91 @@ def spread_generators(
             " image (prompts times `num_images_per_prompt`)."
         )
     return list(generator)
+
+
+def check_callback(callback: Any, tensor_inputs: Any, allowed: Sequence[str]) -> None:
+    """Raise a TypeError or ValueError unless a callback and the names of the tensors that it wants are valid."""
+    if callback is not None and not callable(callback):
+        raise TypeError(f"`callback_on_step_end` must be a function, got {callback!r}.")
+    if not isinstance(tensor_inputs, list | tuple) or not all(name in allowed for name in tensor_inputs):
+        raise ValueError(
+            f"`callback_on_step_end_tensor_inputs` must be a list of names, out of {list(allowed)}, got"
+            f" {tensor_inputs!r}."
+        )
+
+
+def apply_changes(changes: Any, latents: Tensor) -> Tensor:
+    """Return the latents (B, C, h, w) after a callback, which may have returned `{"latents": new ones}` or `None`.
+
+    Raises:
+        TypeError: if it returned anything else than a dictionary of tensors.
+        ValueError: if it returned a name that is not known, or latents of another shape.
+    """
+    if changes is not None and not isinstance(changes, dict):
+        raise TypeError(
+            f"`callback_on_step_end` must return None or a dictionary, {{'latents': latents}}, got {changes!r}."
+        )
+    unknown = sorted(set(changes or {}) - {"latents"}, key=str)
+    if unknown:
+        raise ValueError(f"`callback_on_step_end` returned {unknown}, but only 'latents' can be changed.")
+    changed = latents if changes is None else changes.get("latents", latents)
+    if not isinstance(changed, Tensor) or changed.shape != latents.shape:
+        got = tuple(changed.shape) if isinstance(changed, Tensor) else repr(changed)
+        error = ValueError if isinstance(changed, Tensor) else TypeError
+        raise error(f"`callback_on_step_end` must return latents of the shape {tuple(latents.shape)}, got {got}.")
+    return changed.to(latents)
+
+
+def check_latents(latents: Any, batch_size: int, channels: int, patch_size: int, max_side: int) -> Tensor:
+    """Return initial noise (B, C, h, w).
+
+    Raises:
+        TypeError: if it is not a tensor of floats.
+        ValueError: if the shape does not fit, or values are not finite.
+    """
+    if not isinstance(latents, Tensor) or not latents.is_floating_point():
+        kind = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
+        raise TypeError(f"`latents` must be noise, a tensor of floats, got {kind}.")
+    fits = latents.ndim == 4 and latents.shape[:2] == (batch_size, channels)
+    if not fits or any(side % patch_size or not 0 < side <= max_side for side in latents.shape[2:]):
+        raise ValueError(
+            f"`latents` must be noise of the shape ({batch_size}, {channels}, height, width), height and width"
+            f" multiples of {patch_size} up to {max_side}, got {tuple(latents.shape)}."
+        )
+    if not latents.isfinite().all():
+        raise ValueError("`latents` contains values that are not finite. Draw them again, as standard normal noise.")
+    return latents
+
+
+def check_prompt_embeds(
+    prompt_embeds: Any, attention_mask: Any, hidden_size: int, prefix: str = ""
+) -> tuple[Tensor, Tensor]:
+    """Return embedded prompts (P, M, hidden_size) and their mask (P, M), of ones if it is `None`.
+
+    Args:
+        prefix: start of the names of the arguments, "" or "negative_".
+
+    Raises:
+        TypeError: if they are not tensors, of floats and of whole numbers or booleans.
+        ValueError: if the shapes do not fit, a prompt is masked entirely, or values are not finite.
+    """
+    name, mask_name = f"`{prefix}prompt_embeds`", f"`{prefix}prompt_attention_mask`"
+    if not isinstance(prompt_embeds, Tensor) or not prompt_embeds.is_floating_point():
+        raise TypeError(f"{name} must be a tensor of floats, as `encode_prompt` returns it, got {prompt_embeds!r}.")
+    if prompt_embeds.ndim != 3 or 0 in prompt_embeds.shape or prompt_embeds.shape[2] != hidden_size:
+        raise ValueError(
+            f"{name} must have the shape (prompts, length, {hidden_size}), got {tuple(prompt_embeds.shape)}. Use the"
+            " text encoder that the prior was trained with (`encode_prompt`)."
+        )
+    if not prompt_embeds.isfinite().all():
+        raise ValueError(f"{name} contains values that are not finite. Encode the prompts again, in float32.")
+    if attention_mask is None:
+        return prompt_embeds, prompt_embeds.new_ones(prompt_embeds.shape[:2], dtype=torch.long)
+    if not isinstance(attention_mask, Tensor) or attention_mask.is_floating_point() or attention_mask.is_complex():
+        raise TypeError(f"{mask_name} must be a tensor of whole numbers or booleans, got {attention_mask!r}.")
+    if attention_mask.shape != prompt_embeds.shape[:2] or not attention_mask.bool().any(dim=1).all():
+        raise ValueError(
+            f"{mask_name} must have the shape {tuple(prompt_embeds.shape[:2])} like {name}, with a 1 in every row, got"
+            f" {attention_mask!r}."
+        )
+    return prompt_embeds, attention_mask.long()

@@ -4,16 +4,16 @@ Letters: B batch, C latent channels, h w latent grid, K registers, Q code dimens
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines import pipeline_loading_utils
 from diffusers.utils import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,16 +22,15 @@ from ..cards.model_card import CardMixin
 from ..models.modeling_decoder import FlexTokFlowDecoder
 from ..models.modeling_encoder import FlexTokEncoder
 from ..models.modeling_prior import FlexTokPriorForCausalLM
-from ..models.nested_dropout import token_ladder
-from ..models.packed_linear import packed_weights
-from ..utils.numbers import is_whole_number
-from . import input_checks as inputs
-from .conditions import encode_condition, encode_prompts
-from .flow import set_noise_levels
-from .guided_velocity import GuidanceScale, GuidedVelocity
-from .images import OUTPUT_TYPES, pixels_to_values, prepare_images, to_output
+from . import token_checks as tokens
+from .compatibility import check_components
+from .conditions import GivenTexts
+from .decoder_half import DecoderHalf, StepCallback
+from .guided_velocity import GuidanceScale
+from .images import pixels_to_values, prepare_images, to_output
+from .input_checks import spread_generators
 from .latents import decode_latents, encode_latents
-from .token_writer import TokenWriter
+from .prior_half import PriorHalf
 
 
 # Diffusers looks up a component's save and load methods by its package. Without these entries, a model index refers to
@@ -43,6 +42,7 @@ pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(OWN_CLASSES)
 
 
 DEFAULT_GUIDANCE_SCALE, DEFAULT_PRIOR_GUIDANCE_SCALE = 7.5, 3.0  # of the published models
+NUM_INFERENCE_STEPS = 20  # default of every call and command
 
 
 @dataclass
@@ -58,11 +58,14 @@ class FlexTokPipelineOutput(BaseOutput):
     token_ids: Tensor | list[Tensor]
 
 
-class FlexTokPipeline(CardMixin, DiffusionPipeline):
+class FlexTokPipeline(CardMixin, PriorHalf, DecoderHalf):
     """Images as 1 to K ordered tokens (Bachmann et al., 2025, https://arxiv.org/abs/2502.13967).
 
     `tokenize` and `detokenize` need only the encoder and the decoder. Calling the pipeline needs a prior, and a prior
     with text needs its text encoder. Without a VAE, the latents are the pixels themselves.
+
+    Several threads may call one pipeline at the same time, with the same results as one after the other; nothing may
+    change the pipeline meanwhile. Offloading and `decoder.enable_cache` keep state in the models: use one thread then.
 
     Args:
         encoder: latents to token ids.
@@ -74,11 +77,13 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         tokenizer: tokenizer of the text encoder.
         default_guidance_scale: guidance scale of the decoder for calls that do not pass one; `None` is the decoder's.
         default_prior_guidance_scale: the same for the prior, which keeps it in its generation configuration.
+
+    Raises:
+        ValueError: if two components do not fit together; the message names the settings that differ.
     """
 
     model_cpu_offload_seq = "text_encoder->prior->encoder->decoder->vae"
     _optional_components = ["vae", "prior", "text_encoder", "tokenizer"]
-    _callback_tensor_inputs = ["latents"]
 
     def __init__(
         self,
@@ -93,13 +98,16 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         default_prior_guidance_scale: float | None = None,
     ):
         super().__init__()
+        check_components(encoder=encoder, decoder=decoder, vae=vae, prior=prior, text_encoder=text_encoder)
         # The best scales depend on how well a model was trained: saved here, and with each model for other pipelines.
         generation = None if prior is None else prior.generation_config
         if default_guidance_scale is None:
-            default_guidance_scale = decoder.config.default_guidance_scale or DEFAULT_GUIDANCE_SCALE
+            stored = None if decoder is None else decoder.config.default_guidance_scale
+            default_guidance_scale = stored or DEFAULT_GUIDANCE_SCALE
         if default_prior_guidance_scale is None:
             default_prior_guidance_scale = getattr(generation, "default_guidance_scale", DEFAULT_PRIOR_GUIDANCE_SCALE)
-        decoder.register_to_config(default_guidance_scale=default_guidance_scale)
+        if decoder is not None:  # some pipelines only encode prompts
+            decoder.register_to_config(default_guidance_scale=default_guidance_scale)
         if generation is not None:
             generation.default_guidance_scale = default_prior_guidance_scale
         self.register_to_config(
@@ -114,7 +122,7 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
             text_encoder=text_encoder,
             tokenizer=tokenizer,
         )
-        self.prior_options: dict[str, Any] = {}  # for the prior's `generate`; set by `compile`
+        self.prior_options = {}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -127,6 +135,19 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
             kwargs["dtype"] = torch.float32
         kwargs.setdefault("use_safetensors", True)  # pickle files can run code: only on request
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        """Make a pipeline of the same components, in the precision that they have unless `dtype` says otherwise.
+
+        Args:
+            pipeline: a pipeline whose components are shared, not copied.
+            kwargs: components to replace, or other values of the constructor's arguments.
+        """
+        if not isinstance(pipeline, cls) or "dtype" in kwargs or "torch_dtype" in kwargs:
+            return super().from_pipe(pipeline, **kwargs)
+        scales = {name: pipeline.config[name] for name in ("default_guidance_scale", "default_prior_guidance_scale")}
+        return cls(**{**pipeline.components, **scales, **kwargs})
 
     @classmethod
     def from_original(
@@ -176,19 +197,9 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         )
 
     @property
-    def num_registers(self) -> int:
-        """Maximum number K of tokens per image."""
-        return self.encoder.config.num_registers
-
-    @property
     def codebook_size(self) -> int:
         """Number of token ids V; ids lie in [0, V)."""
         return self.encoder.quantizer.codebook_size
-
-    @property
-    def latent_size(self) -> int:
-        """Side length of the square latents."""
-        return self.decoder.config.grid_size * self.decoder.config.patch_size
 
     @property
     def resolution(self) -> int:
@@ -196,20 +207,31 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         factor = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
         return self.latent_size * factor
 
-    def compile(self, **options) -> None:
+    def enable_compile(self, with_vae: bool = False, with_text_encoder: bool = False, **options) -> None:
         """Compile encoder, decoder and prior in place, for accelerators; the first calls afterwards are slow.
 
         One compilation of a block serves all blocks and token counts, and one serves all batch sizes above 1. The
         prior uses a static key-value cache, for which Transformers compiles its steps as CUDA graphs.
 
         Args:
-            options: of `torch.compile`, for encoder and decoder; `fullgraph=True` and `dynamic=True` by default.
+            with_vae, with_text_encoder: compile these as well.
+            options: of `torch.compile`; `fullgraph=True` and `dynamic=True` by default. The prior has its own.
         """
         options = {"fullgraph": True, "dynamic": True, **options}
-        self.decoder.compile_repeated_blocks(**options)
-        for block in self.encoder.blocks:
-            block.compile(**options)
+        for part in self._compilable_parts(with_vae, with_text_encoder):
+            part.compile(**options)
         self.prior_options = {"cache_implementation": "static"}
+
+    def disable_compile(self) -> None:
+        """Undo `enable_compile`."""
+        for part in self._compilable_parts(with_vae=True, with_text_encoder=True):
+            part._compiled_call_impl = None
+        self.prior_options = {}
+
+    def _compilable_parts(self, with_vae: bool, with_text_encoder: bool) -> list[torch.nn.Module]:
+        of_vae = [self.vae.encoder, self.vae.decoder] if with_vae and self.vae is not None else []
+        of_text = [self.text_encoder] if with_text_encoder and self.text_encoder is not None else []
+        return [*self.encoder.blocks, *self.decoder.transformer_blocks, *of_vae, *of_text]
 
     @torch.no_grad()
     def __call__(
@@ -218,7 +240,7 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         max_tokens: int | Sequence[int] | None = None,
         class_labels: int | str | Sequence[int | str] | Tensor | None = None,
         num_images_per_prompt: int = 1,
-        num_inference_steps: int = 25,
+        num_inference_steps: int = NUM_INFERENCE_STEPS,
         guidance_scale: GuidanceScale | None = None,
         prior_guidance_scale: float | None = None,
         temperature: float = 1.0,
@@ -230,8 +252,14 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         image: Any = None,
         token_ids: Tensor | None = None,
         keep_tokens: int | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt: str | list[str] | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
         output_type: str = "pil",
-        callback_on_step_end: Callable[[Any, int, Tensor, dict], dict] | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
     ) -> FlexTokPipelineOutput | tuple:
         """Generate images for prompts or classes, from scratch or as variations of an image.
@@ -242,7 +270,7 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
                 error. Few tokens give a plausible image of the general idea, more pin down the details.
             class_labels: classes instead of a prompt, for a class-conditional prior: numbers, or names if it has any.
             num_images_per_prompt: number of images per prompt, adjacent in the result.
-            num_inference_steps: number of steps of the flow decoder.
+            num_inference_steps: number of steps of the flow decoder, at most the scheduler's `num_train_timesteps`.
             guidance_scale: how strongly the decoder follows the tokens, 1 is no guidance; or a function of sigma.
                 `None` means the model's default, 7.5 for the published ones.
             prior_guidance_scale: how strongly the prior follows the prompt, 1 is no guidance. `None` means the
@@ -252,15 +280,22 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
             top_p: sample from the most likely tokens of this total probability only; 1 means all.
             guidance: guidance method of the decoder, "apg" or "cfg".
             generator: source of randomness, PyTorch's global one by default; a list with one per image makes each
-                image independent of its batch.
+                image independent of its batch. A single one draws the noise of the images in order, and then the
+                tokens of all together, so that even those of the first image depend on the batch.
             latents: initial noise, (B, C, h, w); drawn with `generator` by default.
             image: image to vary, one for all or a list with one per prompt, as in `tokenize`; its first `keep_tokens`
                 tokens are kept and the prior generates the rest. Pass an empty prompt for an unconditional variation.
             token_ids: ids to continue from instead of an image, (1 or number of prompts, n).
             keep_tokens: number of tokens to keep, fewer vary more; required with `image`, default all of `token_ids`.
+            prompt_embeds, prompt_attention_mask: what `encode_prompt` returns, instead of a prompt: (prompts, M,
+                text_hidden_size) and (prompts, M), 1 for text and 0 for padding; `None` for no padding.
+            negative_prompt: what the prior's guidance steers away from, for all or per prompt; no text by default.
+            negative_prompt_embeds, negative_prompt_attention_mask: the same, encoded.
             output_type: "pil", "np" or "pt" ([0, 1]), or "latent".
-            callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": latents})` after each step; may
-                return a dictionary with new latents.
+            callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": latents})` after each step of
+                the decoder; may return a dictionary with new latents. Its `pipe` is a copy for this call, with
+                `scheduler` and `num_timesteps`; to stop the call, set `pipe._interrupt = True`.
+            callback_on_step_end_tensor_inputs: names of the tensors that the callback gets; only "latents" exists.
             return_dict: return a `FlexTokPipelineOutput` instead of a tuple.
 
         Returns:
@@ -272,17 +307,32 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         """
         # 1. Check inputs, encode the condition
         decoding = self.check_decoding(num_inference_steps, guidance_scale, guidance, output_type)
+        decoding |= self.check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         prefix = self.encode_prefix(image, token_ids, keep_tokens)  # (1 or prompts, p)
         sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+        texts = GivenTexts(
+            prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt,
+            negative_prompt_embeds,
+            negative_prompt_attention_mask,
+        )
         writer = self.token_writer(
-            prompt, class_labels, num_images_per_prompt, max_tokens, prefix, prior_guidance_scale, **sampling
+            prompt,
+            class_labels,
+            num_images_per_prompt,
+            max_tokens,
+            prefix,
+            prior_guidance_scale,
+            texts=texts,
+            **sampling,
         )
         # Drawn first, so that a sample's generator gives the same noise however many tokens its batch needs.
         latents = self.prepare_latents(len(writer.counts), generator, latents)  # (B, C, h, w)
         # 2. Condition -> token ids
         token_ids = writer.write_all()  # (B, k), or B of different lengths
         # 3. Token ids -> images
-        output = self.detokenize(token_ids, latents=latents, callback_on_step_end=callback_on_step_end, **decoding)
+        output = self.detokenize(token_ids, latents=latents, **decoding)
         return output if return_dict else output.to_tuple()
 
     @torch.no_grad()
@@ -300,6 +350,11 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         image: Any = None,
         token_ids: Tensor | None = None,
         keep_tokens: int | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt: str | list[str] | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
     ) -> Tensor | list[Tensor]:
         """Generate token ids for prompts or classes without decoding them; arguments as when calling the pipeline.
 
@@ -309,8 +364,22 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         """
         prefix = self.encode_prefix(image, token_ids, keep_tokens)  # (1 or prompts, p)
         sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+        texts = GivenTexts(
+            prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt,
+            negative_prompt_embeds,
+            negative_prompt_attention_mask,
+        )
         writer = self.token_writer(
-            prompt, class_labels, num_images_per_prompt, max_tokens, prefix, prior_guidance_scale, **sampling
+            prompt,
+            class_labels,
+            num_images_per_prompt,
+            max_tokens,
+            prefix,
+            prior_guidance_scale,
+            texts=texts,
+            **sampling,
         )
         self.prepare_latents(len(writer.counts), generator)  # unused: keeps generators in step with the call
         token_ids = writer.write_all()
@@ -323,7 +392,7 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         prompt: str | None = None,
         token_counts: Sequence[int] | None = None,
         class_labels: int | str | None = None,
-        num_inference_steps: int = 25,
+        num_inference_steps: int = NUM_INFERENCE_STEPS,
         guidance_scale: GuidanceScale | None = None,
         prior_guidance_scale: float | None = None,
         temperature: float = 1.0,
@@ -335,6 +404,11 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         image: Any = None,
         token_ids: Tensor | None = None,
         keep_tokens: int | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt: str | list[str] | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
         output_type: str = "pil",
     ) -> Iterator[tuple[int, Any]]:
         """Generate one image, and show it at several token counts while its tokens are generated.
@@ -349,7 +423,8 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
                 `None` means 1, 2, 4, ... up to all tokens.
             class_labels: one class instead of a prompt, as a number or name.
             num_inference_steps, guidance_scale, prior_guidance_scale, temperature, top_k, top_p, guidance, generator,
-                latents, image, token_ids, keep_tokens, output_type: as when calling the pipeline.
+                latents, image, token_ids, keep_tokens, prompt_embeds, prompt_attention_mask, negative_prompt,
+                negative_prompt_embeds, negative_prompt_attention_mask, output_type: as when calling the pipeline.
 
         Returns:
             An iterator over (number of tokens, image).
@@ -359,10 +434,19 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
             TypeError: if an argument has the wrong type.
         """
         decoding = self.check_decoding(num_inference_steps, guidance_scale, guidance, output_type)
-        counts = inputs.check_token_counts(token_counts, self.num_registers)
+        counts = tokens.check_token_counts(token_counts, self.num_registers)
         prefix = self.encode_prefix(image, token_ids, keep_tokens)  # (1, p)
         sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
-        writer = self.token_writer(prompt, class_labels, 1, counts[-1], prefix, prior_guidance_scale, **sampling)
+        texts = GivenTexts(
+            prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt,
+            negative_prompt_embeds,
+            negative_prompt_attention_mask,
+        )
+        writer = self.token_writer(
+            prompt, class_labels, 1, counts[-1], prefix, prior_guidance_scale, texts=texts, **sampling
+        )
         if len(writer.counts) != 1:
             raise ValueError(
                 f"`stream` generates one image, got {len(writer.counts)} prompts or classes. Call it once for each."
@@ -376,7 +460,7 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
 
         Args:
             images: an image or a list of images: path, PIL, numpy or torch, any size (see `prepare_images`).
-            max_tokens: maximum number of tokens per image; fewer are faster and equal the start of the full sequence.
+            max_tokens: maximum number of tokens, the same for all images; fewer are faster and equal the start of all.
 
         Returns:
             Token ids, (B, k) int64 in [0, codebook_size), coarsest first.
@@ -388,6 +472,11 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         """
         token_ids = self.tokenize_pixels(prepare_images(images, self.resolution, self._execution_device), max_tokens)
         self.maybe_free_model_hooks()
+        if (token_ids < 0).any():  # the encoder's sign of it
+            raise ValueError(
+                "The encoder's features are not finite: its weights or those of the VAE are damaged, or their precision"
+                f" ({self.encoder.dtype}) is too low. Load the model again in float32 or bfloat16."
+            )
         return token_ids
 
     @torch.no_grad()
@@ -396,7 +485,7 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
 
         `tokenize` calls this after reading images; `bulk_tokenization.tokenize_batches` is faster for many batches.
         """
-        num_tokens = inputs.resolve_max_tokens(max_tokens, 1, self.num_registers)[0]
+        num_tokens = tokens.resolve_count(max_tokens, "max_tokens", self.num_registers)
         pixel_values = pixels_to_values(pixels) if pixels.dtype == torch.uint8 else pixels
         latents = encode_latents(self.vae, pixel_values)  # (B, C, h, w)
         return self.encoder(latents.to(self.encoder.dtype), num_tokens).token_ids
@@ -405,13 +494,14 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
     def detokenize(
         self,
         token_ids: Tensor | Sequence[Tensor],
-        num_inference_steps: int = 20,
+        num_inference_steps: int = NUM_INFERENCE_STEPS,
         guidance_scale: GuidanceScale | None = None,
         guidance: str = "apg",
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
-        callback_on_step_end: Callable[[Any, int, Tensor, dict], dict] | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
     ) -> FlexTokPipelineOutput | tuple:
         """Turn token ids into images; any prefix of a sequence gives a complete image.
@@ -419,7 +509,7 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         Args:
             token_ids: (B, k) integers, or a list of one-dimensional tensors of different lengths.
             num_inference_steps, guidance_scale, guidance, generator, latents, output_type, callback_on_step_end,
-                return_dict: as when calling the pipeline.
+                callback_on_step_end_tensor_inputs, return_dict: as when calling the pipeline.
 
         Returns:
             Images and the token ids.
@@ -430,8 +520,9 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         """
         # 1. Check inputs
         decoding = self.check_decoding(num_inference_steps, guidance_scale, guidance, output_type)
-        padded_ids, counts = inputs.pad_token_ids(token_ids, self.codebook_size, self.num_registers)
-        generator = inputs.spread_generators(generator, len(counts))
+        callback = self.check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        padded_ids, counts = tokens.pad_token_ids(token_ids, self.codebook_size, self.num_registers)
+        generator = spread_generators(generator, len(counts))
         # 2. Token ids -> codes
         device = self._execution_device
         codes = self.encoder.quantizer.ids_to_codes(padded_ids.to(device).long())  # (B, longest, Q)
@@ -439,7 +530,7 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         # 3. Noise -> latents, along the straight paths of rectified flow
         latents = self.prepare_latents(len(counts), generator, latents)  # (B, C, h, w)
         latents = self.integrate_flow(
-            latents, codes, num_tokens, num_inference_steps, decoding["guidance_scale"], guidance, callback_on_step_end
+            latents, codes, num_tokens, num_inference_steps, decoding["guidance_scale"], guidance, **callback
         )
         # 4. Latents -> images
         images = latents if output_type == "latent" else to_output(decode_latents(self.vae, latents), output_type)
@@ -452,162 +543,45 @@ class FlexTokPipeline(CardMixin, DiffusionPipeline):
         self,
         images: Any,
         max_tokens: int | Sequence[int] | None = None,
-        num_inference_steps: int = 20,
+        num_inference_steps: int = NUM_INFERENCE_STEPS,
         guidance_scale: GuidanceScale | None = None,
         guidance: str = "apg",
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
-    ) -> list:
+        return_dict: bool = False,
+    ) -> list | FlexTokPipelineOutput:
         """Tokenize images and reconstruct them from prefixes of different lengths, all from the same noise.
 
         Args:
             images: as in `tokenize`.
             max_tokens: lengths of the prefixes; `None` means 1, 2, 4, ... up to all tokens.
             num_inference_steps, guidance_scale, guidance, generator, output_type: as in `detokenize`.
+            return_dict: return a `FlexTokPipelineOutput` with these batches as `images`, and all `token_ids`.
 
         Returns:
             A batch of images for each length.
         """
-        if max_tokens is None:
-            max_tokens = token_ladder(self.num_registers)
-        lengths = list(max_tokens) if isinstance(max_tokens, Sequence | np.ndarray) else [max_tokens]
-        lengths = inputs.resolve_max_tokens(lengths, len(lengths), self.num_registers)
-        if not lengths:
-            raise ValueError("`max_tokens` is an empty list. Pass at least one length.")
+        decoding = self.check_decoding(num_inference_steps, guidance_scale, guidance, output_type)
+        lengths = tokens.resolve_counts(max_tokens, "max_tokens", self.num_registers)
         token_ids = self.tokenize(images, max(lengths))  # (B, longest)
-        generator = inputs.spread_generators(generator, token_ids.shape[0])
+        generator = spread_generators(generator, token_ids.shape[0])
         noise = self.prepare_latents(token_ids.shape[0], generator)
-        return [
-            self.detokenize(
-                token_ids[:, :length],
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                guidance=guidance,
-                latents=noise,
-                output_type=output_type,
-            ).images
-            for length in lengths
-        ]
-
-    def token_writer(
-        self,
-        prompt: str | list[str] | None,
-        class_labels: Any,
-        num_images_per_prompt: int,
-        max_tokens: int | Sequence[int] | None,
-        prefix: Tensor,
-        prior_guidance_scale: float | None,
-        generator: torch.Generator | list[torch.Generator] | None,
-        **sampling: Any,
-    ) -> TokenWriter:
-        """Check and encode what the prior needs to continue from `prefix` (1 or prompts, p), without sampling yet."""
-        num_conditions, conditions = self.encode_condition(prompt, class_labels, num_images_per_prompt)
-        counts = inputs.resolve_max_tokens(max_tokens, num_conditions, self.num_registers)
-        counts = [count for count in counts for _ in range(num_images_per_prompt)]
-        inputs.check_prefix_fits(prefix, num_conditions, counts)
-        if prior_guidance_scale is None:
-            prior_guidance_scale = self.config.default_prior_guidance_scale
-        options = inputs.check_generation(prior_guidance_scale=prior_guidance_scale, **sampling)
-        return TokenWriter(
-            self.prior,
-            prefix.expand(num_conditions, -1).repeat_interleave(num_images_per_prompt, dim=0),  # (B, p)
-            counts,
-            conditions,
-            guidance_scale=options.pop("prior_guidance_scale"),
-            generator=inputs.spread_generators(generator, len(counts)),
-            **options,
-            **self.prior_options,
-        )
-
-    def encode_condition(
-        self, prompt: str | list[str] | None, class_labels: Any, num_images_per_prompt: int
-    ) -> tuple[int, dict[str, Tensor]]:
-        """Return the number of prompts or classes, and arguments for the prior's `generate`, one row per image."""
-        if self.prior is None:
-            raise ValueError(
-                "This pipeline has no prior, so it cannot generate from a prompt or class. Use `tokenize`,"
-                " `detokenize` and `reconstruct`, or pass `prior=FlexTokPriorForCausalLM.from_pretrained(...)`."
-            )
-        if not is_whole_number(num_images_per_prompt) or num_images_per_prompt < 1:
-            raise ValueError(
-                f"`num_images_per_prompt` must be a whole number of 1 or more, got {num_images_per_prompt!r}."
-            )
-        parts = (self.prior, self.text_encoder, self.tokenizer, self._execution_device)
-        return encode_condition(prompt, class_labels, num_images_per_prompt, *parts)
-
-    def encode_prompt(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Encode texts for the prior: states (B, M, text_hidden_size), and their mask (B, M), 0 for padding."""
-        states, mask = encode_prompts(prompts, self.text_encoder, self.tokenizer, self._execution_device)
-        return states.to(self.prior.dtype), mask
+        batches = [self.detokenize(token_ids[:, :count], latents=noise, **decoding).images for count in lengths]
+        return FlexTokPipelineOutput(images=batches, token_ids=token_ids) if return_dict else batches
 
     def encode_prefix(self, image: Any, token_ids: Tensor | None, keep_tokens: int | None) -> Tensor:
         """Return the tokens that new images start with, (1 or prompts, p) int64; p is 0 if there are none."""
         if image is not None and token_ids is not None:
             raise ValueError("Pass either `image` or `token_ids` to continue from, not both.")
         if image is not None:
-            inputs.check_keep_tokens(keep_tokens, self.num_registers, "the model's number of registers")
+            tokens.check_keep_tokens(keep_tokens, self.num_registers, "the model's number of registers")
             return self.tokenize(image, keep_tokens)
         if token_ids is not None:
-            prefix = inputs.check_prefix_ids(token_ids, keep_tokens, self.codebook_size, self.num_registers)
+            prefix = tokens.check_prefix_ids(token_ids, keep_tokens, self.codebook_size, self.num_registers)
             return prefix.to(self._execution_device).long()
         if keep_tokens is not None:
             raise ValueError("`keep_tokens` was passed, but there is nothing to keep. Pass `image` or `token_ids`.")
         return torch.zeros(1, 0, dtype=torch.long, device=self._execution_device)
 
-    def check_decoding(
-        self, num_inference_steps: int, guidance_scale: GuidanceScale | None, guidance: str, output_type: str
-    ) -> dict[str, Any]:
-        """Check the sampling options of the flow decoder; return them with the default guidance scale filled in."""
-        if guidance_scale is None:
-            guidance_scale = self.config.default_guidance_scale
-        inputs.check_sampling(num_inference_steps, guidance_scale, guidance, output_type, (*OUTPUT_TYPES, "latent"))
-        return {
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "guidance": guidance,
-            "output_type": output_type,
-        }
 
-    def prepare_latents(
-        self,
-        batch_size: int,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: Tensor | None = None,
-    ) -> Tensor:
-        """Draw the initial noise, (B, C, h, w) float32, or check the one that was passed."""
-        channels, side = self.decoder.config.in_channels, self.latent_size
-        device = self._execution_device
-        if latents is None:
-            # a single generator also draws image by image, so that a batch starts with the noise that one image gets
-            generators = [generator] * batch_size if isinstance(generator, torch.Generator) else generator
-            return randn_tensor((batch_size, channels, side, side), generators, device, torch.float32)
-        if latents.ndim != 4 or latents.shape[:2] != (batch_size, channels) or not latents.is_floating_point():
-            raise ValueError(
-                f"`latents` must be noise of the shape ({batch_size}, {channels}, height, width), got"
-                f" {tuple(latents.shape)} of {latents.dtype}."
-            )
-        return latents.to(device, torch.float32)
-
-    def integrate_flow(
-        self,
-        latents: Tensor,
-        codes: Tensor,
-        num_tokens: Tensor,
-        num_inference_steps: int,
-        guidance_scale: GuidanceScale = 1.0,
-        guidance: str = "apg",
-        callback_on_step_end: Callable[[Any, int, Tensor, dict], dict] | None = None,
-    ) -> Tensor:
-        """Follow the velocity from noise (B, C, h, w) at sigma 1 to latents at sigma 0."""
-        sigmas = set_noise_levels(self.scheduler, num_inference_steps, latents.device)
-        timesteps = self.scheduler.timesteps
-        velocity_at = GuidedVelocity(self.decoder, sigmas, codes, num_tokens, guidance_scale, guidance)
-        loop = packed_weights(self.decoder, num_calls=len(timesteps) * latents.shape[0])
-        with loop, self.progress_bar(total=len(timesteps)) as progress_bar:
-            for step, timestep in enumerate(timesteps):
-                latents = self.scheduler.step(velocity_at(latents, step), timestep, latents, return_dict=False)[0]
-                if callback_on_step_end is not None:
-                    changes = callback_on_step_end(self, step, timestep, {"latents": latents}) or {}
-                    latents = changes.get("latents", latents)
-                progress_bar.update()
-        return latents
+diffusers.FlexTokPipeline = FlexTokPipeline  # where `DiffusionPipeline.from_pretrained` looks for the class
