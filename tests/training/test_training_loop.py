@@ -335,15 +335,17 @@ def test_averaging_cannot_start_at_a_resume_but_may_end(tmp_path):
     train_tokenizer(tokenizer_arguments(tmp_path / "with", ema_decay=0.0, **resumed))
 
 
-def test_a_checkpoint_of_an_earlier_version_can_be_resumed(whole_run, tmp_path):
+def test_a_checkpoint_of_an_earlier_version_can_be_resumed(whole_run, tmp_path, caplog):
     copy_checkpoint(whole_run, 3, tmp_path)
     file = tmp_path / "checkpoint-3" / "training_state.json"
     state = json.loads(file.read_text())
-    del state["vocabulary"]
+    del state["vocabulary"], state["checksums"]
     file.write_text(json.dumps(state))
+    (tmp_path / "checkpoint-3" / "checksums.json").unlink()
     options = {"gradient_accumulation_steps": 2, "validation_steps": 3, "resume_from_checkpoint": "latest"}
     train_tokenizer(tokenizer_arguments(tmp_path, **options))
     assert_same_weights(whole_run / "pipeline", tmp_path / "pipeline")
+    assert "is of a version without checksums" in caplog.text
 
 
 # Unreadable data
@@ -355,12 +357,10 @@ def test_unreadable_images_are_counted_and_reported(tmp_path, monkeypatch, data)
     path = write_parquet(tmp_path / "a.parquet", 12, damaged=(3, 7))
     options = {"train_data": [str(path)], "max_train_samples": None, "logging_steps": 1, **data}
     train_tokenizer(tokenizer_arguments(tmp_path / "run", **options))
-    # a stream counts a row again in its next epoch
-    assert read_log(tmp_path / "run")[-1]["unreadable_rows"] in ((4, 5, 6) if "streaming" in data else (2,))
+    assert read_log(tmp_path / "run")[-1]["unreadable_rows"] == 2
     report = json.loads((tmp_path / "run" / "unreadable_rows.json").read_text())
     assert all("an image of 4 bytes is not an image" in reason for reason in report.values())
-    if "streaming" not in data:
-        assert report.keys() == {"3", "7"}
+    assert len(report) == 2 if "streaming" in data else report.keys() == {"3", "7"}
 
 
 @pytest.mark.parametrize("data", [{}, {"streaming": True}, {"cache_in_memory": True}])

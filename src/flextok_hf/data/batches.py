@@ -5,6 +5,9 @@ an uninterrupted one would have seen, without saved state. A stream saves the po
 """
 
 import itertools
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -72,6 +75,21 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
             yield [(row, draw_seed(self.seed, epoch, row)) for row in rows]
 
 
+def shield_worker(worker: int) -> None:
+    """Let a worker end only when its own process says so: Ctrl-C and schedulers signal all processes at once."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # says who sent a signal; not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=obey_parent, daemon=True).start()
+
+
+def obey_parent() -> None:
+    """End this process once its parent sends SIGTERM."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
 def build_dataloader(
     dataset: Dataset,
     batch_size: int,
@@ -102,6 +120,7 @@ def build_dataloader(
     if not 0 <= process_index < num_processes:
         raise ValueError(f"`process_index` must be in [0, `num_processes` = {num_processes}), got {process_index}.")
     options: dict[str, Any] = {"num_workers": num_workers, "collate_fn": collate, "pin_memory": pin_memory}
+    options["worker_init_fn"] = shield_worker
     options["generator"] = torch.Generator().manual_seed(seed)  # leaves the global generator alone
     if isinstance(dataset, StreamedImageDataset):
         dataset.set_processes(process_index, num_processes)

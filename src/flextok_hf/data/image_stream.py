@@ -4,6 +4,7 @@ Every batch carries the position in the stream after it, so a checkpoint can sto
 have prefetched. Rows are shuffled in blocks: to resume within a block, only that block is read again.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -13,6 +14,7 @@ import datasets
 import torch
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
+from xxhash import xxh3_64
 
 from .columns import Columns, undecoded
 from .samples import ImageTransform, collate, read_sample
@@ -39,7 +41,7 @@ class StreamedImageDataset(IterableDataset):
         fail_on_unreadable: raise an error for an unreadable row.
 
     Attributes:
-        skipped: {position in the stream: reason} for the rows that this process found unreadable.
+        skipped: {path, hash and count of equal rows: reason} for the rows that this process found unreadable.
         class_names: as in `ImageDataset`.
     """
 
@@ -86,14 +88,17 @@ class StreamedImageDataset(IterableDataset):
 
     def read(self, place: Place) -> Iterator[tuple[dict[str, Any], Place]]:
         """Yield (sample, position after it), starting at `place`; skipped rows are recorded in `skipped`."""
-        num_failed = 0
+        num_failed, equal = 0, Counter[str]()
         for row, values, place_after in self._read_rows(place):
             generator = torch.Generator().manual_seed(draw_seed(*self._reader(), row))
             try:
                 sample = read_sample(values, self.columns, self.transform, generator)
             except UnreadableRow as error:
                 process, worker = self._reader()[2:]
-                self.skipped.add(f"{row} (epoch {self.epoch}, process {process}, reader {worker})", error)
+                where = f"first met at row {row} of epoch {self.epoch}, process {process}, reader {worker}"
+                name = self._name(values)
+                equal[name] += 1
+                self.skipped.add(f"{name}, {equal[name]}", UnreadableRow(f"{error} ({where})"))
                 num_failed += 1
                 if num_failed >= MAX_UNREADABLE_ROWS:
                     raise no_image_error(f"{num_failed} rows up to row {row}", self.columns) from error
@@ -105,6 +110,12 @@ class StreamedImageDataset(IterableDataset):
         """Seed, epoch, process and worker, which identify one sequence of rows."""
         worker = get_worker_info()
         return self.seed, self.epoch, self.process_index, 0 if worker is None else worker.id
+
+    def _name(self, values: dict[str, Any]) -> str:
+        """Name a row by its content, since its number changes with the epoch."""
+        content = xxh3_64(repr(sorted(values.items())).encode()).hexdigest()
+        image = values.get(self.columns.image) or {}
+        return f"{image.get('path') or 'without a path'} ({content})"
 
     def _read_rows(self, place: Place) -> Iterator[tuple[int, dict[str, Any], Place]]:
         """Yield (row number, row, position after it)."""

@@ -4,20 +4,28 @@ A folder is filled under a temporary name and renamed once all its content is on
 modified or deleted file by file, so a run killed at any moment leaves only complete folders.
 """
 
+import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
 from ..utils.files import read_json
 from .arguments import TrainingArguments
+from .checksums import CHECKSUM_FILE, find_damage, find_unreadable
 
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT_PREFIX = "checkpoint-"
 UNFINISHED = ".partial"
+DAMAGED = ".damaged"
 STATE_FILE = "training_state.json"
 # Raised when writing to a full or broken disk, by the system, `torch.save` and safetensors.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
@@ -56,8 +64,8 @@ def remove_folder(folder: Path) -> None:
 
 
 def clear_unfinished(output_dir: Path) -> None:
-    """Delete unfinished checkpoints left by killed runs."""
-    for folder in output_dir.glob(f"{CHECKPOINT_PREFIX}*{UNFINISHED}"):
+    """Delete unfinished folders left by killed runs."""
+    for folder in output_dir.glob(f"*{UNFINISHED}"):
         shutil.rmtree(folder)
 
 
@@ -111,9 +119,77 @@ def find_checkpoint(arguments: TrainingArguments) -> Path | None:
     return None if choice is None else Path(choice)
 
 
+def agree_on_checkpoint(arguments: TrainingArguments, accelerator: Accelerator) -> Path | None:
+    """Let the main process clear what killed runs left and find a whole checkpoint; all get it, or its error."""
+    found: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            clear_unfinished(Path(arguments.output_dir))
+            found = [find_whole_checkpoint(arguments)]
+        except (OSError, ValueError) as error:
+            found = [error]
+    (folder,) = broadcast_object_list(found)
+    if isinstance(folder, Exception):
+        raise folder
+    return folder
+
+
+def find_whole_checkpoint(arguments: TrainingArguments) -> Path | None:
+    """Return what `find_checkpoint` does, after reading all its files; `latest` renames and passes over damaged ones.
+
+    Raises:
+        ValueError: the checkpoint that the options name is damaged, or all of them are.
+    """
+    named = find_checkpoint(arguments)
+    if named is None:
+        return None
+    is_latest = arguments.resume_from_checkpoint == "latest"
+    damages: dict[Path, str] = {}
+    for folder in reversed(list_checkpoints(arguments.output_dir)) if is_latest else [named]:
+        damage = describe_damage(folder)
+        if damage is None:
+            break
+        damages[folder] = damage
+    else:
+        raise ValueError(
+            f"`resume_from_checkpoint` {arguments.resume_from_checkpoint!r} finds no whole checkpoint: "
+            + "; ".join(f"in {folder}, {damage}" for folder, damage in damages.items())
+            + ". Restore the file, pass another checkpoint, or start a new run in another `output_dir`."
+        )
+    for damaged, damage in damages.items():  # so that it does not count as a newer checkpoint of this run
+        kept = damaged.with_name(damaged.name + DAMAGED)
+        shutil.rmtree(kept, ignore_errors=True)
+        os.replace(damaged, kept)
+        logger.warning("%s is skipped, and is now %s: %s.", damaged, kept.name, damage)
+    return folder
+
+
+def describe_damage(folder: Path) -> str | None:
+    """Return what is wrong with a checkpoint, or `None` if it is whole, as far as its version lets one tell."""
+    try:
+        state = read_state(folder)
+    except (OSError, ValueError) as error:
+        return f"{STATE_FILE} cannot be read: {error}"
+    if "checksums" in state or (folder / CHECKSUM_FILE).exists():
+        return find_damage(folder)
+    logger.warning("%s is of a version without checksums: only the format of its files is checked.", folder)
+    return find_unreadable(folder)
+
+
 def read_state(folder: Path) -> dict[str, Any]:
-    """Read the step, options and number of processes of a checkpoint."""
-    return read_json(folder / STATE_FILE)
+    """Read the step, options and number of processes of a checkpoint.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    state = read_json(folder / STATE_FILE)
+    kinds = {"step": int, "num_processes": int, "arguments": dict}
+    for name, kind in kinds.items():
+        if not isinstance(state, dict) or not isinstance(state.get(name), kind):
+            raise ValueError(f"{folder / STATE_FILE} is damaged: it has no valid `{name}`.")
+    if step_of(folder) not in (None, state["step"]):
+        raise ValueError(f"{folder / STATE_FILE} is of step {state['step']}, unlike its folder.")
+    return state
 
 
 def compare_options(saved: dict[str, Any], arguments: dict[str, Any], num_processes: int) -> list[str]:
@@ -149,8 +225,9 @@ def compare_options(saved: dict[str, Any], arguments: dict[str, Any], num_proces
     return [f"{name}: {before[name]} -> {now[name]}" for name in changed if name not in silent]
 
 
-def write_checkpoint(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write a checkpoint under its temporary name; the caller renames it.
+@contextmanager
+def writing(folder: Path) -> Iterator[Path]:
+    """Yield the temporary name under which a part of `folder` is written; `finish_folder` renames it.
 
     Raises:
         CheckpointNotWritten: the disk is full or not writable.
@@ -158,7 +235,7 @@ def write_checkpoint(folder: Path, fill: Callable[[Path], None]) -> None:
     unfinished = unfinished_name(folder)
     try:
         unfinished.mkdir(parents=True, exist_ok=True)
-        fill(unfinished)
+        yield unfinished
     except WRITE_ERRORS as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         free = shutil.disk_usage(folder.parent).free

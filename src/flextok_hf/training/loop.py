@@ -7,11 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
+from pickle import UnpicklingError
+from signal import Signals
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
@@ -22,10 +26,13 @@ from ..data.seeds import draw_seed
 from ..utils.files import read_json, save_image
 from . import checkpoints
 from .arguments import TrainingArguments
+from .checksums import CHECKSUM_FILE, write_checksums
 from .optimization import build_lr_scheduler
 from .run_folder import RunFolder
+from .run_lock import check_owner
 from .setup import log_image
 from .step_rng import StepRng
+from .stopping import StopRequest, TrainingStopped
 from .throughput import Meter, count_training_flops, measure_matmul_rate
 from .weights import AveragedWeights, whole
 
@@ -34,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 COUNTED_IMAGES = 4  # of the first batch, used to count the FLOPs of a step
 HELD_OUT_BATCHES = 8  # of the validation data, used to measure the loss
+# What `load_state` raises for files that are damaged or of another model
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, LookupError, EOFError, SafetensorError, UnpicklingError)
 COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
 # Returns validation metrics and a sheet of images
@@ -78,6 +87,7 @@ class Trainer:
         self.stream_state: dict[str, Any] | None = None
         self.batches: TrainingBatches | None = None
         self.sums: dict[str, Tensor] = {}
+        self.num_shared = 0
 
     @property
     def images_per_step(self) -> int:
@@ -110,22 +120,37 @@ class Trainer:
             disable=not accelerator.is_local_main_process,
             mininterval=2,
         )
-        while self.step < arguments.max_train_steps:
-            self.train_step(micro_batches)
-            meter.steps += 1
-            progress.update()
-            is_last = self.step == arguments.max_train_steps
-            if self.step % arguments.logging_steps == 0 or is_last:
-                metrics = {**self.mean_metrics(), **meter.read()}
-                progress.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)
-                self.log(metrics)
-            if self.step % arguments.checkpointing_steps == 0 or is_last:
-                self.save_checkpoint()
-                meter.restart()
-            if arguments.validation_steps and (self.step % arguments.validation_steps == 0 or is_last):
-                self.validate(preview, held_out)
-                meter.restart()
-        progress.close()
+        with progress, StopRequest(accelerator) as request:
+            while self.step < arguments.max_train_steps:
+                self.train_step(micro_batches)
+                meter.steps += 1
+                progress.update()
+                stop = request.agreed()
+                is_last = self.step == arguments.max_train_steps
+                if self.step % arguments.logging_steps == 0 or is_last or stop:
+                    metrics = {**self.mean_metrics(), **meter.read()}
+                    progress.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)
+                    self.log(metrics)
+                if self.step % arguments.checkpointing_steps == 0 or is_last or stop:
+                    self.save_checkpoint()
+                    meter.restart()
+                if stop:
+                    self.stop(stop)
+                if arguments.validation_steps and (self.step % arguments.validation_steps == 0 or is_last):
+                    self.validate(preview, held_out)
+                    meter.restart()
+
+    def stop(self, number: int) -> None:
+        """End a run that was stopped by a signal, after its checkpoint."""
+        self.accelerator.end_training()
+        if self.accelerator.is_main_process:
+            logger.warning(
+                "Stopped by %s at step %d, with a checkpoint. To go on, start again with"
+                " `--resume_from_checkpoint latest`.",
+                Signals(number).name,
+                self.step,
+            )
+        raise TrainingStopped(128 + number)
 
     def train_step(self, micro_batches: Iterator[dict[str, Any]]) -> None:
         """Run one optimizer step over its micro-batches; draws depend on seed, step and position in the step."""
@@ -192,12 +217,20 @@ class Trainer:
         names = list(self.sums)
         totals = self.accelerator.reduce(torch.stack([self.sums[name] for name in names]))
         self.sums = {}
-        means = {name: (total / count).item() for name, (total, count) in zip(names, totals, strict=True)}
+        means = dict(zip(names, (totals[:, 0] / totals[:, 1]).tolist(), strict=True))
         means["lr"] = self.lr_scheduler.get_last_lr()[0]
-        assert self.batches is not None
-        skipped = torch.tensor(len(self.batches.skipped), device=self.accelerator.device)
-        means["unreadable_rows"] = self.accelerator.reduce(skipped).item()
+        means["unreadable_rows"] = self.share_skipped()
         return means
+
+    def share_skipped(self) -> int:
+        """Tell all processes of the rows that any of them skipped since the last call; return how many there are."""
+        if self.batches is None:
+            return 0
+        skipped = self.batches.skipped
+        for fresh in gather_object([dict(itertools.islice(skipped.items(), self.num_shared, None))]):
+            skipped.update(fresh)
+        self.num_shared = len(skipped)
+        return self.num_shared
 
     def log(self, metrics: dict[str, float]) -> None:
         """Append metrics to the log and send them to the tracker."""
@@ -237,10 +270,16 @@ class Trainer:
         """Save everything needed to resume, then delete the oldest checkpoints beyond the limit."""
         output_dir = self.folder.path
         folder = output_dir / f"{checkpoints.CHECKPOINT_PREFIX}{self.step}"
+        self.share_skipped()
         self.folder.report_skipped({} if self.batches is None else self.batches.skipped)
-        checkpoints.write_checkpoint(folder, self.fill_checkpoint)
+        if self.accelerator.is_main_process:
+            check_owner(output_dir)
+        with checkpoints.writing(folder) as unfinished:
+            self.fill_checkpoint(unfinished)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
+            with checkpoints.writing(folder) as unfinished:
+                write_checksums(unfinished)
             checkpoints.finish_folder(folder)
             for old in checkpoints.list_checkpoints(output_dir)[: -self.arguments.checkpoints_total_limit]:
                 checkpoints.remove_folder(old)
@@ -259,16 +298,14 @@ class Trainer:
                 "step": self.step,
                 "num_processes": accelerator.num_processes,
                 "vocabulary": self.vocabulary,
+                "checksums": CHECKSUM_FILE,
                 "arguments": asdict(self.arguments),
             }
             (folder / checkpoints.STATE_FILE).write_text(json.dumps(state, indent=2))
 
     def resume(self) -> None:
         """Resume from the checkpoint that the options specify, if any."""
-        folder = checkpoints.find_checkpoint(self.arguments)
-        if self.accelerator.is_main_process:
-            checkpoints.clear_unfinished(self.folder.path)
-        self.accelerator.wait_for_everyone()
+        folder = checkpoints.agree_on_checkpoint(self.arguments, self.accelerator)
         if folder is None:
             if self.arguments.resume_from_checkpoint == "latest":
                 logger.warning("No checkpoint in %s yet: starting from the beginning.", self.folder.path)
@@ -283,11 +320,16 @@ class Trainer:
             )
         for line in checkpoints.compare_options(state, options, self.accelerator.num_processes):
             logger.warning("Option changed since the checkpoint: %s", line)
-        self.accelerator.load_state(str(folder))
+        try:
+            self.accelerator.load_state(str(folder))
+            self.average.load(folder, state["step"])
+        except LOAD_ERRORS as error:
+            raise ValueError(
+                f"{folder} cannot be loaded: it is of a model with other sizes or parts, or damaged ({error})"
+            ) from error
         self.accelerator.step = 0  # its micro-batch counter, which follows the previous split of a step
         self.step = state["step"]
         self.lr_scheduler.last_epoch = self.step
-        self.average.load(folder, self.step)
         stream_file = folder / f"stream_{self.accelerator.process_index}.json"
         if stream_file.is_file():
             self.stream_state = read_json(stream_file)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -50,24 +51,32 @@ def publish(trainer: Trainer, stage: str, name: str, save: Callable[[Path], None
     """
     folder = trainer.folder.path / name
     unfinished = unfinished_name(folder)
-    with trainer.average.applied():
-        save(unfinished)
-    if trainer.accelerator.is_main_process:
-        name_on_hub = hub_name(trainer.arguments)
-        arguments = asdict(trainer.arguments) | {"mixed_precision": trainer.accelerator.mixed_precision}
-        record = {"stage": stage, "steps": trainer.step, "images_per_step": trainer.images_per_step}
-        record |= {
-            "arguments": arguments,
-            **training_facts(arguments, trainer.folder.read_log(), trainer.images_per_step),
-        }
-        (unfinished / RECIPE_FILE).write_text(json.dumps(record, indent=2) + "\n")
-        write_model_card(unfinished, name_on_hub)
-        finish_folder(folder)
-        if trainer.arguments.push_to_hub:
-            logger.info("Uploaded: %s", upload(folder, name_on_hub))
+    try:
+        with trainer.average.applied():
+            save(unfinished)
+        if trainer.accelerator.is_main_process:
+            write_facts(trainer, stage, unfinished)
+            finish_folder(folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    if trainer.accelerator.is_main_process and trainer.arguments.push_to_hub:
+        logger.info("Uploaded: %s", upload(folder, hub_name(trainer.arguments)))
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     return folder
+
+
+def write_facts(trainer: Trainer, stage: str, folder: Path) -> None:
+    """Write how a model was trained, and its card."""
+    arguments = asdict(trainer.arguments) | {"mixed_precision": trainer.accelerator.mixed_precision}
+    record = {"stage": stage, "steps": trainer.step, "images_per_step": trainer.images_per_step}
+    record |= {
+        "arguments": arguments,
+        **training_facts(arguments, trainer.folder.read_log(), trainer.images_per_step),
+    }
+    (folder / RECIPE_FILE).write_text(json.dumps(record, indent=2) + "\n")
+    write_model_card(folder, hub_name(trainer.arguments))
 
 
 def hub_name(arguments: TrainingArguments) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from ..utils.files import read_json, write_text
 
 
-OPTIONS_FILE, LOG_FILE, REPORT_FILE = "arguments.json", "log.jsonl", "unreadable_rows{}.json"
+OPTIONS_FILE, LOG_FILE, REPORT_FILE = "arguments.json", "log.jsonl", "unreadable_rows.json"
 
 
 class RunFolder:
@@ -16,7 +16,7 @@ class RunFolder:
 
     Args:
         path: the folder, which must exist.
-        process_index: index of the process; process 0 writes options and log.
+        process_index: index of the process; process 0 writes.
     """
 
     def __init__(self, path: str | Path, process_index: int):
@@ -47,10 +47,9 @@ class RunFolder:
             write_text(self.path / LOG_FILE, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def report_skipped(self, skipped: Mapping[int | str, str]) -> None:
-        """Report the rows that could not be used, including those of earlier starts, in one file per process."""
-        if not skipped:
+        """Report the rows that could not be used, including those of earlier starts."""
+        if not skipped or self.process_index:
             return
-        name = REPORT_FILE.format(f"_{self.process_index}" if self.process_index else "")
-        path = self.path / name
+        path = self.path / REPORT_FILE
         known = read_json(path, {})
         write_text(path, json.dumps(known | {str(row): reason for row, reason in skipped.items()}, indent=2) + "\n")

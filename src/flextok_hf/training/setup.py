@@ -15,7 +15,7 @@ from .arguments import TrainingArguments
 
 
 def build_accelerator(arguments: TrainingArguments) -> Accelerator:
-    """Set up devices, precision and trackers.
+    """Set up devices and precision.
 
     Raises:
         ValueError: the tracker is unknown or not installed, or DeepSpeed is set to ZeRO-3.
@@ -39,15 +39,16 @@ def build_accelerator(arguments: TrainingArguments) -> Accelerator:
         # accelerate would read this from a data loader, but it prepares none here
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = arguments.train_batch_size
     torch.backends.cudnn.benchmark = True  # all batches have one shape, so autotuning is worth it
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
+    return accelerator
+
+
+def start_trackers(arguments: TrainingArguments, accelerator: Accelerator) -> None:
+    """Start the tracker that the options name, if any."""
     if arguments.report_to is not None:
         plain = {
             name: value if isinstance(value, int | float) else str(value) for name, value in asdict(arguments).items()
         }
         accelerator.init_trackers("flextok_hf", config=plain)
-    accelerator.wait_for_everyone()
-    return accelerator
 
 
 @contextmanager

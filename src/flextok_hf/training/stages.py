@@ -2,8 +2,10 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -27,7 +29,8 @@ from .loop import Trainer
 from .optimization import split_by_decay
 from .prior import PriorForTraining, build_prior
 from .publishing import check_upload, export, publish
-from .setup import build_accelerator, loading
+from .run_lock import locked
+from .setup import build_accelerator, loading, start_trackers
 from .text import build_text_encoder, train_text_tokenizer
 from .tokenizer import TokenizerForTraining, build_tokenizer, load_tokenizer, size_options
 from .vae import VaeForTraining, build_vae, measure_scaling_factor
@@ -44,25 +47,33 @@ from .weights import unsharded
 
 SCALING_BATCHES = 16  # training batches used to measure the scale of the latents
 
+Options = TypeVar("Options", bound=TrainingArguments)
 TrainingData = ImageDataset | StreamedImageDataset | LatentDataset
 
 
-def start(arguments: TrainingArguments) -> Accelerator:
-    """Check what can be checked up front, and set up devices and seed."""
-    find_checkpoint(arguments)
-    accelerator = build_accelerator(arguments)
-    check_upload(arguments, accelerator)
-    set_seed(arguments.seed)
-    return accelerator
+def stage(train: Callable[[Options, Accelerator], Path]) -> Callable[[Options], Path]:
+    """Let a stage check what can be checked up front, set up devices and seed, and hold the lock of its folder."""
+
+    def run(arguments: Options) -> Path:
+        find_checkpoint(arguments)
+        accelerator = build_accelerator(arguments)
+        with locked(Path(arguments.output_dir), accelerator):
+            start_trackers(arguments, accelerator)
+            check_upload(arguments, accelerator)
+            set_seed(arguments.seed)
+            return train(arguments, accelerator)
+
+    run.__name__, run.__doc__ = train.__name__, train.__doc__
+    return run
 
 
-def train_vae(arguments: VaeArguments) -> Path:
+@stage
+def train_vae(arguments: VaeArguments, accelerator: Accelerator) -> Path:
     """Train the VAE, measure the scale of its latents, and save it.
 
     Returns:
         The folder of the VAE, `output_dir/vae`, for the option `vae` of the next stage.
     """
-    accelerator = start(arguments)
     vae = build_vae(arguments)
     columns = Columns(arguments.image_column)
     dataset, held_out = load_train_data(arguments, columns), load_validation_data(arguments, columns)
@@ -92,13 +103,13 @@ def train_vae(arguments: VaeArguments) -> Path:
     return publish(trainer, "vae", "vae", save)
 
 
-def train_tokenizer(arguments: TokenizerArguments) -> Path:
+@stage
+def train_tokenizer(arguments: TokenizerArguments, accelerator: Accelerator) -> Path:
     """Train the encoder and the flow decoder, and save them as a pipeline.
 
     Returns:
         The folder of the pipeline, `output_dir/pipeline`.
     """
-    accelerator = start(arguments)
     vae = None
     if arguments.vae is not None:
         with loading("vae", arguments.vae):
@@ -146,7 +157,8 @@ def tokenizer_groups(arguments: TokenizerArguments, model: TokenizerForTraining)
     return [group for group in groups if group["params"]]
 
 
-def train_prior(arguments: PriorArguments) -> Path:
+@stage
+def train_prior(arguments: PriorArguments, accelerator: Accelerator) -> Path:
     """Train a prior for a tokenizer, and save both as a pipeline that generates from prompts or classes.
 
     With `token_column`, the tokenizer is loaded only for validation images and at the end.
@@ -157,7 +169,6 @@ def train_prior(arguments: PriorArguments) -> Path:
     Raises:
         ValueError: the conditions that the options specify are not available.
     """
-    accelerator = start(arguments)
     with loading("tokenizer", arguments.tokenizer):
         config = FlexTokEncoderConfig.from_pretrained(arguments.tokenizer, subfolder="encoder")
     columns = prior_columns(arguments, config)
