@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from huggingface_hub import RepoCard
 from paths import ROOT
 from PIL import Image
 
-from flextok_hf.demo.actions import MAX_PROMPT_CHARACTERS, DemoActions
+from flextok_hf.demo.actions import MAX_PHOTO_BYTES, MAX_PROMPT_CHARACTERS, NOT_UPLOADED, DemoActions
 
 
 PHOTO = str(ROOT / "docs" / "assets" / "parrots.jpg")
@@ -19,7 +20,7 @@ PHOTO = str(ROOT / "docs" / "assets" / "parrots.jpg")
 
 @pytest.fixture(scope="module")
 def actions(tiny_pipeline):
-    return DemoActions(tiny_pipeline)
+    return DemoActions(tiny_pipeline, str(Path(PHOTO).parent))
 
 
 def test_a_photo_is_reconstructed_with_figures(actions, tiny_pipeline):
@@ -81,7 +82,8 @@ def bad_photos(folder: Path) -> dict[str, str]:
     }
 
 
-def test_bad_photos_give_a_readable_message(actions, tmp_path):
+def test_bad_photos_give_a_readable_message(tiny_pipeline, tmp_path):
+    actions = DemoActions(tiny_pipeline, str(tmp_path))
     for name, words in bad_photos(tmp_path).items():
         with pytest.raises(ValueError, match=words) as caught:
             actions.open_photo(str(tmp_path / name))
@@ -90,7 +92,59 @@ def test_bad_photos_give_a_readable_message(actions, tmp_path):
         actions.open_photo(None)
 
 
-def test_the_first_frame_of_an_animation_is_used(actions, tmp_path):
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_only_regular_files_in_the_upload_folder_are_read(tiny_pipeline, tmp_path, monkeypatch):
+    uploads, elsewhere = tmp_path / "uploads", tmp_path / "uploads-of-others"
+    for folder in (uploads, elsewhere, uploads / "folder.png"):
+        folder.mkdir()
+    Image.new("RGB", (20, 20)).save(elsewhere / "secret.png")
+    Image.new("RGB", (20, 20)).save(uploads / "photo.png")
+    os.mkfifo(uploads / "pipe.png")
+    os.symlink(elsewhere / "secret.png", uploads / "link.png")
+    os.symlink(uploads / "photo.png", uploads / "inner.png")
+    os.symlink(elsewhere, uploads / "linked")
+    actions = DemoActions(tiny_pipeline, str(uploads))
+    monkeypatch.chdir(uploads)
+    for path in ("photo.png", uploads / "photo.png", f"{uploads}/folder.png/../photo.png"):
+        assert actions.open_photo(str(path)).size == (16, 16)
+    inside = ["pipe.png", "link.png", "inner.png", "linked/secret.png", "folder.png", "missing.png", "", "x" * 5000]
+    outside = [
+        elsewhere / "secret.png",
+        "../uploads-of-others/secret.png",
+        "/dev/zero",
+        "/etc/passwd",
+        "/missing",
+        "/",
+    ]
+    for path in [*(uploads / name for name in inside), *outside, "a\0b", "http://localhost/photo.png", "\ud800"]:
+        with pytest.raises(ValueError, match=f"^{re.escape(NOT_UPLOADED)}$"):
+            actions.open_photo(str(path))
+
+
+def test_large_files_are_refused_whatever_they_hold(tiny_pipeline, tmp_path):
+    with open(tmp_path / "large.png", "wb") as file:
+        file.truncate(MAX_PHOTO_BYTES + 1)
+    with pytest.raises(ValueError, match="too large: upload one of at most 20 MB"):
+        DemoActions(tiny_pipeline, str(tmp_path)).open_photo(str(tmp_path / "large.png"))
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        lambda actions: actions.reconstruct(PHOTO, 2),
+        lambda actions: list(actions.generate("a circle", 2)),
+        lambda actions: list(actions.vary(PHOTO, 2)),
+        lambda actions: actions.replace_token([1, 2], 1, 1),
+    ],
+)
+def test_a_request_that_takes_too_long_is_stopped(actions, job, monkeypatch):
+    monkeypatch.setattr("flextok_hf.demo.actions.MAX_SECONDS", -1)
+    with pytest.raises(TimeoutError, match="Ask for fewer tokens"):
+        job(actions)
+
+
+def test_the_first_frame_of_an_animation_is_used(tiny_pipeline, tmp_path):
+    actions = DemoActions(tiny_pipeline, str(tmp_path))
     frames = [Image.new("RGB", (32, 32), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
     assert actions.open_photo(str(tmp_path / "two.gif")).getpixel((8, 8)) == (255, 0, 0)
@@ -109,6 +163,10 @@ def test_the_first_frame_of_an_animation_is_used(actions, tmp_path):
         (lambda actions: actions.generate("a cat", 2.5), "from 1 to 6"),
         (lambda actions: actions.generate("a cat", 2, seed=None), "The seed"),
         (lambda actions: actions.generate("a cat", 2, seed=-1), "The seed"),
+        (lambda actions: actions.generate("a cat", 2, 0, math.nan), "Guidance"),
+        (lambda actions: actions.generate("a cat", 2, 0, 1, -1), "Guidance"),
+        (lambda actions: actions.generate("a cat", 2, 0, 1, True), "Guidance"),
+        (lambda actions: actions.generate("a cat", 2, 0, "3"), "Guidance"),
         (lambda actions: actions.vary(PHOTO, 7), "kept tokens"),
         (lambda actions: actions.vary(None, 2), "Choose a photo"),
         (lambda actions: actions.reconstruct(PHOTO, True), "number of tokens"),
@@ -123,7 +181,7 @@ def test_wrong_requests_give_a_readable_message_before_any_work(actions, job, wo
 
 
 def test_a_model_without_a_prior_still_reconstructs_photos(tiny_tokenizer_pipeline):
-    actions = DemoActions(tiny_tokenizer_pipeline)
+    actions = DemoActions(tiny_tokenizer_pipeline, str(Path(PHOTO).parent))
     assert not actions.reads_prompts
     assert actions.reconstruct(PHOTO, 1).num_tokens == 1
     with pytest.raises(ValueError, match="no text prior"):

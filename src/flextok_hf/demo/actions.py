@@ -4,21 +4,31 @@ All input is untrusted: each method checks it, and raises an error with a messag
 """
 
 import math
-from collections.abc import Iterator
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any
 
 import torch
 from PIL import Image
 
 from ..models.nested_dropout import token_ladder
-from ..pipelines.images import PILLOW_BOMBS, PILLOW_ERRORS, load_image, resize_and_crop
+from ..pipelines.images import PILLOW_BOMBS, PILLOW_ERRORS, ImageValueError, load_image, resize_and_crop
 from ..pipelines.pipeline_flextok import FlexTokPipeline
+from ..utils.image_formats import open_image
 from ..utils.measures import peak_signal_to_noise, stack_images
 
 
 MAX_PROMPT_CHARACTERS = 500
 MAX_PHOTO_MEGAPIXELS = 50  # about 150 MB once decoded
+MAX_PHOTO_BYTES = 20 * 2**20
+MAX_GUIDANCE = 100
+MAX_SECONDS = 300  # per request, checked after every decoder step and every image
+# One message for every file, so that answers do not tell which files exist.
+NOT_UPLOADED = "The photo must be a file that was uploaded on this page. Choose it again."
 NUM_VARIATIONS = 4
 
 
@@ -33,15 +43,61 @@ class Reconstruction:
     psnr_db: float
 
 
+def is_inside(path: str, folder: str) -> bool:
+    """Whether a path, as written and with links resolved, is in a folder."""
+    real = os.path.realpath(folder)
+    try:
+        is_written_inside = any(
+            os.path.commonpath([os.path.abspath(path), parent]) == parent for parent in (os.path.abspath(folder), real)
+        )  # first, so that paths elsewhere are not even looked up
+        return is_written_inside and os.path.commonpath([os.path.realpath(path), real]) == real
+    except (ValueError, OSError):  # a null character, another drive, a name that is too long
+        return False
+
+
+def read_upload(path: str, folder: str) -> bytes:
+    """Return the content of a file in a folder. It is opened once, without waiting for pipes, and checked once open.
+
+    Raises:
+        ValueError: the same for every path that is not a regular file in the folder, or if it is too large.
+    """
+    if not is_inside(path, folder):
+        raise ValueError(NOT_UPLOADED)
+    flags = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOFOLLOW", "O_BINARY"))
+    try:
+        with open(os.open(path, flags), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ValueError(NOT_UPLOADED)
+            content = file.read(MAX_PHOTO_BYTES + 1)
+    except OSError:
+        raise ValueError(NOT_UPLOADED) from None
+    if len(content) > MAX_PHOTO_BYTES:
+        raise ValueError(f"This file is too large: upload one of at most {MAX_PHOTO_BYTES >> 20} MB.")
+    return content
+
+
+def time_limit() -> Callable[..., dict]:
+    """Return a function that raises a TimeoutError once a request takes too long; the pipeline can call it back."""
+    end = time.monotonic() + MAX_SECONDS
+
+    def stop(*arguments: Any) -> dict:
+        if time.monotonic() > end:
+            raise TimeoutError(f"This took more than {MAX_SECONDS} seconds and was stopped. Ask for fewer tokens.")
+        return {}
+
+    return stop
+
+
 class DemoActions:
     """One pipeline and the actions of the demo.
 
     Args:
         pipe: any pipeline; one without a text prior supports photos only.
+        upload_folder: photos are read from this folder only.
     """
 
-    def __init__(self, pipe: FlexTokPipeline):
-        self.pipe = pipe
+    def __init__(self, pipe: FlexTokPipeline, upload_folder: str):
+        self.pipe, self.upload_folder = pipe, upload_folder
         pipe.set_progress_bar_config(disable=True)
 
     @property
@@ -63,12 +119,13 @@ class DemoActions:
         """Read an uploaded photo and crop it to the square that the model sees, (R, R) in RGB.
 
         Raises:
-            ValueError: if there is none, or it is not an image, damaged or too large.
+            ValueError: if there is none, or it is not an uploaded file, not an image, damaged or too large.
         """
         if not path:
             raise ValueError("Choose a photo first.")
+        content = read_upload(path, self.upload_folder)
         try:
-            with Image.open(path) as header:
+            with open_image(BytesIO(content)) as header:
                 width, height = header.size
         except Image.UnidentifiedImageError as error:
             raise ValueError("This file is not an image that can be read. Upload a PNG, JPEG or WebP file.") from error
@@ -79,7 +136,9 @@ class DemoActions:
         if width * height > MAX_PHOTO_MEGAPIXELS * 10**6:
             raise ValueError(self._too_large(f" This one has {width} x {height}."))
         try:
-            return resize_and_crop(load_image(path), self.pipe.resolution)
+            return resize_and_crop(load_image(content), self.pipe.resolution)
+        except ImageValueError as error:
+            raise ValueError(f"This photo {error.__cause__}") from error
         except ValueError as error:
             raise ValueError("This image is damaged or truncated. Save it again and upload it once more.") from error
 
@@ -96,8 +155,8 @@ class DemoActions:
         prompt: Any,
         max_tokens: Any,
         seed: Any = 0,
-        guidance_scale: float | None = None,
-        prior_guidance_scale: float | None = None,
+        guidance_scale: Any = None,
+        prior_guidance_scale: Any = None,
     ) -> Iterator[tuple[int, int, Image.Image]]:
         """Generate from a prompt; returns an iterator over (image number, number of tokens, image)."""
         text = self.check_prompt(prompt)
@@ -106,11 +165,18 @@ class DemoActions:
         images = self.pipe.stream(
             text,
             counts,
-            guidance_scale=guidance_scale,
-            prior_guidance_scale=prior_guidance_scale,
+            guidance_scale=self.check_guidance(guidance_scale),
+            prior_guidance_scale=self.check_guidance(prior_guidance_scale),
             generator=self.generator(seed),
         )
-        return ((number, count, image) for number, (count, image) in enumerate(images, start=1))
+        stop = time_limit()
+
+        def numbered() -> Iterator[tuple[int, int, Image.Image]]:
+            for number, (count, image) in enumerate(images, start=1):
+                yield number, count, image
+                stop()
+
+        return numbered()
 
     def vary(
         self, path: str | None, keep_tokens: Any, prompt: Any = "", seed: Any = 0
@@ -125,11 +191,13 @@ class DemoActions:
         text = self.check_prompt(prompt, may_be_empty=True)
         first = self.check_seed(seed)
         kept = self.pipe.tokenize(photo, keep)
+        stop = time_limit()
 
         def images() -> Iterator[tuple[str, Image.Image]]:
             yield "kept", self.decode(kept[0].tolist(), first)
             for number in range(NUM_VARIATIONS):
-                output = self.pipe(text, token_ids=kept, generator=self.generator(first + number))
+                generator = self.generator(first + number)
+                output = self.pipe(text, token_ids=kept, generator=generator, callback_on_step_end=stop)
                 yield f"variation {number + 1}", output.images[0]
 
         return images()
@@ -173,7 +241,9 @@ class DemoActions:
 
     def decode(self, token_ids: list[int], seed: Any = 0) -> Image.Image:
         """Decode one sequence of ids to an image."""
-        return self.pipe.detokenize(torch.tensor([token_ids]), generator=self.generator(seed)).images[0]
+        return self.pipe.detokenize(
+            torch.tensor([token_ids]), generator=self.generator(seed), callback_on_step_end=time_limit()
+        ).images[0]
 
     def generator(self, seed: Any) -> torch.Generator:
         """Return a generator with this seed."""
@@ -186,6 +256,13 @@ class DemoActions:
     def check_count(self, count: Any, what: str) -> int:
         """Check a number of tokens against what the model has."""
         return self._whole_number(count, f"The number of {what}", 1, self.num_registers)
+
+    def check_guidance(self, scale: Any) -> float | None:
+        """Check a guidance scale; `None` is the model's own."""
+        is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
+        if scale is None or (is_number and 0 <= scale <= MAX_GUIDANCE):
+            return scale
+        raise ValueError(f"Guidance must be a number from 0 to {MAX_GUIDANCE}.")
 
     def check_prompt(self, prompt: Any, may_be_empty: bool = False) -> str:
         """Check the length of a prompt and strip it; nothing is truncated silently."""

@@ -12,19 +12,22 @@ from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
+from starlette.middleware import Middleware
 
 from ..models.nested_dropout import token_ladder
 from ..pipelines.pipeline_flextok import FlexTokPipeline
 from ..utils.sheets import token_count_title
-from .actions import NUM_VARIATIONS, DemoActions
+from .actions import MAX_PHOTO_BYTES, NUM_VARIATIONS, DemoActions
+from .server import CheckedBlocks, CheckedRequests
 
 
 logger = logging.getLogger(__name__)
 
 MODEL_QUEUE = {"concurrency_id": "model", "concurrency_limit": 1}
 MAX_QUEUE_LENGTH = 64
-MAX_FILE_SIZE = "20mb"
-KEEP_FILES_S = 3600  # how long result images stay on disk
+MAX_SESSIONS = 100  # whose state is kept, the latest first: each takes about 0.1 MB
+KEEP_FILES_S = 3600  # how long photos and result images stay on disk
 
 # System fonts: nothing is fetched from other hosts.
 FONTS = ["system-ui", "sans-serif"]
@@ -46,8 +49,10 @@ def build_demo(pipe: FlexTokPipeline, name: str = "the embedded model") -> gr.Bl
     Returns:
         The page with its queue; pass `launch_options()` to its `launch`.
     """
-    actions = DemoActions(pipe)
-    with gr.Blocks(title="FlexTok", analytics_enabled=False, delete_cache=(KEEP_FILES_S, KEEP_FILES_S)) as demo:
+    folder = get_upload_folder()
+    actions = DemoActions(pipe, folder)
+    keep = (KEEP_FILES_S, KEEP_FILES_S)
+    with CheckedBlocks(folder, title="FlexTok", analytics_enabled=False, delete_cache=keep) as demo:
         gr.Markdown(
             "# FlexTok: images as 1 to"
             f" {actions.num_registers} tokens\nThe first tokens describe what is in an image, later ones add detail;"
@@ -70,7 +75,14 @@ def build_demo(pipe: FlexTokPipeline, name: str = "the embedded model") -> gr.Bl
 def launch_options() -> dict[str, Any]:
     """Return the arguments of `launch` for this page: theme, limits, no footer links."""
     theme = gr.themes.Default(font=FONTS, font_mono=["ui-monospace", "monospace"])
-    return {"theme": theme, "css": CSS, "max_file_size": MAX_FILE_SIZE, "footer_links": []}
+    return {
+        "theme": theme,
+        "css": CSS,
+        "max_file_size": MAX_PHOTO_BYTES,
+        "state_session_capacity": MAX_SESSIONS,
+        "app_kwargs": {"middleware": [Middleware(CheckedRequests)]},
+        "footer_links": [],
+    }
 
 
 def add_reconstruct(actions: DemoActions) -> None:
@@ -119,9 +131,9 @@ def add_generate(actions: DemoActions) -> None:
             gallery = gallery_output(actions, "All steps")
 
     def run(text, max_tokens, seed, guidance_scale, prior_guidance_scale):
+        images = actions.generate(text, max_tokens, seed, guidance_scale, prior_guidance_scale)
         total = len([step for step in token_ladder(actions.num_registers) if step < max_tokens]) + 1
         shown: list[tuple] = []
-        images = actions.generate(text, max_tokens, seed, guidance_scale, prior_guidance_scale)
         yield progress_bar(0, total, "generating tokens"), None, []
         for number, num_tokens, image in images:
             title = token_count_title(num_tokens)
@@ -182,8 +194,8 @@ def add_tokens(actions: DemoActions) -> None:
                 label="Tokens (click one to replace it)",
                 elem_id="token-table",
             )
-            number = gr.Number(1, label="Token to replace", precision=0, minimum=1, maximum=actions.num_registers)
-            new_id = gr.Number(0, label="New id", precision=0, minimum=0, maximum=actions.pipe.codebook_size - 1)
+            number = number_input(1, "Token to replace", 1, actions.num_registers)
+            new_id = number_input(0, "New id", 0, actions.pipe.codebook_size - 1)
             replace = gr.Button("Replace", variant="primary")
         with gr.Column(min_width=280):
             before = image_output(actions, "Before")
@@ -261,21 +273,30 @@ def photo_input() -> gr.Image:
     Gradio would open the file itself and fail on a bad one with a traceback; the actions say what is wrong with it.
     """
     photo = gr.Image(label="Photo", sources=["upload", "clipboard"], height=260, buttons=[])
+    return pass_on(photo, lambda payload: None if payload is None else payload.path)
+
+
+def pass_on(component: Any, preprocess: Callable = lambda value: value) -> Any:
+    """Let the actions check the value of a component, instead of Gradio, whose errors are not for visitors."""
     # Not a subclass: Gradio would write a stub file for it into the package.
-    setattr(photo, "preprocess", lambda payload: None if payload is None else payload.path)
-    return photo
+    component.preprocess = preprocess
+    return component
+
+
+def number_input(value: int, label: str, low: int, high: int) -> gr.Number:
+    return pass_on(gr.Number(value, label=label, precision=0, minimum=low, maximum=high))
 
 
 def seed_input() -> gr.Number:
-    return gr.Number(0, label="Seed: same seed, same image", precision=0, minimum=0, maximum=2**32 - 1)
+    return number_input(0, "Seed: same seed, same image", 0, 2**32 - 1)
 
 
 def token_slider(actions: DemoActions, label: str, value: int, elem_id: str) -> gr.Slider:
-    return gr.Slider(1, actions.num_registers, value=value, step=1, label=label, elem_id=elem_id)
+    return pass_on(gr.Slider(1, actions.num_registers, value=value, step=1, label=label, elem_id=elem_id))
 
 
 def guidance_slider(label: str, value: float) -> gr.Slider:
-    return gr.Slider(1, max(15, value), value=value, step=0.5, label=label)
+    return pass_on(gr.Slider(1, max(15, value), value=value, step=0.5, label=label))
 
 
 def image_output(actions: DemoActions, label: str, height: int = 260) -> gr.Image:
