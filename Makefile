@@ -8,6 +8,8 @@ OUTPUTS ?= outputs
 PHOTO ?= docs/assets/parrots.jpg
 PROMPT ?= a cat
 WORKERS ?= 2
+N ?= 5000
+SEED ?= 0
 
 BIN := $(VENV)/bin
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
@@ -22,7 +24,7 @@ RESULTS ?= docs/results/embedded
 EVALUATE := $(BIN)/python scripts/evaluate.py
 EVALUATION := scripts/configs/embedded_evaluation
 
-.PHONY: help setup demo style quality test docs browser-test screenshots figures bench bench-gpu bench-embedded results reproduce clean
+.PHONY: help setup demo style quality test peer-tests fuzz docs browser-test screenshots figures bench bench-gpu bench-embedded results reproduce clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -53,6 +55,12 @@ quality: setup  ## check lint, format and types
 test: setup  ## run the whole test suite, in WORKERS processes of one thread each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
+peer-tests: $(VENV)/.installed-peer  ## run the model tests of the installed Transformers on our classes
+	$(BIN)/python scripts/peer_tests.py --workers $(WORKERS)
+
+fuzz: setup  ## try N hostile inputs at each door: public calls, saved folders, image files
+	PYTHONPATH=tests $(BIN)/python tests/fuzz/doors.py --inputs $(N) --seed $(SEED)
+
 docs: $(VENV)/.installed-docs  ## build the documentation site into site/; every warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
@@ -66,6 +74,10 @@ figures: setup  ## regenerate the figures of README and docs with the embedded m
 	$(BIN)/python scripts/draw_figures.py
 
 # Extras for the targets above, installed on first use.
+$(VENV)/.installed-peer: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[peer]"
+	touch $@
+
 $(VENV)/.installed-docs: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
 	touch $@
