@@ -6,6 +6,7 @@ import re
 import runpy
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -176,6 +177,44 @@ def test_a_missing_photo_is_named(capsys, tmp_path):
 def test_a_missing_token_file_is_named(capsys, tmp_path):
     result = run(capsys, "detokenize", "gone.json", "--output", tmp_path / "out.png")
     assert_one_line_error(result, "gone.json", "flextok tokenize")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("stream", "a cat", "--token-counts", "4", "1", "--output", "cat.webp"), ("--token-counts", "growing")),
+        (("stream", "a cat", "--token-counts", "4", "4", "--output", "cat.webp"), ("--token-counts", "growing")),
+        (("reconstruct", PHOTO, "--max-tokens", "16", "4", "--output", "sheet.png"), ("--max-tokens", "growing")),
+        (("stream", "a cat", "--frame-ms", "5", "--output", "cat.png"), ("--frame-ms", ".webp")),
+        (
+            ("generate", "", "--image", PHOTO, "--keep-tokens", "9", "--max-tokens", "8", "--output", "cat.png"),
+            ("--keep-tokens", "9", "--max-tokens", "8"),
+        ),
+        (("reconstruct", "photo.png", "--output", "photo.png"), ("`output`", "the photo itself")),
+        (("generate", "", "--image", "photo.png", "--keep-tokens", "9", "--output", "./photo.png"), ("photo itself",)),
+        (("convert", "a/b", "--text-encoder", "c/d", "--output", "new"), ("--text-encoder", "prior")),
+        (("convert", "a/b", "--prior-revision", "v1", "--output", "new"), ("--prior-revision", "prior")),
+        (("convert", "--prior", "a/b", "--revision", "v1", "--output", "new"), ("--revision", "tokenizer")),
+        (("demo", "--host", "256.1.1.1"), ("--host", "256.1.1.1")),
+    ],
+)
+def test_options_that_do_not_fit_together_are_refused_before_the_model_is_loaded(
+    capsys, tmp_path, monkeypatch, arguments, words
+):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (4, 4)).save("photo.png")
+    monkeypatch.setitem(sys.modules, "flextok_hf.cli.commands", None)  # importing it would fail
+    assert_one_line_error(run(capsys, *arguments), *words)
+    assert Image.open("photo.png").size == (4, 4)
+
+
+def test_a_port_in_use_is_refused_before_the_model_is_loaded(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flextok_hf.cli.commands", None)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert_one_line_error(run(capsys, "demo", "--port", port), "--port", str(port), "in use")
 
 
 @pytest.mark.parametrize("model", ["./nowhere", "a/b/c", "word"])

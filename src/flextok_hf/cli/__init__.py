@@ -1,4 +1,4 @@
-"""The command line: `arguments.py` parses and checks the arguments, `commands.py` runs the commands.
+"""The command line: `arguments.py` and `checks.py` parse and check the arguments, `commands.py` runs the commands.
 
 Imports every other folder, but only after the arguments have been checked: `flextok --help` does not load PyTorch.
 """

@@ -1,7 +1,7 @@
 """The command line: `flextok generate | stream | tokenize | detokenize | reconstruct | convert | demo | info`.
 
-This module parses and checks arguments. The commands are in `commands.py`, which is imported only after the arguments
-have been checked, so that mistakes are reported without waiting for PyTorch.
+This module parses arguments; `checks.py` checks them together. The commands are in `commands.py`, which is imported
+only afterwards, so that mistakes are reported without waiting for PyTorch.
 """
 
 import argparse
@@ -78,7 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     options = build_parser().parse_args(arguments)
     try:
-        check_files(options)
+        from .checks import check_options
+
+        check_options(options)
         from .commands import COMMANDS
 
         COMMANDS[options.command](options)
@@ -97,36 +99,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"flextok: error: {message}", file=sys.stderr)
         return 2
     return 0
-
-
-def check_files(options: argparse.Namespace) -> None:
-    """Check every path in the options, and resolve `options.model` to a folder or Hub id.
-
-    Raises:
-        ValueError: if an output cannot be written there, or the model is neither a folder nor a Hub id.
-        FileNotFoundError: if a photo or token file does not exist.
-    """
-    from ..embedded import resolve_model
-    from ..utils.files import IMAGE_EXTENSIONS, check_output_folder, check_output_path
-
-    if options.command == "convert":
-        check_output_folder(options.output)
-        if options.tokenizer is None and options.prior is None:
-            raise ValueError("pass a TOKENIZER, a --prior, or both")
-        return
-    if "output" in options:
-        check_output_path(options.output, (".json",) if options.command == "tokenize" else IMAGE_EXTENSIONS)
-    if (getattr(options, "image", None) is None) != (getattr(options, "keep_tokens", None) is None):
-        raise ValueError(
-            "`--image` and `--keep-tokens` go together: a photo to vary and how many tokens of it to keep"
-        )
-    photos = [*getattr(options, "photos", ()), *filter(None, [getattr(options, "image", None)])]
-    for path in photos:
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"the photo {path!r} does not exist; check the path")
-    if "ids" in options and not os.path.isfile(options.ids):
-        raise FileNotFoundError(f"the file {options.ids!r} does not exist; `flextok tokenize` makes one from a photo")
-    options.model = resolve_model(options.model)
 
 
 class PrintVersion(argparse.Action):
@@ -245,9 +217,7 @@ def _add_stream(commands) -> None:
     parser.add_argument(
         "--token-counts", type=positive_int, nargs="+", metavar="N", help="counts to show, increasing (1 2 4 ... all)"
     )
-    parser.add_argument(
-        "--frame-ms", type=positive_int, default=700, metavar="N", help="milliseconds per frame of a .webp (700)"
-    )
+    parser.add_argument("--frame-ms", type=positive_int, metavar="N", help="milliseconds per frame of a .webp (700)")
     _add_prior(parser)
     _add_decoding(parser)
     _add_shared(parser)

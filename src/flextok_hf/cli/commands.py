@@ -26,6 +26,7 @@ from .token_files import parse_token_ids, write_token_file
 
 # Maximum number of images in memory at a time; more are processed in batches.
 BATCH_SIZE = 16
+FRAME_MS = 700
 
 
 def generate(options: argparse.Namespace) -> None:
@@ -68,7 +69,7 @@ def stream(options: argparse.Namespace) -> None:
             save_image(image, frame_path)
             report(options, f"{frame_path}: {token_count_title(count)}")
     if path.suffix.lower() == ANIMATED:
-        save_animation(frames, path, options.frame_ms)
+        save_animation(frames, path, options.frame_ms or FRAME_MS)
         report(options, f"{path}: {len(frames)} frame{'s'[: len(frames) > 1]}, up to {token_count_title(count)}")
 
 
