@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cards.model_card import CardMixin
+from ..models.latents import check_token_ids, decode_latents, encode_latents
 from ..models.modeling_decoder import FlexTokFlowDecoder
 from ..models.modeling_encoder import FlexTokEncoder
 from ..models.modeling_prior import FlexTokPriorForCausalLM
@@ -29,8 +30,8 @@ from .decoder_half import DecoderHalf, StepCallback
 from .guided_velocity import GuidanceScale
 from .images import pixels_to_values, prepare_images, to_output
 from .input_checks import spread_generators
-from .latents import decode_latents, encode_latents
 from .prior_half import PriorHalf
+from .saved_folders import load_checked
 
 
 # Diffusers looks up a component's save and load methods by its package. Without these entries, a model index refers to
@@ -129,12 +130,16 @@ class FlexTokPipeline(CardMixin, PriorHalf, DecoderHalf):
         """Load a pipeline from a folder or the Hub, in float32 unless `dtype` says otherwise.
 
         The default is set here because Transformers models would keep their stored precision, and half precision,
-        which halves the download, is slow or unsupported on CPUs.
+        which halves the download, is slow or unsupported on CPUs. Pickle files (`.bin`) are read with
+        `use_safetensors=False` only.
+
+        Raises:
+            ValueError: if settings are not valid, or weights of any component are missing or do not match them.
+            OSError: if files are missing or cannot be read, or the Hub cannot be reached.
         """
         if "dtype" not in kwargs and "torch_dtype" not in kwargs:
             kwargs["dtype"] = torch.float32
-        kwargs.setdefault("use_safetensors", True)  # pickle files can run code: only on request
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return load_checked(cls, super().from_pretrained, pretrained_model_name_or_path, kwargs)
 
     @classmethod
     def from_pipe(cls, pipeline, **kwargs):
@@ -215,11 +220,11 @@ class FlexTokPipeline(CardMixin, PriorHalf, DecoderHalf):
 
         Args:
             with_vae, with_text_encoder: compile these as well.
-            options: of `torch.compile`; `fullgraph=True` and `dynamic=True` by default. The prior has its own.
+            options: of `torch.compile`; `dynamic=True` by default. The prior has its own. With `fullgraph=True`, a call
+                fails once `torch._dynamo.config.recompile_limit` is reached; without, further shapes run uncompiled.
         """
-        options = {"fullgraph": True, "dynamic": True, **options}
         for part in self._compilable_parts(with_vae, with_text_encoder):
-            part.compile(**options)
+            part.compile(**{"dynamic": True, **options})
         self.prior_options = {"cache_implementation": "static"}
 
     def disable_compile(self) -> None:
@@ -466,17 +471,15 @@ class FlexTokPipeline(CardMixin, PriorHalf, DecoderHalf):
             Token ids, (B, k) int64 in [0, codebook_size), coarsest first.
 
         Raises:
-            ValueError: if an image is damaged or has invalid values, or `max_tokens` is below 1.
+            ValueError: if an image is damaged or has invalid values, `max_tokens` is below 1, or the VAE or encoder
+                computes NaN or infinity.
             TypeError: if an image has the wrong type; see `prepare_images`.
             FileNotFoundError: if a path is not an existing file.
         """
-        token_ids = self.tokenize_pixels(prepare_images(images, self.resolution, self._execution_device), max_tokens)
+        pixel_values = prepare_images(images, self.resolution, self._execution_device)  # (B, 3, R, R)
+        token_ids = self.tokenize_pixels(pixel_values, max_tokens)
+        check_token_ids(token_ids, pixel_values, self.encoder, self.vae)
         self.maybe_free_model_hooks()
-        if (token_ids < 0).any():  # the encoder's sign of it
-            raise ValueError(
-                "The encoder's features are not finite: its weights or those of the VAE are damaged, or their precision"
-                f" ({self.encoder.dtype}) is too low. Load the model again in float32 or bfloat16."
-            )
         return token_ids
 
     @torch.no_grad()
@@ -484,6 +487,7 @@ class FlexTokPipeline(CardMixin, PriorHalf, DecoderHalf):
         """Turn pixels (B, 3, R, R), uint8 or float32 in [-1, 1], on the pipeline's device into ids (B, k).
 
         `tokenize` calls this after reading images; `bulk_tokenization.tokenize_batches` is faster for many batches.
+        Both refuse the ids -1, which stand for features that are not finite; this does not wait for the device.
         """
         num_tokens = tokens.resolve_count(max_tokens, "max_tokens", self.num_registers)
         pixel_values = pixels_to_values(pixels) if pixels.dtype == torch.uint8 else pixels
