@@ -298,8 +298,6 @@ def test_the_cache_of_a_caller_is_not_reused():
     cache = StaticCache(config=prior.config, max_cache_len=4)
     prior.generate(inputs, **condition, generator=torch.Generator(), max_new_tokens=3, **{CACHE_NAME: cache})
     assert int(cache.get_seq_length()) == 3 and prior.kept_cache is None
-    prior.generate(inputs, **condition, generator=torch.Generator(), cache_implementation="static")
-    assert prior.kept_cache is not None
 
 
 @pytest.mark.parametrize("options", [{"use_cache": False}, {"cache_implementation": "static"}, {"num_beams": 1}])
@@ -569,7 +567,7 @@ LABELS = torch.zeros(2, dtype=torch.long)
     ("text", {"input_ids": START, "encoder_hidden_states": TEXT, "encoder_attention_mask": torch.ones(2, 2)},
      "`encoder_attention_mask` must have shape"),
     ("text", {"input_ids": START, "encoder_hidden_states": TEXT, "encoder_attention_mask": NO_TEXT},
-     "`encoder_attention_mask` masks the whole text"),
+     "`encoder_attention_mask` .* masks the whole text"),
     ("text", {"input_ids": START, "encoder_hidden_states": TEXT, "class_labels": LABELS}, "has no classes"),
     ("class", {"input_ids": START}, "`class_labels` is missing"),
     ("class", {"input_ids": START, "class_labels": LABELS + NUM_CLASSES}, "`class_labels` must hold values"),
@@ -595,12 +593,12 @@ def test_forward_refuses_what_it_cannot_run(kind, arguments, message):
      "`negative_encoder_hidden_states` must have shape"),
     ("class", {}, "`class_labels` is missing"),
     ("class", {"class_labels": LABELS + NUM_CLASSES}, "`class_labels` must hold values"),
-    ("class", {"class_labels": LABELS, "max_new_tokens": NUM_TOKENS + 1}, "`max_new_tokens` asks for"),
+    ("class", {"class_labels": LABELS, "max_new_tokens": NUM_TOKENS + 1}, "`max_new_tokens` .* asks for"),
     ("class", {"class_labels": LABELS, "inputs": START, "max_new_tokens": 0}, "`max_new_tokens` must be"),
     ("class", {"class_labels": LABELS, "inputs": START - 1}, "start with `bos_token_id`"),
     ("class", {"class_labels": LABELS, "inputs": START.repeat(1, 2)}, "`inputs` must hold values"),
     ("class", {"class_labels": LABELS, "generator": [torch.Generator()]}, "`generator` is a list of 1"),
-    ("class", {"class_labels": LABELS, "guidance_scale": 2.0, "num_beams": 2}, "`num_beams` above 1"),
+    ("class", {"class_labels": LABELS, "guidance_scale": 2.0, "num_beams": 2}, "the options of beam"),
     ("class", {"class_labels": LABELS, "temprature": 2.0}, "temprature"),
     ("class", {"class_labels": LABELS, "do_sample": True, "temperature": 0.0}, "temperature"),
     ("unconditional", {"guidance_scale": 2.0}, "this model is unconditional"),

@@ -1,5 +1,7 @@
 """Configuration of the autoregressive prior."""
 
+import math
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -99,6 +101,10 @@ class FlexTokPriorConfig(PreTrainedConfig):
                 f"`projector_activation` is {self.projector_activation!r}, which Transformers does not know. Use one"
                 f" of {sorted(ACT2FN)}."
             )
+        for name in ("norm_eps", "qk_norm_eps", "initializer_range", "attention_scale"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0.0):
+                raise ValueError(f"`{name}` must be a finite number of 0 or more, got {value}.")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"`dropout` must lie in [0, 1), got {self.dropout}.")
         if self.tie_word_embeddings:

@@ -7,15 +7,17 @@ import copy
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache, EncoderDecoderCache, StaticCache
-from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerationMode, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .packed_linear import packed_weights
 from .prior_cache import CACHE_NAME, PreallocatedLayer, static_shape, with_text_cache
-from .prior_inputs import UNCONDITIONAL_LABEL, check_generate_inputs
+from .prior_inputs import UNCONDITIONAL_LABEL
+from .prior_options import check_generate_inputs, check_generator, check_options
 from .prior_sampling import (
     GuidedSampling,
     KeptSteps,
@@ -55,6 +57,7 @@ class PriorGenerationMixin(GenerationMixin):
 
         Args:
             inputs: prefixes to continue, `[BOS, t0, ...]`, (B, 1 or more); alias `input_ids`. `None` means `[BOS]`.
+                Shorter ones have padding on the left, marked by zeros in `attention_mask`, (B, 1 or more).
             generation_config: options of Transformers' `generate`; they may also be passed individually.
             guidance_scale: s in `unconditional + s * (conditional - unconditional)` on the logits (Ho and Salimans,
                 2022, https://arxiv.org/abs/2207.12598); 1 disables guidance and halves the cost. The unconditional
@@ -63,7 +66,8 @@ class PriorGenerationMixin(GenerationMixin):
                 string, (B or 1, M, text_hidden_size) and (B or 1, M); required for guidance in models with text.
             generator: random generator, by default PyTorch's global one. A list with one per row makes every row
                 independent of its batch; a single one is shared by the whole batch.
-            return_log_probs: return a `PriorGenerateOutput` with `log_probs`.
+            return_log_probs: return a `PriorGenerateOutput` with `log_probs`. Like guidance and `generator`, it is for
+                greedy decoding and sampling: neither beams, assistants nor streamers.
             kwargs: conditions as in `forward` (`encoder_hidden_states`, `encoder_attention_mask`, `class_labels`) and
                 options such as `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`, `num_return_sequences`,
                 `cache_implementation="static"`, `use_cache`. One more is for models with classes and without
@@ -81,13 +85,15 @@ class PriorGenerationMixin(GenerationMixin):
         guidance_scale = options.guidance_scale if guidance_scale is None else guidance_scale
         options.guidance_scale = 1.0  # applied here: Transformers' own guidance drops the conditions
         negative = (negative_encoder_hidden_states, negative_encoder_attention_mask)
+        check_generator(generator)
         check_generate_inputs(self.config, inputs, conditions, guidance_scale, negative, options.class_zero_guidance)
+        text = conditions.get("encoder_hidden_states")
+        if text is not None and text.dtype != self.dtype and not torch.is_autocast_enabled(self.device.type):
+            raise ValueError(f"`encoder_hidden_states` is {text.dtype}, not {self.dtype}: use `.to(prior.dtype)`.")
+        mark_padding(conditions)
         if guidance_scale != 1.0 or generator is not None or return_log_probs:
-            if given or (options.num_beams or 1) > 1:
-                raise ValueError(
-                    f"`guidance_scale`, `generator` and `return_log_probs` cannot be combined with {sorted(given)}"
-                    " or `num_beams` above 1. Use one or the other."
-                )
+            if given:
+                raise ValueError(NOT_COMBINED.format(", ".join(f"`{name}`" for name in given)))
             flags = (return_log_probs, options.class_zero_guidance, conditions.get(CACHE_NAME) is None)
             sampling = GuidedSampling(guidance_scale, generator, *flags)
             if guidance_scale != 1.0:
@@ -101,7 +107,10 @@ class PriorGenerationMixin(GenerationMixin):
         self, generation_config: GenerationConfig | None, kwargs: dict
     ) -> tuple[GenerationConfig, dict]:
         """Combine the options of one call with the prior's defaults; returns them and the remaining arguments."""
+        if generation_config is not None and not isinstance(generation_config, GenerationConfig):
+            raise TypeError(f"`generation_config` must be a `GenerationConfig`, got {generation_config!r}.")
         options = GenerationConfig() if generation_config is None else copy.deepcopy(generation_config)
+        check_options({**vars(options), **kwargs})
         conditions = options.update(**kwargs)
 
         def is_unset(name: str) -> bool:
@@ -130,6 +139,10 @@ class PriorGenerationMixin(GenerationMixin):
         **model_kwargs,
     ) -> Tensor | PriorGenerateOutput:
         """Transformers' sampling loop with guidance and a generator; `generate` prepares its arguments."""
+        mode = generation_config.get_generation_mode()
+        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            raise ValueError(NOT_COMBINED.format(f"the options of {mode.value.replace('_', ' ')}"))
+        first = {"inputs_embeds": model_kwargs["inputs_embeds"]} if "inputs_embeds" in model_kwargs else {}
         model_kwargs = given_inputs(model_kwargs)
         batch_size = input_ids.shape[0]
         if isinstance(sampling.generator, list) and len(sampling.generator) != batch_size:
@@ -140,7 +153,7 @@ class PriorGenerationMixin(GenerationMixin):
         first_unconditional = None
         if sampling.is_guided:
             if sampling.class_zero_guidance:
-                first_unconditional = self.unconditional_logits(input_ids, model_kwargs)
+                first_unconditional = self.unconditional_logits(first or {"input_ids": input_ids}, model_kwargs)
             double_batch(model_kwargs, sampling, batch_size)
         compiled = self._valid_auto_compile_criteria(model_kwargs, generation_config)
         if compiled and sampling.owns_cache:
@@ -150,10 +163,13 @@ class PriorGenerationMixin(GenerationMixin):
         rows = UnfinishedRows(stopping_criteria, pad_token_id, batch_size, input_ids.device)
 
         cache = model_kwargs.get(CACHE_NAME)
-        forward, new_ids = self, input_ids if cache is None else input_ids[:, int(cache.get_seq_length()) :]
+        forward = self
+        step = first or {"input_ids": input_ids if cache is None else input_ids[:, int(cache.get_seq_length()) :]}
         kept = KeptSteps(generation_config, sampling.return_log_probs)
         while input_ids.shape[1] < generation_config.max_length:
-            output = forward(new_ids.repeat(2, 1) if sampling.is_guided else new_ids, **model_kwargs)
+            if sampling.is_guided:
+                step = {name: torch.cat([value, value]) for name, value in step.items()}
+            output = forward(**step, **model_kwargs)
             logits = output.logits[:, -1].to(torch.float32, copy=True)  # (2 B or B, V); CUDA graphs reuse the buffer
             if sampling.is_guided:
                 conditional, unconditional = logits.chunk(2)
@@ -165,7 +181,9 @@ class PriorGenerationMixin(GenerationMixin):
             kept.add(output, logits, scores, next_ids, rows.is_open)
             next_ids = rows.fill(next_ids)
             input_ids = torch.cat([input_ids, next_ids], dim=1)
-            forward, new_ids = next_forward, input_ids if cache is None else next_ids
+            forward, step = next_forward, {"input_ids": input_ids if cache is None else next_ids}
+            if "attention_mask" in model_kwargs:
+                model_kwargs["attention_mask"] = F.pad(model_kwargs["attention_mask"], (0, 1), value=1)
             if rows.all_done(input_ids, scores):
                 break
         if generation_config.return_dict_in_generate or sampling.return_log_probs:
@@ -174,13 +192,14 @@ class PriorGenerationMixin(GenerationMixin):
             self.keep_cache(cache)
         return input_ids
 
-    def unconditional_logits(self, input_ids: Tensor, model_kwargs: dict) -> Tensor | None:
+    def unconditional_logits(self, prefix: dict[str, Tensor], model_kwargs: dict) -> Tensor | None:
         """Return logits (B, V) of the first new token without a class, or `None` if this is a later token."""
         cache = model_kwargs.get(CACHE_NAME)
         if cache is not None and cache.get_seq_length() > 0:
             return None
         no_class = torch.full_like(model_kwargs["class_labels"], UNCONDITIONAL_LABEL)
-        return self(input_ids, class_labels=no_class, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+        prefix = {**prefix, "attention_mask": model_kwargs.get("attention_mask")}
+        return self(**prefix, class_labels=no_class, use_cache=False, logits_to_keep=1).logits[:, -1].float()
 
     def prepare_inputs_for_generation(
         self,
@@ -188,21 +207,36 @@ class PriorGenerationMixin(GenerationMixin):
         next_sequence_length: int | None = None,
         is_first_iteration: bool = False,
         inputs_embeds: Tensor | None = None,
+        is_padded: bool = False,
         **kwargs,
     ) -> dict:
         """Arguments of `forward` for the next step: what the cache does not hold yet."""
+        kwargs["is_padded"] = is_padded
         if inputs_embeds is not None and is_first_iteration:
             return {"inputs_embeds": inputs_embeds, **given_inputs(kwargs)}
         cache = kwargs.get(CACHE_NAME)
-        past_length = 0 if cache is None else int(cache.get_seq_length())
-        if past_length >= input_ids.shape[1]:
+        length = input_ids.shape[1]
+        if next_sequence_length is None:  # otherwise known without reading a device
+            next_sequence_length = length - (0 if cache is None else int(cache.get_seq_length()))
+        if next_sequence_length <= 0:
             raise ValueError(
-                f"`{CACHE_NAME}` holds {past_length} positions, but only {input_ids.shape[1]} ids were passed. Pass"
-                " the whole sequence, also what the cache holds, and at least one id more."
+                f"`{CACHE_NAME}` holds {length - next_sequence_length} positions, but only {length} ids were passed."
+                " Pass the whole sequence, also what the cache holds, and at least one id more."
             )
-        new_ids = input_ids[:, past_length if next_sequence_length is None else -next_sequence_length :]
+        new_ids = input_ids[:, -next_sequence_length:]
         # cloned: a slice of one row has a stride of its own, for which a compiled step would compile again
         return {"input_ids": new_ids.clone(memory_format=torch.contiguous_format), **given_inputs(kwargs)}
+
+    def _get_candidate_generator(self, *args, **kwargs):
+        generator = super()._get_candidate_generator(*args, **kwargs)
+        propose, longest = generator.get_candidates, self.config.max_position_embeddings
+
+        def get_candidates(*args, **kwargs):
+            token_ids, logits = propose(*args, **kwargs)
+            return token_ids[:, :longest], logits  # prompt lookup proposes more than there are positions
+
+        generator.get_candidates = get_candidates
+        return generator
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
         is_own = CACHE_NAME not in model_kwargs
@@ -225,7 +259,7 @@ class PriorGenerationMixin(GenerationMixin):
 
         A CUDA graph is tied to the memory addresses of its cache, so a new cache would need a new capture.
         """
-        cache, kept = model_kwargs[CACHE_NAME], vars(self).pop("kept_cache", None)  # at once: for one of the threads
+        cache, kept = model_kwargs[CACHE_NAME], self.__dict__.pop("kept_cache", None)  # at once: for one thread
         is_empty = int(cache.get_seq_length()) == 0  # and does not continue an earlier call
         text = model_kwargs.get("encoder_hidden_states")
         shape = (num_rows, 0 if text is None else text.shape[1], self.dtype, self.device)
@@ -235,16 +269,17 @@ class PriorGenerationMixin(GenerationMixin):
         return cache
 
     def keep_cache(self, cache: Cache | None) -> None:
-        """Keep a static cache, no longer in use, for the next call."""
-        self.kept_cache = cache if cache is not None and cache.is_compileable else None
+        """Keep a static cache, no longer in use, for the next call of a compiled step; `None` frees the memory."""
+        is_needed = cache is not None and cache.is_compileable and hasattr(self, "_compiled_call")
+        self.kept_cache = cache if is_needed else None
 
     def _validate_generated_length(self, generation_config, input_ids_length: int, *args, **kwargs) -> None:
         super()._validate_generated_length(generation_config, input_ids_length, *args, **kwargs)
         max_tokens = self.config.max_position_embeddings
         if generation_config.max_length > max_tokens + 1:  # the start token counts as well
             raise ValueError(
-                f"`max_new_tokens` asks for sequences of {generation_config.max_length - 1} tokens, but the model's"
-                f" maximum is {max_tokens} (`max_position_embeddings`). Use fewer, or leave it out to get all."
+                f"`max_new_tokens` or `max_length` asks for {generation_config.max_length - 1} tokens, but"
+                f" the model's maximum is {max_tokens} (`max_position_embeddings`). Use fewer, or leave it out."
             )
 
 
@@ -258,14 +293,23 @@ FORWARD_INPUTS = (
     "use_cache",
     "logits_to_keep",
 )
+NOT_COMBINED = "`guidance_scale`, `generator` and `return_log_probs` cannot be combined with {}. Use one or the other."
 LOOP_ARGUMENTS = ("streamer", "assistant_model", "custom_generate")  # these select another loop of Transformers
 # arguments of Transformers' `generate` that are neither options nor model inputs
 GENERATE_OBJECTS = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus")
 
 
+def mark_padding(conditions: dict) -> None:
+    """Keep an attention mask (B, L) only if it hides something, and mark it: the libraries' own hide nothing."""
+    padding = conditions.pop("attention_mask", None)
+    if padding is not None and not padding.bool().all():
+        conditions.update(attention_mask=padding, is_padded=True)
+
+
 def given_inputs(kwargs: dict) -> dict:
     """Return those arguments of a step that `forward` takes."""
-    return {name: kwargs[name] for name in FORWARD_INPUTS if name in kwargs}
+    names = (*FORWARD_INPUTS, "attention_mask") if kwargs.get("is_padded") else FORWARD_INPUTS
+    return {name: kwargs[name] for name in names if name in kwargs}
 
 
 def text_multiple(generation_config: GenerationConfig, conditions: dict) -> int:

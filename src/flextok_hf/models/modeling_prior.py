@@ -20,11 +20,12 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from ..utils.numbers import is_whole_number
 from .configuration_prior import FlexTokPriorConfig
 from .generation_prior import PriorGenerationMixin
 from .packed_linear import linear, packable
 from .prior_cache import CACHE_NAME, prepare_cache
-from .prior_inputs import UNCONDITIONAL_LABEL, PriorInputs, check_forward_inputs
+from .prior_inputs import UNCONDITIONAL_LABEL, PriorInputs, check_forward_inputs, check_targets
 from .prior_layers import PriorBlock, TextProjector, make_norm
 from .whole_weights import WholeWeightsMixin
 
@@ -33,7 +34,7 @@ HEAD_NORM_EPS = 1e-6  # of the norm that published models may have before the ou
 
 
 class ForwardOfTrainer:
-    """Descriptor of a `forward` whose parameter `class_labels` is a condition.
+    """Descriptor of a `forward` whose parameters `class_labels` and `shift_labels` are not what `Trainer` looks for.
 
     `Trainer` takes every parameter of the class's `forward` with "label" in its name for a target. It finds only
     `labels` there, and the whole signature on instances, which says which columns to keep.
@@ -42,7 +43,7 @@ class ForwardOfTrainer:
     def __init__(self, function: Callable):
         functools.update_wrapper(self, function)
         signature = inspect.signature(function)
-        targets = [item for name, item in signature.parameters.items() if name != "class_labels"]
+        targets = [item for name, item in signature.parameters.items() if name == "labels" or "label" not in name]
         self.__signature__ = signature.replace(parameters=targets)
         self.function = function
 
@@ -71,6 +72,7 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
     _can_compile_fullgraph = True
 
     def __init__(self, config: FlexTokPriorConfig):
+        config.validate_architecture()  # again: fields may have been set since
         super().__init__(config)
         # not derived from `config`, as Transformers does: that would lose options that only our `generate` knows
         self.generation_config = GenerationConfig(
@@ -112,6 +114,19 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.head = new_embeddings
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+        """Refuse any other size than the present one: ids are those of the tokenizer's codebook."""
+        if new_num_tokens in (None, self.token_embedding.num_embeddings):
+            return self.token_embedding
+        raise ValueError(
+            f"`resize_token_embeddings` to {new_num_tokens} is not possible: the {self.config.codebook_size} ids are"
+            " the tokenizer's codes, and the last row is the start vector. Make a model of another `codebook_size`."
+        )
+
+    def _apply(self, *args, **kwargs):
+        self.keep_cache(None)  # of the old device and precision
+        return super()._apply(*args, **kwargs)
+
     def prepend_bos(self, token_ids: Tensor) -> Tensor:
         """Turn token ids (B, k), k >= 0, into `input_ids` (B, k + 1), a prefix to continue or a training row."""
         return F.pad(token_ids, (1, 0), value=self.config.bos_token_id)
@@ -149,6 +164,7 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        shift_labels: Tensor | None = None,
     ) -> CausalLMOutputWithPast:
         """Predict the next token at every position.
 
@@ -167,11 +183,14 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
             attention_mask: (B, S), 1 for tokens so far and 0 for padding on the left.
             position_ids: (1 or B, L); by default what follows the cache, not counting padding.
             inputs_embeds: (B, L, D), embedded tokens instead of `input_ids`.
-            output_hidden_states, output_attentions: return them; attentions need the eager implementation.
+            output_hidden_states, output_attentions: return them; attention is then computed in plain PyTorch.
+            shift_labels: (B, L), the target of each input instead of `labels`, -100 is ignored.
         """
+        labels = labels if shift_labels is None else None
         inputs = PriorInputs(input_ids, inputs_embeds, labels, attention_mask, position_ids)
         text, cache = (encoder_hidden_states, encoder_attention_mask), past_key_values if cache is None else cache
         check_forward_inputs(self.config, inputs, *text, class_labels, cache)
+        check_targets(shift_labels, logits_to_keep, inputs)
         is_full = cache is None and inputs.length > self.config.max_position_embeddings
         inputs = inputs.without_last() if is_full or labels is not None else inputs
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
@@ -179,13 +198,12 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
         hidden_states, all_states, all_weights = self.run_blocks(
             inputs, *text, class_labels, cache, output_hidden_states, output_attentions
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        kept = slice(-logits_to_keep, None) if is_whole_number(logits_to_keep) else logits_to_keep
         if is_full and labels is None:
             hidden_states = F.pad(hidden_states, (0, 0, 0, 1))
         logits = linear(self.head, self.head_norm(hidden_states[:, kept]))  # (B, L, V)
-        loss = None
-        if labels is not None:
-            targets = labels[:, 1:].contiguous()
+        loss, targets = None, labels[:, 1:].contiguous() if labels is not None else shift_labels
+        if targets is not None:
             loss = self.loss_function(
                 logits, None, self.config.codebook_size, num_items_in_batch, shift_labels=targets
             )
@@ -205,8 +223,6 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
         """Return normalized hidden states (B, L, D), those of all blocks and all attentions if asked for."""
         keeps_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         keeps_weights = self.config.output_attentions if output_attentions is None else output_attentions
-        if keeps_weights and self.config._attn_implementation in (None, "sdpa"):
-            raise ValueError('`output_attentions` needs `model.set_attn_implementation("eager")`: others keep none.')
         positions, attention_mask, is_causal = plan_attention(inputs, cache)
         token_states = self.token_embedding(inputs.ids) if inputs.embeds is None else inputs.embeds
         hidden_states = self.embed(token_states, positions, class_labels)  # (B, L, D)
@@ -214,12 +230,13 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
         if self.config.text_hidden_size is not None and not has_cached_text(cache):
             text_states = self.project_text(encoder_hidden_states)  # (B, M, D)
         text_mask = None if encoder_attention_mask is None else encoder_attention_mask[:, None, None].bool()
-        masks = {"attention_mask": attention_mask, "is_causal": is_causal, "text_mask": text_mask}
+        common = {"attention_mask": attention_mask, "is_causal": is_causal, "text_mask": text_mask}
+        common |= {"cache": cache, "needs_weights": keeps_weights}
         states, attentions = [], []
         for block in self.blocks:
             if keeps_states:  # otherwise each is freed when the next block is done
                 states.append(hidden_states)
-            hidden_states, weights = block(hidden_states, text_states, **masks, cache=cache)
+            hidden_states, weights = block(hidden_states, text_states, **common)
             if keeps_weights:
                 attentions.append(weights)
         hidden_states = self.norm(hidden_states)

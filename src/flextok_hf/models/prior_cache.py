@@ -5,7 +5,6 @@ Letters: B batch, S keys so far.
 
 from dataclasses import fields
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -48,7 +47,7 @@ class PreallocatedLayer(DynamicLayer):
         is_view = buffer is not None and (states.data_ptr(), states.shape[0]) == (buffer.data_ptr(), buffer.shape[0])
         if buffer is None or not is_view or end > buffer.shape[-2]:
             capacity = max(self.capacity, 2 * start, end)
-            buffer = torch.empty(*new.shape[:-2], capacity, new.shape[-1]).to(new)
+            buffer = new.new_empty(*new.shape[:-2], capacity, new.shape[-1])
             if start:
                 buffer[..., :start, :] = states
             self.buffers[index] = buffer

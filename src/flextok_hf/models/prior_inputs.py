@@ -1,16 +1,21 @@
 """Input checks of the prior: shapes always, values only where reading them does not stall an accelerator."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from ..utils.numbers import is_whole_number
 from .configuration_prior import FlexTokPriorConfig
 
 
 UNCONDITIONAL_LABEL = -1  # class label that adds nothing
 IGNORED_LABEL = -100  # target that the loss ignores, as in Transformers
+
+# name of an input, its values, the smallest and the largest that is allowed, and what they mean
+RangeCheck = tuple[str, Tensor, float, float, str]
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ def check_forward_inputs(
 ) -> None:
     """Raise an error if a model of this configuration cannot run on these inputs (see its `forward`)."""
     check_sequences(config, inputs)
+    check_cache(cache)
     if inputs.labels is not None:
         check_labels(config, inputs.values[:, :, 0] if inputs.ids is None else inputs.ids, inputs.labels, cache)
     past_length = 0 if cache is None else cache.get_seq_length()
@@ -74,27 +80,31 @@ def check_forward_inputs(
     check_text(config, batch_size, encoder_hidden_states, encoder_attention_mask, is_start)
     check_classes(config, batch_size, class_labels, is_start)
     mask = inputs.attention_mask
-    if mask is not None and isinstance(past_length, int) and mask.shape != (batch_size, past_length + inputs.length):
+    if mask is not None and isinstance(past_length, int):
+        check_mask(mask, (batch_size, past_length + inputs.length))
+    positions = inputs.position_ids
+    shapes = [(rows, inputs.length) for rows in (1, batch_size)]
+    if positions is not None and (tuple(positions.shape) not in shapes or not is_integer(positions)):
         raise ValueError(
-            f"`attention_mask` must have the shape ({batch_size}, {past_length + inputs.length}), batch and positions"
-            f" so far, got {tuple(mask.shape)}."
+            f"`position_ids` must be integers of shape {shapes[0]} or {shapes[1]}, got {positions.dtype} of shape"
+            f" {tuple(positions.shape)}."
         )
     if not torch.compiler.is_compiling() and inputs.device.type == "cpu":  # elsewhere reading values would stall
+        ranges = condition_ranges(config, encoder_attention_mask, class_labels)
         if inputs.ids is not None:
-            check_range("input_ids", inputs.ids, 0, config.codebook_size + 1, "The largest is `bos_token_id`.")
-        if inputs.position_ids is not None:
-            check_range("position_ids", inputs.position_ids, 0, config.max_position_embeddings, "BOS stands at 0.")
-        check_condition_values(config, encoder_attention_mask, class_labels)
+            ranges.append(("input_ids", inputs.ids, 0, config.codebook_size, "The largest is `bos_token_id`."))
+        if positions is not None:
+            ranges.append(("position_ids", positions, 0, config.max_position_embeddings - 1, "BOS stands at 0."))
+        check_ranges(ranges)
 
 
 def check_sequences(config: FlexTokPriorConfig, inputs: PriorInputs) -> None:
     """Raise an error unless there are either ids (B, L) or embeddings (B, L, D)."""
-    if (inputs.ids is None) == (inputs.embeds is None):
-        raise ValueError("Pass either `input_ids` or `inputs_embeds`, and not both.")
-    for name, value in (("input_ids", inputs.ids), ("inputs_embeds", inputs.embeds)):
-        if value is not None and not isinstance(value, Tensor):
-            raise TypeError(f"`{name}` must be a tensor, got {type(value).__name__}.")
     ids, embeds = inputs.ids, inputs.embeds
+    if (ids is None) == (embeds is None):
+        raise ValueError("Pass either `input_ids` or `inputs_embeds`, and not both.")
+    check_tensors(input_ids=ids, inputs_embeds=embeds, labels=inputs.labels)
+    check_tensors(attention_mask=inputs.attention_mask, position_ids=inputs.position_ids)
     if ids is not None and (ids.ndim != 2 or ids.shape[1] == 0 or not is_integer(ids)):
         raise ValueError(
             f"`input_ids` must be integers of shape (batch, length) with length 1 or more, got {ids.dtype} of"
@@ -107,58 +117,27 @@ def check_sequences(config: FlexTokPriorConfig, inputs: PriorInputs) -> None:
         )
 
 
-def check_generate_inputs(
+def condition_ranges(
     config: FlexTokPriorConfig,
-    inputs: Tensor | None,
-    conditions: dict,
-    guidance_scale: float,
-    negative: tuple[Tensor | None, Tensor | None],
-    class_zero_guidance: bool = False,
-) -> None:
-    """Raise an error if `generate` cannot run on these arguments; values are checked too, once per call."""
-    text, mask = conditions.get("encoder_hidden_states"), conditions.get("encoder_attention_mask")
-    labels = conditions.get("class_labels")
-    batch_size = next((value.shape[0] for value in (inputs, text, labels) if value is not None), 1)
-    padding = conditions.get("attention_mask")
-    if padding is not None and not padding.bool().all():
-        raise ValueError("`attention_mask` hides positions, but sequences to continue start with `bos_token_id`.")
-    check_text(config, batch_size, text, mask, is_start=True)
-    check_classes(config, batch_size, labels, is_start=True)
-    check_condition_values(config, mask, labels)
-    if inputs is not None:
-        if inputs.ndim != 2 or inputs.shape[1] == 0 or (inputs[:, 0] != config.bos_token_id).any():
-            raise ValueError(
-                f"`inputs` must have shape (batch, 1 or more) and start with `bos_token_id` ({config.bos_token_id})."
-                " For plain token ids, pass `model.prepend_bos(token_ids)`."
-            )
-        check_range("inputs", inputs[:, 1:], 0, config.codebook_size, "Only the first may be `bos_token_id`.")
-    if class_zero_guidance and (config.num_classes is None or config.text_hidden_size is not None):
-        raise ValueError(
-            "`class_zero_guidance` is for models with classes and without text, the only ones ever sampled with it."
-            " Leave it out."
-        )
-    if guidance_scale == 1.0:
-        return
-    if text is None and labels is None:
-        raise ValueError(f"`guidance_scale` is {guidance_scale}, but this model is unconditional. Use 1.")
-    if text is not None:
-        rows = 1 if negative[0] is not None and negative[0].shape[0] == 1 else batch_size
-        check_text(config, rows, *negative, is_start=True, name="negative_encoder")
-        check_condition_values(config, negative[1], None, name="negative_encoder")
-
-
-def check_condition_values(
-    config: FlexTokPriorConfig, attention_mask: Tensor | None, class_labels: Tensor | None, name: str = "encoder"
-) -> None:
-    """Raise an error unless every row of a text mask (B, M) keeps a token, and every label is -1 or a class."""
-    if attention_mask is not None and not attention_mask.bool().any(dim=1).all():
-        raise ValueError(
-            f"`{name}_attention_mask` masks the whole text of a row. Even the empty prompt has one token: tokenize ''"
-            " and pass its mask."
-        )
+    attention_mask: Tensor | None,
+    class_labels: Tensor | None,
+    hidden_states: Tensor | None = None,
+    name: str = "encoder",
+) -> list[RangeCheck]:
+    """Checks of a text mask (B, M), labels (B,) and, if given, text states (B, M, text_hidden_size)."""
+    ranges: list[RangeCheck] = []
+    if attention_mask is not None:
+        kept = attention_mask.bool().any(dim=1)
+        remedy = "It masks the whole text of a row. Even the empty prompt has a token: tokenize '' and pass its mask."
+        ranges.append((f"{name}_attention_mask", attention_mask, 0, 1, "1 is for text and 0 for padding."))
+        ranges.append((f"{name}_attention_mask", kept, 1, 1, remedy))
     if class_labels is not None and config.num_classes is not None:
         remedy = f"{UNCONDITIONAL_LABEL} means no class."
-        check_range("class_labels", class_labels, UNCONDITIONAL_LABEL, config.num_classes, remedy)
+        ranges.append(("class_labels", class_labels, UNCONDITIONAL_LABEL, config.num_classes - 1, remedy))
+    if hidden_states is not None:
+        largest = torch.finfo(hidden_states.dtype).max
+        ranges.append((f"{name}_hidden_states", hidden_states, -largest, largest, "They are not finite."))
+    return ranges
 
 
 def check_labels(config: FlexTokPriorConfig, input_ids: Tensor, labels: Tensor, cache: Cache | None) -> None:
@@ -171,8 +150,25 @@ def check_labels(config: FlexTokPriorConfig, input_ids: Tensor, labels: Tensor, 
         )
     if not torch.compiler.is_compiling() and labels.device.type == "cpu":
         targets = labels[:, 1:]  # the first is the start id, which is never predicted
-        check_range(
-            "labels", targets[targets != IGNORED_LABEL], 0, config.codebook_size, f"Use {IGNORED_LABEL} to ignore one."
+        kept = torch.where(targets == IGNORED_LABEL, 0, targets)
+        check_ranges([("labels", kept, 0, config.codebook_size - 1, f"Use {IGNORED_LABEL} to ignore one.")])
+
+
+def check_targets(shift_labels: Tensor | None, logits_to_keep: Any, inputs: PriorInputs) -> None:
+    """Raise an error unless `logits_to_keep` says which logits (B, L, V) to compute, and `shift_labels` are theirs."""
+    check_tensors(shift_labels=shift_labels)
+    is_count = is_whole_number(logits_to_keep) and logits_to_keep >= 0
+    if not is_count and not (isinstance(logits_to_keep, Tensor) and is_integer(logits_to_keep)):
+        raise TypeError(
+            f"`logits_to_keep` must be a whole number of 0 or more, or positions in a tensor, got {logits_to_keep!r}."
+        )
+    has_targets = inputs.labels is not None or shift_labels is not None
+    if has_targets and not (is_count and logits_to_keep == 0):
+        raise ValueError("`logits_to_keep` cannot be combined with `labels`, whose loss is over all positions.")
+    if shift_labels is not None and shift_labels.shape != inputs.values.shape[:2]:
+        raise ValueError(
+            f"`shift_labels` must have the shape {tuple(inputs.values.shape[:2])}, one target for each input, got"
+            f" {tuple(shift_labels.shape)}."
         )
 
 
@@ -186,6 +182,7 @@ def check_text(
 ) -> None:
     """Raise an error unless text states (B, M, text_hidden_size) and mask (B, M) fit; required only at the start."""
     states_name, mask_name = f"{name}_hidden_states", f"{name}_attention_mask"
+    check_tensors(**{states_name: hidden_states, mask_name: attention_mask})
     if config.text_hidden_size is None:
         if hidden_states is not None or attention_mask is not None:
             raise ValueError(
@@ -201,11 +198,13 @@ def check_text(
     elif (
         hidden_states.ndim != 3
         or hidden_states.shape[1] == 0
+        or not hidden_states.is_floating_point()
         or (hidden_states.shape[0], hidden_states.shape[2]) != (batch_size, config.text_hidden_size)
     ):
         raise ValueError(
-            f"`{states_name}` must have shape ({batch_size}, text length, {config.text_hidden_size}), got"
-            f" {tuple(hidden_states.shape)}. Use the text encoder this model was trained with, one text per row."
+            f"`{states_name}` must have shape ({batch_size}, text length, {config.text_hidden_size}) and floats, got"
+            f" {hidden_states.dtype} of shape {tuple(hidden_states.shape)}. Use the text encoder this model was"
+            " trained with, one text per row."
         )
     if attention_mask is not None and hidden_states is not None and attention_mask.shape != hidden_states.shape[:2]:
         raise ValueError(
@@ -216,6 +215,7 @@ def check_text(
 
 def check_classes(config: FlexTokPriorConfig, batch_size: int, class_labels: Tensor | None, is_start: bool) -> None:
     """Raise an error unless class labels (B,) fit; required only at the start."""
+    check_tensors(class_labels=class_labels)
     if config.num_classes is None:
         if class_labels is not None:
             raise ValueError(
@@ -235,16 +235,42 @@ def check_classes(config: FlexTokPriorConfig, batch_size: int, class_labels: Ten
         )
 
 
-def check_range(name: str, values: Tensor, low: int, high: int, remedy: str) -> None:
-    """Raise an error unless all values lie in [low, high)."""
-    if values.numel() == 0:
-        return
-    smallest, largest = (value.item() for value in values.aminmax())
-    if smallest < low or largest >= high:
+def check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise an error unless a padding mask has the shape (B, S)."""
+    if mask.shape != shape:
         raise ValueError(
-            f"`{name}` must hold values in [{low}, {high}), got values from {smallest} to {largest}. {remedy}"
+            f"`attention_mask` must have the shape {shape}, batch and positions so far, got {tuple(mask.shape)}."
         )
 
 
+def check_cache(cache: Any) -> None:
+    """Raise an error unless this is a cache of Transformers or `None`."""
+    if cache is not None and not isinstance(cache, Cache):
+        raise TypeError(f"`cache` (`past_key_values`) must be a Transformers `Cache`, got {type(cache).__name__}.")
+
+
+def check_tensors(**values: Any) -> None:
+    """Raise an error unless every value is a tensor or `None`."""
+    for name, value in values.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"`{name}` must be a tensor, got {type(value).__name__}.")
+
+
+def check_ranges(ranges: list[RangeCheck]) -> None:
+    """Raise an error unless all values lie in their ranges; a device is read once for all of them."""
+    ranges = [each for each in ranges if each[1].numel()]
+    if not ranges:
+        return
+    device = ranges[0][1].device
+    extremes = torch.stack([torch.stack(values.float().aminmax()).to(device) for _, values, *_ in ranges]).tolist()
+    for (name, _, low, high, remedy), (smallest, largest) in zip(ranges, extremes, strict=True):
+        if not (low <= smallest and largest <= high):  # false for NaN, too
+            raise ValueError(
+                f"`{name}` must hold values from {low:g} to {high:g}, got values from {smallest:g} to {largest:g}."
+                f" {remedy}"
+            )
+
+
 def is_integer(values: Tensor) -> bool:
-    return not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
+    """Whether an embedding accepts these values."""
+    return values.dtype in (torch.int32, torch.int64)

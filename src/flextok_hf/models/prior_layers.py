@@ -58,28 +58,41 @@ class CausalSelfAttention(nn.Module):
         self.key_norm = make_qk_norm(config, config.qk_norm)
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, is_causal: bool, cache: Cache | None
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        is_causal: bool,
+        cache: Cache | None,
+        needs_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Mix (B, L, D) with the cached positions; `attention_mask` (B or 1, 1, L, S) is true where attention goes.
 
         Returns:
-            New states (B, L, D), and the attention weights (B, heads, L, S) of an implementation that has them.
+            New states (B, L, D), and the attention weights (B, heads, L, S) if they are needed or there anyway.
         """
         query, key, value = linear(self.qkv_proj, hidden_states).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
         query, key = self.query_norm(query), self.key_norm(key)  # (B, L, heads, head_dim)
         if cache is not None:
             key, value = update_cache(cache, key, value, self.layer_idx)  # (B, S, heads, head_dim)
-        context, weights = self.attend(query, key, value, attention_mask, is_causal)  # (B, L, heads, head_dim)
+        mask = (attention_mask, is_causal, needs_weights)
+        context, weights = self.attend(query, key, value, *mask)  # (B, L, heads, head_dim)
         return linear(self.out_proj, context.flatten(-2)), weights  # (B, L, D)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, is_causal: bool
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        is_causal: bool,
+        needs_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Run the implementation that `set_attn_implementation` chose; returns context and weights, if it has them."""
         implementation = self.config._attn_implementation
-        if implementation in (None, "sdpa"):
+        is_fused = implementation in (None, "sdpa")  # these kernels keep no weights
+        if is_fused and not needs_weights:
             return attend(query, key, value, attention_mask, self.scale, is_causal), None
-        if implementation == "eager":
+        if is_fused or implementation == "eager":
             return attend_eagerly(query, key, value, attention_mask, self.scale, is_causal)
         interface = ALL_ATTENTION_FUNCTIONS[implementation]  # registered by the user
         states = (states.transpose(1, 2) for states in (query, key, value))
@@ -170,6 +183,7 @@ class PriorBlock(GradientCheckpointingLayer):
         is_causal: bool = False,
         text_mask: Tensor | None = None,
         cache: Cache | None = None,
+        needs_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Refine the sequence.
 
@@ -180,12 +194,13 @@ class PriorBlock(GradientCheckpointingLayer):
             is_causal: use the kernel's own causal mask instead.
             text_mask: (B, 1, 1, M) boolean, true where there is text.
             cache: keys and values so far, extended in place.
+            needs_weights: compute the weights of self-attention, which the default kernels do not keep.
 
         Returns:
-            New hidden states, (B, L, D), and the weights of self-attention if the implementation has them.
+            New hidden states, (B, L, D), and the weights of self-attention, (B, heads, L, S), if there are any.
         """
         normed = self.self_attention_norm(hidden_states)
-        update, weights = self.self_attention(normed, attention_mask, is_causal, cache)
+        update, weights = self.self_attention(normed, attention_mask, is_causal, cache, needs_weights)
         hidden_states = hidden_states + F.dropout(update, self.dropout, self.training)
         if self.reads_text:
             normed = self.cross_attention_norm(hidden_states)
