@@ -27,6 +27,7 @@ from flextok_hf.training.stages import train_tokenizer
 from flextok_hf.utils.files import read_json, write_text
 from flextok_hf.utils.measures import peak_signal_to_noise
 from flextok_hf.utils.option_parsing import parse_arguments
+from flextok_hf.utils.plain_errors import plain_errors
 
 
 SAME_WORK = "joint_lengths_same_work"
@@ -151,4 +152,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

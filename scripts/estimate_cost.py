@@ -22,6 +22,7 @@ from flextok_hf.training.tokenizer import build_tokenizer
 from flextok_hf.training.vae import build_vae
 from flextok_hf.utils.flops import FlopCounter
 from flextok_hf.utils.option_parsing import parse_arguments
+from flextok_hf.utils.plain_errors import plain_errors
 
 
 H100_FLOPS = 989e12  # bfloat16, dense, from the data sheet
@@ -165,4 +166,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

@@ -18,6 +18,7 @@ from flextok_hf.evaluation.options import ComplexityOptions, GenerationOptions, 
 from flextok_hf.evaluation.reconstruction import Reconstruction
 from flextok_hf.evaluation.results import compare_records, read_record
 from flextok_hf.utils.option_parsing import parse_arguments
+from flextok_hf.utils.plain_errors import plain_errors
 from flextok_hf.utils.tables import markdown_table
 
 
@@ -53,4 +54,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with plain_errors():
+        main(sys.argv[1:])

@@ -16,6 +16,8 @@ matplotlib.use("Agg")  # files only, no window
 
 from matplotlib import pyplot  # noqa: E402, after the backend is set
 
+from flextok_hf.utils.plain_errors import plain_errors
+
 
 DEFAULT_FIGURES = ("loss", "validation_loss", "grad_norm", "lr")
 
@@ -61,4 +63,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

@@ -32,6 +32,7 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_da
 from PIL import Image as PILImage
 
 from flextok_hf.pipelines.images import resize_and_crop, to_rgb
+from flextok_hf.utils.plain_errors import plain_errors
 
 
 FORMS = ("count", "plural", "mass", "unique", "either")
@@ -254,4 +255,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

@@ -27,6 +27,7 @@ from datasets import Dataset, Features, Image, List, Value
 
 from flextok_hf.data.synthetic import Scene, draw_scene, make_scene
 from flextok_hf.utils.files import write_atomically
+from flextok_hf.utils.plain_errors import plain_errors
 
 
 PROMPTS = ("color_prompt", "object_prompt", "scene_prompt")
@@ -97,4 +98,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

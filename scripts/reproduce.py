@@ -16,6 +16,8 @@ import reproduction_summary
 import train_feature_network
 from prepare_reproduction_data import main as prepare_data
 
+from flextok_hf.utils.plain_errors import plain_errors
+
 
 SCRIPTS = Path(__file__).parent
 CONFIGS = SCRIPTS / "configs" / "reproduction"
@@ -116,4 +118,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

@@ -36,6 +36,7 @@ from flextok_hf.data.training_dataset import load_training_dataset
 from flextok_hf.pipelines.bulk_tokenization import tokenize_batches
 from flextok_hf.utils.files import read_json, write_atomically, write_text
 from flextok_hf.utils.measures import weights_hash
+from flextok_hf.utils.plain_errors import plain_errors
 
 
 logger = logging.getLogger(__name__)
@@ -291,4 +292,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

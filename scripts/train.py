@@ -5,12 +5,14 @@ accelerate launch scripts/train.py tokenizer --config scripts/configs/embedded_t
 accelerate launch scripts/train.py prior --config scripts/configs/embedded_prior.yaml
 """
 
+import argparse
 import logging
 import sys
 
 from flextok_hf.training.arguments import PriorArguments, TokenizerArguments, VaeArguments
 from flextok_hf.training.stages import train_prior, train_tokenizer, train_vae
 from flextok_hf.utils.option_parsing import parse_arguments
+from flextok_hf.utils.plain_errors import plain_errors
 
 
 STAGES = {
@@ -22,15 +24,19 @@ STAGES = {
 
 def main(argv: list[str]) -> None:
     """Run the stage given by the first argument with the options that follow."""
-    if not argv or argv[0] not in STAGES:
-        raise SystemExit(
-            f"usage: train.py {{{','.join(STAGES)}}} [--config FILE] [OPTIONS]; --help after the stage lists them"
-        )
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.splitlines()[0])
+    parser.add_argument("stage", choices=STAGES, help="`--help` after it lists its options")
+    stage = parser.parse_args(argv[:1]).stage
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    kind, train = STAGES[argv[0]]
-    folder = train(parse_arguments(kind, argv[1:]))
+    kind, train = STAGES[stage]
+    try:
+        arguments = parse_arguments(kind, argv[1:])
+    except ValueError as error:
+        parser.error(str(error))
+    folder = train(arguments)
     print(f"Saved {folder}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with plain_errors():
+        main(sys.argv[1:])

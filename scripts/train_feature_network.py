@@ -22,6 +22,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from flextok_hf.evaluation.feature_networks import TRAINING_RECORD
 from flextok_hf.evaluation.images import EvaluationImages, load_split
 from flextok_hf.utils.files import write_text
+from flextok_hf.utils.plain_errors import plain_errors
 
 
 MEAN, STD = 0.5, 0.25  # of the input, per channel; close to the image statistics
@@ -158,4 +159,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

@@ -16,6 +16,7 @@ from flextok_hf import FlexTokPipeline
 from flextok_hf.cards.model_card import FACTS_FILE, IMAGES_FOLDER, RESULTS_FOLDER, write_model_card
 from flextok_hf.utils.files import read_json
 from flextok_hf.utils.measures import weights_hash
+from flextok_hf.utils.plain_errors import plain_errors
 
 
 def check_results(model: Path, results: list[Path]) -> None:
@@ -62,4 +63,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()
