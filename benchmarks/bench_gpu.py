@@ -24,9 +24,9 @@ from bench_prior import GUIDANCE_SCALE as PRIOR_GUIDANCE_SCALE
 from bench_prior import sample
 
 from flextok_hf import FlexTokPipeline, FlexTokPriorForCausalLM
+from flextok_hf.models.latents import decode_latents, encode_latents
 from flextok_hf.models.layers import append_bias_dimensions, attend
 from flextok_hf.pipelines.guided_velocity import GuidedVelocity
-from flextok_hf.pipelines.latents import decode_latents, encode_latents
 
 
 START = time.perf_counter()

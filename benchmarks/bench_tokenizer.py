@@ -16,9 +16,9 @@ import plain_path as plain
 import torch
 
 from flextok_hf import FlexTokPipeline
+from flextok_hf.models.latents import decode_latents, encode_latents
 from flextok_hf.models.packed_linear import MIN_CALLS, packed_weights
 from flextok_hf.pipelines.guided_velocity import GuidedVelocity
-from flextok_hf.pipelines.latents import decode_latents, encode_latents
 
 
 GUIDANCE_SCALE = 7.5

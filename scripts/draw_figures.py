@@ -19,9 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from flextok_hf import FlexTokPipeline, embedded_model
+from flextok_hf.models.latents import encode_latents
 from flextok_hf.models.nested_dropout import token_ladder
 from flextok_hf.pipelines.images import load_image, prepare_images, resize_and_crop
-from flextok_hf.pipelines.latents import encode_latents
 from flextok_hf.utils.files import save_animation, save_image
 from flextok_hf.utils.sheets import contact_sheet, token_count_title
 

@@ -5,6 +5,7 @@ import itertools
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ MAY_IMPORT = {
     "evaluation": {"utils", "models", "pipelines", "data"},
     "demo": {"utils", "models", "pipelines"},
     "cli": {"embedded", "utils", "models", "pipelines", "conversion", "demo"},
-    "auto_classes": {"models"},
+    "auto_classes": {"models", "pipelines"},
     "__init__": {"embedded", "models", "pipelines"},
 }
 # The only import against these rules, made inside a function: (importing module, imported module, function).
@@ -135,23 +136,39 @@ print(AutoModel._model_mapping[type(encoder)].__name__, AutoModelForCausalLM._mo
 def test_the_command_starts_without_importing_pytorch():
     program = """
 import sys
-sys.argv = ["bin/flextok", "--help"]
-from flextok_hf import cli
-cli.build_parser().format_help()
+import flextok_command
+from flextok_hf.cli import build_parser
+build_parser().format_help()
 print([name for name in ("torch", "transformers", "diffusers", "PIL") if name in sys.modules])
 """
     assert run_python(program) == "[]"
 
 
-def test_auto_classes_are_registered_in_a_program_named_flextok_when_it_uses_a_model():
-    program = """
+@pytest.mark.parametrize("name", ["flextok.py", "bin/flextok"])
+def test_auto_classes_are_registered_in_a_program_of_any_name(name):
+    program = f"""
 import sys
-sys.argv = ["flextok.py"]
+sys.argv = ["{name}"]
+import flextok_hf
+from transformers import AutoConfig
+print(AutoConfig.for_model("flextok").model_type)
+"""
+    assert run_python(program) == "flextok"
+
+
+def test_the_command_registers_auto_classes_when_it_uses_a_model():
+    program = """
+import flextok_command
 from flextok_hf import FlexTokPriorForCausalLM
 from transformers import AutoModelForCausalLM
 print(FlexTokPriorForCausalLM in AutoModelForCausalLM._model_mapping.values())
 """
     assert run_python(program) == "True"
+
+
+def test_the_installed_command_starts_from_the_module_that_skips_pytorch():
+    (script,) = entry_points(group="console_scripts", name="flextok")
+    assert script.module == "flextok_command" and callable(script.load())
 
 
 def test_every_public_name_can_be_imported():

@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .embedded import embedded_model
@@ -10,19 +9,25 @@ from .embedded import embedded_model
 
 if TYPE_CHECKING:
     from .models.configuration_encoder import FlexTokEncoderConfig
+    from .models.configuration_flextok import FlexTokConfig
     from .models.configuration_prior import FlexTokPriorConfig
     from .models.modeling_decoder import FlexTokFlowDecoder
     from .models.modeling_encoder import FlexTokEncoder
+    from .models.modeling_flextok import FlexTokModel
     from .models.modeling_prior import FlexTokPriorForCausalLM
+    from .pipelines.image_processing import FlexTokImageProcessor
     from .pipelines.pipeline_flextok import FlexTokPipeline, FlexTokPipelineOutput
 
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FlexTokConfig",
     "FlexTokEncoder",
     "FlexTokEncoderConfig",
     "FlexTokFlowDecoder",
+    "FlexTokImageProcessor",
+    "FlexTokModel",
     "FlexTokPipeline",
     "FlexTokPipelineOutput",
     "FlexTokPriorConfig",
@@ -32,9 +37,12 @@ __all__ = [
 
 # Modules of the public classes, imported on first use because their dependencies take seconds to load.
 _MODULES = {
+    "FlexTokConfig": "models.configuration_flextok",
     "FlexTokEncoder": "models.modeling_encoder",
     "FlexTokEncoderConfig": "models.configuration_encoder",
     "FlexTokFlowDecoder": "models.modeling_decoder",
+    "FlexTokImageProcessor": "pipelines.image_processing",
+    "FlexTokModel": "models.modeling_flextok",
     "FlexTokPipeline": "pipelines.pipeline_flextok",
     "FlexTokPipelineOutput": "pipelines.pipeline_flextok",
     "FlexTokPriorConfig": "models.configuration_prior",
@@ -55,7 +63,8 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# Importing this package registers our models with `AutoModel` and the other Auto classes. Only the `flextok` command
-# skips this, so that its help and argument errors need not wait for PyTorch; it imports what it uses on its own.
-if Path(next(iter(getattr(sys, "argv", [])), "")).stem != "flextok":
+# Importing this package registers our models with `AutoModel` and the other Auto classes. Only the `flextok` command,
+# which starts from the module `flextok_command`, skips this, so that its help and argument errors need not wait for
+# PyTorch; it imports what it uses on its own.
+if "flextok_command" not in sys.modules:
     importlib.import_module(".auto_classes", __name__)

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from flextok_hf import FlexTokPipeline
 from flextok_hf.conversion.convert import convert_checkpoint
+from flextok_hf.models.latents import decode_latents, encode_latents
 from flextok_hf.pipelines.flow import sample_sigma
 from flextok_hf.pipelines.guidance import Guidance
-from flextok_hf.pipelines.latents import decode_latents, encode_latents
 
 
 FIXTURES = paths.FIXTURES / "tokenizer"

@@ -8,10 +8,10 @@ import torch
 from diffusers import AutoencoderKL
 from tiny_models import CODEBOOK_SIZE, FSQ_LEVELS, NUM_REGISTERS, make_decoder, make_encoder, make_pipeline, make_prior
 
+from flextok_hf.models.latents import decode_latents, encode_latents
 from flextok_hf.models.layers import append_bias_dimensions, attend
 from flextok_hf.models.nested_dropout import merged_tail_bias
 from flextok_hf.pipelines import length_groups
-from flextok_hf.pipelines.latents import decode_latents, encode_latents
 from flextok_hf.pipelines.length_groups import LengthGroups, group_by_length
 
 

@@ -13,7 +13,7 @@ from flextok_hf.data.columns import Columns
 from flextok_hf.data.latent_cache import cache_latents
 from flextok_hf.data.samples import ImageTransform
 from flextok_hf.data.training_dataset import load_training_dataset
-from flextok_hf.pipelines.latents import encode_latents
+from flextok_hf.models.latents import encode_latents
 from flextok_hf.pipelines.pipeline_flextok import FlexTokPipeline
 from flextok_hf.training.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from flextok_hf.training.arguments import PriorArguments, TokenizerArguments, VaeArguments

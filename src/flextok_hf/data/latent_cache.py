@@ -10,8 +10,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..models.latents import encode_latents, not_finite_error
 from ..pipelines.images import pixels_to_values
-from ..pipelines.latents import encode_latents
 from .image_dataset import ImageDataset
 from .row_reader import READ_BATCH, read_rows
 from .samples import draw_conditions, draw_flip
@@ -53,7 +53,7 @@ def cache_latents(dataset: ImageDataset, vae: AutoencoderKL, num_workers: int = 
     size, so millions of images fit.
 
     Raises:
-        ValueError: if there is no usable image.
+        ValueError: if there is no usable image, or latents are not finite in half precision.
     """
     kept: list[dict[str, Any]] = []
     pending: list[Tensor] = []
@@ -64,6 +64,8 @@ def cache_latents(dataset: ImageDataset, vae: AutoencoderKL, num_workers: int = 
         views = [pixel_values, pixel_values.flip(-1)] if dataset.transform.random_flip else [pixel_values]
         latents = torch.stack([encode_latents(vae, view) for view in views], dim=1)  # (B, views, C, h, w)
         batches.append(latents.to("cpu", torch.float16))
+        if not batches[-1].isfinite().all():
+            raise not_finite_error("The latents of the images", vae, "VAE")
         pending.clear()
 
     for pixels, values in read_rows(dataset.rows, dataset.transform, dataset.columns, dataset.skipped, num_workers):

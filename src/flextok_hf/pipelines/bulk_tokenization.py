@@ -11,7 +11,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ..models.latents import check_token_ids
 from ..models.packed_linear import packed_weights
+from .images import pixels_to_values
 from .pipeline_flextok import FlexTokPipeline
 
 
@@ -75,6 +77,9 @@ def tokenize_batches(
 
     Yields:
         Token ids of each batch, (B, k) int64 on the CPU.
+
+    Raises:
+        ValueError: if the VAE or the encoder computes NaN or infinity.
     """
     device = pipe._execution_device
     copies = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -86,18 +91,25 @@ def tokenize_batches(
             on_device = pixels.pin_memory().to(device, non_blocking=True)
             return on_device, copies.record_event()
 
-    waiting: tuple[Tensor, torch.cuda.Event | None] | None = None  # ids still being computed or copied
+    def finish(pixels: Tensor, host: Tensor, downloaded: "torch.cuda.Event | None") -> Tensor:
+        token_ids = finish_download(host, downloaded)
+        if (token_ids < 0).any():
+            pixel_values = pixels_to_values(pixels) if pixels.dtype == torch.uint8 else pixels
+            check_token_ids(token_ids, pixel_values, pipe.encoder, pipe.vae)
+        return token_ids
+
+    waiting: tuple[Tensor, Tensor, torch.cuda.Event | None] | None = None  # ids still being computed or copied
     with packed_weights(pipe.encoder, MANY_CALLS):
         for pixels, uploaded in read_ahead(map(upload, batches)):
             if uploaded is not None:
                 torch.cuda.current_stream(device).wait_event(uploaded)
                 pixels.record_stream(torch.cuda.current_stream(device))
-            started = download(pipe.tokenize_pixels(pixels, max_tokens))
+            started = pixels, *download(pipe.tokenize_pixels(pixels, max_tokens))
             if waiting is not None:
-                yield finish_download(*waiting)
+                yield finish(*waiting)
             waiting = started
         if waiting is not None:
-            yield finish_download(*waiting)
+            yield finish(*waiting)
 
 
 def download(token_ids: Tensor) -> tuple[Tensor, "torch.cuda.Event | None"]:

@@ -156,7 +156,10 @@ def prepare_images(images: Any, resolution: int, device: torch.device | str | No
         items = [images]
     if len(items) == 0:
         raise ValueError("`images` is empty. Pass at least one image.")
-    target = torch.device("cpu" if device is None else device)
+    try:
+        target = torch.device("cpu" if device is None else device)
+    except RuntimeError as error:
+        raise ValueError(f"`device` {device!r} is not known to PyTorch: {error}") from error
     is_single = items is not images and len(items) == 1
     names = ["`images`"] if is_single else [f"`images[{index}]`" for index in range(len(items))]
     return torch.stack([_prepare_one(*pair, resolution).to(target) for pair in zip(items, names, strict=True)])
@@ -186,8 +189,8 @@ def to_output(images: Tensor, output_type: str = "pil") -> list[Image.Image] | n
         raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
     if not torch.isfinite(images).all():
         raise ValueError(
-            "The model's images contain NaN or infinity. Use a `dtype` with a wider range (bfloat16 or float32 instead"
-            " of float16), or check that all weights were loaded."
+            "The images contain NaN or infinity: the weights of the VAE that decoded them are damaged, or its"
+            " precision is too low. Load it again in bfloat16 or float32."
         )
     return VaeImageProcessor().postprocess(images.detach().float(), output_type=output_type)
 
