@@ -158,6 +158,33 @@ def test_results_of_other_weights_are_not_copied(folder, tmp_path):
     assert not same_weights(folder, tmp_path / "copy")
 
 
+@pytest.mark.parametrize("is_loaded", [True, False])
+def test_saving_other_weights_over_a_model_does_not_keep_its_results(folder, tmp_path, is_loaded):
+    enrich(folder)
+    pipe = FlexTokPipeline.from_pretrained(folder)
+    pipe.save_pretrained(folder)
+    assert "## Evaluation" in (folder / "README.md").read_text(), "the same weights keep them"
+    with torch.no_grad():
+        pipe.decoder.mask_token[0] += 1
+    if not is_loaded:
+        pipe = FlexTokPipeline(**pipe.components)
+    pipe.save_pretrained(folder)
+    text = (folder / "README.md").read_text()
+    assert "A tiny model" in text and "## Evaluation" not in text and "4,000 steps" not in text
+    assert "a_cat" not in text and "13.70" not in text
+    names = {path.name for path in (folder / "outdated").iterdir()}
+    assert names == {"training.json", "results", "images"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_saved_over_itself_in_its_own_precision_keeps_its_results(folder, tmp_path, dtype):
+    FlexTokPipeline.from_pretrained(folder, dtype=dtype).save_pretrained(tmp_path / "stored")
+    enrich(tmp_path / "stored")
+    FlexTokPipeline.from_pretrained(tmp_path / "stored", dtype=torch.float32).save_pretrained(tmp_path / "stored")
+    assert "## Evaluation" in (tmp_path / "stored" / "README.md").read_text()
+    assert not (tmp_path / "stored" / "outdated").exists()
+
+
 @pytest.mark.parametrize("part", ["encoder", "decoder", "prior", "text_encoder"])
 def test_weights_that_are_not_safetensors_are_never_taken_for_equal(folder, tmp_path, part):
     shutil.copytree(folder, tmp_path / "copy")

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
@@ -36,7 +37,7 @@ from .sections import (
 
 
 CARD_FILE, FACTS_FILE = "README.md", "model_card.yaml"
-RESULTS_FOLDER, IMAGES_FOLDER = "results", "images"
+RESULTS_FOLDER, IMAGES_FOLDER, OUTDATED_FOLDER = "results", "images", "outdated"
 FACT_NAMES = (
     *("title", "summary", "prompt", "license", "license_name", "language", "base_model"),
     *("data", "data_note", "datasets", "limits"),
@@ -96,9 +97,10 @@ class CardMixin:
     def save_pretrained(self: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Save the pipeline as Diffusers does, with a model card generated from what is known about the model.
 
-        Recipe, result files and images of the loaded model are copied along, unless its weights changed.
-        A hand-written card is kept.
+        Recipe, result files and images of the loaded model are copied along, unless its weights changed; those of a
+        model with other weights that the folder holds are moved to `outdated/` in it. A hand-written card is kept.
         """
+        set_outdated_apart(self.components, Path(save_directory))
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if not kwargs.get("push_to_hub"):  # otherwise the upload wrote the card
             write_saved_card(self.config.get("_name_or_path"), Path(save_directory), None)
@@ -159,6 +161,44 @@ def carry_card_files(source: Path, target: Path) -> bool:
     for name in (RESULTS_FOLDER, IMAGES_FOLDER):
         if (source / name).is_dir():
             shutil.copytree(source / name, target / name, dirs_exist_ok=True)
+    return True
+
+
+def set_outdated_apart(components: Mapping[str, Any], folder: Path) -> None:
+    """Move recipe, results and images in a folder to `outdated/` if its model has other weights than `components`.
+
+    Called before that model is replaced: the card of the new one must not state what was measured on the old one.
+    """
+    outdated = [folder / name for name in (RECIPE_FILE, ORIGINAL_FILE, RESULTS_FOLDER, IMAGES_FOLDER)]
+    outdated = [path for path in outdated if path.exists()]
+    if not outdated or holds_weights(folder, components):
+        return
+    for path in outdated:
+        shutil.rmtree(folder / OUTDATED_FOLDER / path.name, ignore_errors=True)
+        (folder / OUTDATED_FOLDER).mkdir(exist_ok=True)
+        path.replace(folder / OUTDATED_FOLDER / path.name)
+
+
+def holds_weights(folder: Path, components: Mapping[str, Any]) -> bool:
+    """Whether a saved model has the weights of `components`, whatever their stored precision."""
+    states = {name: part.state_dict() for name, part in components.items() if hasattr(part, "state_dict")}
+    parts = component_folders(folder)
+    if parts.keys() != states.keys():
+        return False
+    for name, part in parts.items():
+        files = sorted(part.glob("*.safetensors"))
+        if not files:
+            return False
+        for path in files:
+            with safe_open(path, framework="pt") as weights:
+                for key in weights.keys():
+                    stored, current = weights.get_tensor(key), states[name].get(key)
+                    if (
+                        current is None
+                        or current.is_meta
+                        or not torch.equal(stored.float(), current.detach().cpu().float())
+                    ):
+                        return False
     return True
 
 
