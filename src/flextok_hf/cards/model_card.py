@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
@@ -192,12 +191,10 @@ def holds_weights(folder: Path, components: Mapping[str, Any]) -> bool:
         for path in files:
             with safe_open(path, framework="pt") as weights:
                 for key in weights.keys():
-                    stored, current = weights.get_tensor(key), states[name].get(key)
-                    if (
-                        current is None
-                        or current.is_meta
-                        or not torch.equal(stored.float(), current.detach().cpu().float())
-                    ):
+                    current = states[name].get(key)
+                    if current is None or current.is_meta:
+                        return False
+                    if not weights.get_tensor(key).float().equal(current.detach().cpu().float()):
                         return False
     return True
 

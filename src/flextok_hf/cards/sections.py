@@ -68,9 +68,8 @@ def model_section(folder: Path) -> str:
     rows = []
     for name, part in component_folders(folder).items():
         weights, kind = count_weights(part)
-        rows.append(
-            [COMPONENT_TITLES[name], f"{weights:,}", kind] if kind else [COMPONENT_TITLES[name], "not read", "?"]
-        )
+        known = [f"{weights:,}", kind] if kind else ["not read", "?"]  # only safetensors are opened
+        rows.append([COMPONENT_TITLES[name], *known])
     lines = [markdown_table(["component", "weights", "stored as"], rows)]
     encoder = read_json(folder / "encoder" / "config.json", {})
     if encoder:
