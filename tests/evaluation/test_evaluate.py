@@ -37,7 +37,7 @@ from flextok_hf.evaluation import complexity, progress
 from flextok_hf.evaluation.adherence import NAME_CHECKS, Reference, checks_for, measure_feature_space, score
 from flextok_hf.evaluation.feature_networks import ClipScore, load_feature_network
 from flextok_hf.evaluation.images import EvaluationImages, load_split
-from flextok_hf.evaluation.options import ComplexityOptions
+from flextok_hf.evaluation.options import ComplexityOptions, GenerationOptions, ReconstructionOptions
 from flextok_hf.evaluation.sampling import Sampling, generate, reconstruct, seeded_generators
 from flextok_hf.models.configuration_prior import FlexTokPriorConfig
 from flextok_hf.models.modeling_prior import FlexTokPriorForCausalLM
@@ -383,6 +383,25 @@ def test_an_unfinished_evaluation_of_another_protocol_is_refused(run, monkeypatc
         run("reconstruction")
     with pytest.raises(ValueError, match="holds an unfinished evaluation of another model, dataset or protocol"):
         run("reconstruction", "--seed", 1)
+    for option in (["--group_column", "name"], ["--sheet_rows", 1], ["--sheet_group", "flat"], ["--max_images", 1]):
+        with pytest.raises(ValueError, match="another model, dataset or protocol"):
+            run("reconstruction", *option)
+    monkeypatch.undo()
+    assert run("reconstruction", "--batch_size", 1, "--model_name", "new")["count"] == 2, "these may change"
+
+
+def test_prompts_and_neighbors_are_part_of_the_protocol(run, data_folder, tmp_path):
+    first = run("generation", "--caption_column", "prompt", "--split", "train", "--max_prompts", 2)
+    other = run("generation", "--caption_column", "prompt", "--split", "validation", "--max_prompts", 2)
+    with pytest.raises(ValueError, match="checksum_of_conditions"):
+        evaluate.compare_records(first, other)
+    rows = Dataset.from_parquet(str(data_folder / "train.parquet"))
+    (tmp_path / "other").mkdir()
+    for split in ("train", "validation"):
+        changed = rows.map(lambda row: {"image": row["image"].rotate(90)}) if split == "validation" else rows
+        changed.to_parquet(tmp_path / "other" / f"{split}.parquet")
+    third = run("generation", "--caption_column", "prompt", "--max_prompts", 2, data=tmp_path / "other")
+    assert third["protocol"]["neighbors"] != first["protocol"]["neighbors"]
 
 
 @pytest.mark.slow
@@ -458,8 +477,56 @@ def test_a_missing_dataset_split_or_column_is_named_in_the_error(run, tmp_path):
         run("reconstruction", "--image_column", "photo")
     with pytest.raises(ValueError, match=r"`attributes` \['color'\] are not columns of"):
         run("generation", "--attributes", "color")
+    with pytest.raises(ValueError, match="`group_column` 'color' is not one of the columns image, name"):
+        run("reconstruction", "--group_column", "color")
     with pytest.raises(FileNotFoundError, match="`feature_network` './nowhere' does not exist"):
         run("reconstruction", "--feature_network", "./nowhere")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        (ReconstructionOptions, {"max_images": 0}, "`max_images` must be 1 or more, got 0"),
+        (ReconstructionOptions, {"max_images": -5}, "`max_images` must be 1 or more, got -5"),
+        (GenerationOptions, {"max_prompts": -1}, "`max_prompts` must be 1 or more, got -1"),
+        (ComplexityOptions, {"max_prompts": 0}, "`max_prompts` must be 1 or more, got 0"),
+        (GenerationOptions, {"clip_model": "a/b", "class_column": "label"}, "`clip_model`.*`class_column`"),
+    ],
+)
+def test_options_that_would_be_ignored_or_misread_are_refused(kind, options, words):
+    with pytest.raises(ValueError, match=words):
+        kind(data="data", output="results", **options)
+
+
+def test_an_output_that_is_a_file_is_refused_before_the_model_is_loaded(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for output in ("file", "file/folder"):
+        with pytest.raises(OSError, match="file"):
+            evaluate.main(["reconstruction", "--data", "d", "--model", "no/model", "--output", str(tmp_path / output)])
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_complexity_uses_the_same_rows_at_every_level(data_folder, model_folder, tmp_path):
+    rows = Dataset.from_parquet(str(data_folder / "train.parquet"))
+    folder = tmp_path / "gaps"
+    folder.mkdir()
+    gaps = rows.map(lambda row, i: {"styled_prompt": None if i % 3 == 0 else row["styled_prompt"]}, with_indices=True)
+    gaps.to_parquet(folder / "train.parquet")
+    options = ComplexityOptions(data=str(folder), output=str(tmp_path), model=str(model_folder), max_prompts=3)
+    measured = complexity.Complexity(options)
+    plain, styled = measured.levels
+    assert [row["name"] for row in plain] == [row["name"] for row in styled] and len(plain) == 3
+    assert all(row["condition"] for row in styled)
+
+
+def test_a_column_without_prompts_is_refused(run, data_folder, tmp_path):
+    rows = Dataset.from_parquet(str(data_folder / "train.parquet"))
+    (tmp_path / "empty").mkdir()
+    rows.map(lambda row: {"prompt": ""}).to_parquet(tmp_path / "empty" / "train.parquet")
+    with pytest.raises(ValueError, match="'prompt' of .* holds no prompt or class in any row"):
+        run("generation", "--caption_column", "prompt", "--split", "train", data=tmp_path / "empty")
+    with pytest.raises(ValueError, match="a prompt for each of the `levels`"):
+        run("complexity", data=tmp_path / "empty")
 
 
 def test_a_model_without_a_prior_cannot_generate(run, model_folder, tmp_path):

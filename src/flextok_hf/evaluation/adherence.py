@@ -4,8 +4,10 @@ An attribute is a column of the reference images, such as `name` or `style`; a c
 match and how many neighbors are considered. Letters: B batch.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 
 import torch
 import torch.nn.functional as F
@@ -54,11 +56,17 @@ class Reference:
     Args:
         pixels: (N, 3, R, R) uint8.
         rows: attributes of each image.
+
+    Attributes:
+        description: number and checksum of images and attributes, for the protocol.
     """
 
     def __init__(self, pixels: Tensor, rows: Sequence[dict]):
         self.index = ImageIndex(pixels)
         self.rows = list(rows)
+        digest = sha256(pixels.contiguous().numpy())
+        digest.update(json.dumps(self.rows, sort_keys=True, default=str).encode())
+        self.description = f"{len(self.rows)} images, checksum {digest.hexdigest()[:16]}"
 
     def answer(
         self, checks: Sequence[Check], pixels: Tensor, wanted: Sequence[dict], leave_out: Tensor | None = None

@@ -18,7 +18,7 @@ from ..utils.sheets import contact_sheet, token_count_title
 from ..utils.tables import markdown_table
 from .accumulators import KeptImages, MeanWithInterval, share_of
 from .adherence import Check
-from .conditions import Condition, ConditionedMeasurement
+from .conditions import Condition, ConditionedMeasurement, checksum, has_value
 from .images import to_pil
 from .intervals import percentile_interval
 from .measurement import Cost
@@ -45,6 +45,9 @@ class Complexity(ConditionedMeasurement):
             self.names = [f"{name} ({column})" for name, (column, _) in zip(self.names, levels, strict=True)]
         self.level_checks = [Check("passed", attributes) for _, attributes in levels]
         # the same rows at every level, so that levels differ only in detail
+        rows = [row for row in rows if all(has_value(row, column) for column, _ in levels if column in row)]
+        if not rows:
+            raise ValueError(f"No row of `split` {options.split!r} has a prompt for each of the `levels`.")
         self.levels = [self.column_set(column, rows) for column, _ in levels]
         sizes = [len(conditions) for conditions in self.levels]
         self.jobs = [(level, index) for level, size in enumerate(sizes) for index in range(size)]
@@ -52,6 +55,7 @@ class Complexity(ConditionedMeasurement):
             "split": options.split,
             "levels": options.levels,
             "num_prompts": sizes,
+            "checksum_of_conditions": checksum(self.levels),
             "saturation": options.saturation,
             "sampling": asdict(self.sampling),
         }

@@ -1,6 +1,9 @@
 """Datasets of images with prompts -> sets of conditions, with the attributes that each asks for."""
 
+import json
 from collections.abc import Sequence
+from hashlib import sha256
+from typing import Any
 
 from .adherence import Check, Reference, checks_for
 from .images import draw_rows
@@ -12,6 +15,16 @@ NAMING_ATTRIBUTES = ("name", "style")
 PHOTO = "photo"  # a style that adherence skips: two photos of the same thing need not look alike
 
 Condition = dict  # attributes by name, and a prompt or class under "condition"
+
+
+def has_value(row: dict, column: str) -> bool:
+    """Whether a row has a prompt or class in a column; 0 is a class."""
+    return row.get(column) not in (None, [], "")
+
+
+def checksum(sets: Any) -> str:
+    """Return 16 hexadecimal digits that identify sets of conditions, for the protocol."""
+    return sha256(json.dumps(sets, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 class ConditionedMeasurement(Measurement):
@@ -45,7 +58,7 @@ class ConditionedMeasurement(Measurement):
         if self.checks:
             self.pixels = self.images(self.all_rows).read_all()
             self.reference = Reference(self.pixels, [self.attributes_of(row) for row in self.all_rows])
-            self.protocol["neighbors"] = f"{len(self.all_rows)} images"
+            self.protocol["neighbors"] = self.reference.description
 
     def attributes_of(self, row: dict) -> Condition:
         """Return the attributes of a row that a condition can ask for."""
@@ -82,5 +95,7 @@ class ConditionedMeasurement(Measurement):
         def first(value: str | int | list[str]) -> str | int:
             return value[0] if isinstance(value, list) else value
 
-        drawn = self.draw([row for row in rows if row[column] not in (None, [], "")])
+        drawn = self.draw([row for row in rows if has_value(row, column)])
+        if not drawn:
+            raise ValueError(f"{column!r} of {self.options.data!r} holds no prompt or class in any row.")
         return [self.attributes_of(row) | {"condition": first(row[column])} for row in drawn]

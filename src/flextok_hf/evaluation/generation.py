@@ -18,7 +18,7 @@ from ..utils.files import save_image
 from ..utils.sheets import contact_sheet, token_count_title
 from .accumulators import Checksum, KeptImages, MeanWithInterval, share_of
 from .adherence import AdherenceScore, measure_feature_space
-from .conditions import Condition, ConditionedMeasurement
+from .conditions import Condition, ConditionedMeasurement, checksum
 from .distributions import FeatureMoments, FeatureReservoir, StreamedScore, frechet_distance, precision_and_recall
 from .feature_networks import ClipScore
 from .generation_pages import make_markdown, panels_of
@@ -63,6 +63,7 @@ class Generation(ConditionedMeasurement):
         self.clip = ClipScore(options.clip_model).to(self.device) if options.clip_model else None
         self.protocol |= {"num_prompts": {key: len(conditions) for key, conditions in self.sets.items()}}
         self.protocol["conditions"] = column or "sets of prompts"
+        self.protocol["checksum_of_conditions"] = checksum(self.sets)
         self.protocol["clip_sha256"] = None if self.clip is None else self.clip.sha256
         if self.network is not None:
             if not self.reference_rows:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..pipelines.loading import choose_device, load_pipeline
 from ..pipelines.token_checks import check_token_counts
+from ..utils.files import check_folder_around
 from ..utils.flops import FlopCounter
 from .accumulators import Accumulator
 from .distributions import check_sample_count
@@ -24,6 +25,8 @@ from .sampling import cost_of
 
 
 SPLITS = ("train", "validation")
+# May change when a measurement is resumed: figures do not depend on them; weights are compared by their hash.
+FREE_OPTIONS = ("output", "model", "model_name", "device", "batch_size")
 
 
 class Cost(Accumulator):
@@ -69,6 +72,8 @@ class Measurement:
     def __init__(self, name: str, options: EvaluationOptions):
         self.name, self.options = name, options
         self.start = time.perf_counter()
+        Path(options.output).mkdir(parents=True, exist_ok=True)
+        check_folder_around(Path(options.output) / name)
         device = choose_device(options.device)
         self.state = PartialState(cpu=device.type == "cpu")
         self.device = str(self.state.device if self.state.num_processes > 1 else device)
@@ -133,7 +138,8 @@ class Measurement:
     ) -> None:
         """Measure samples 0 to `num_samples` - 1 in batches split over all processes; see `Evaluation`."""
         folder = Path(self.options.output) / f".{self.name}-begun"
-        known = self.protocol | {"weights_sha256": self.model["weights_sha256"]}
+        options = {key: value for key, value in asdict(self.options).items() if key not in FREE_OPTIONS}
+        known = {"protocol": self.protocol, "options": options, "weights_sha256": self.model["weights_sha256"]}
         evaluation = Evaluation(name, accumulators, num_samples, self.options.batch_size, known, folder, self.state)
         evaluation.run(measure)
         self.skipped |= {f"{name} {sample}": reason for sample, reason in evaluation.skipped.items()}

@@ -9,6 +9,12 @@ from .sampling import Sampling
 NO_NETWORK = "none"
 
 
+def check_positive(name: str, value: int | None) -> None:
+    """Raise a ValueError if a number of samples is set and below 1."""
+    if value is not None and value < 1:
+        raise ValueError(f"`{name}` must be 1 or more, got {value}. Leave it out to use all.")
+
+
 @dataclass(kw_only=True)
 class EvaluationOptions:
     """Options that all measurements share."""
@@ -49,11 +55,14 @@ class ReconstructionOptions(EvaluationOptions):
     extra_measures: list[str] = field(
         default_factory=list, metadata={"help": "`lpips`, `dreamsim`; their packages must be installed."}
     )
-    group_column: str = field(default="style", metadata={"help": "Also report means per value of this column."})
+    group_column: str | None = field(
+        default=None, metadata={"help": "Also report means per value of this column; default: style, if present."}
+    )
     sheet_group: str | None = field(default=None, metadata={"help": "Group to show on the contact sheet."})
 
     def __post_init__(self):
         super().__post_init__()
+        check_positive("max_images", self.max_images)
         wrong = sorted(set(self.extra_measures) - set(EXTRA_MEASURES))
         if wrong:
             raise ValueError(f"`extra_measures` must be among {', '.join(EXTRA_MEASURES)}, got {wrong}.")
@@ -77,6 +86,10 @@ class ConditionOptions(EvaluationOptions):
     top_k: int = field(default=0, metadata={"help": "Number of most likely ids to sample from; 0: all."})
     top_p: float = field(default=1.0, metadata={"help": "Total probability of the most likely ids to sample from."})
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_positive("max_prompts", self.max_prompts)
+
 
 @dataclass(kw_only=True)
 class GenerationOptions(ConditionOptions):
@@ -95,6 +108,8 @@ class GenerationOptions(ConditionOptions):
         super().__post_init__()
         if self.caption_column is not None and self.class_column is not None:
             raise ValueError("Pass `caption_column` or `class_column`, not both.")
+        if self.clip_model is not None and self.class_column is not None:
+            raise ValueError("`clip_model` compares images with prompts, and `class_column` has none: leave one out.")
         if not self.temperature:
             raise ValueError("`temperature` is empty: pass at least one value.")
 

@@ -95,7 +95,7 @@ class Evaluation:
         bar.close()
         self.save()
         self.state.wait_for_everyone()
-        if is_main:
+        if is_main and self.state.num_processes > 1:
             self.merge()
         self.state.wait_for_everyone()
 

@@ -22,6 +22,9 @@ from .results import interval_text, protocol_lines, write_record
 from .sampling import reconstruct
 
 
+GROUP_COLUMN = "style"
+
+
 class Reconstruction(Measurement):
     """Reconstruction of a split, from options to a record."""
 
@@ -45,10 +48,13 @@ class Reconstruction(Measurement):
         if "name" in rows.column_names:
             every = self.load_all_splits()
             self.reference = Reference(self.images(every).read_all(), [{"name": row["name"]} for row in every])
-            self.protocol["neighbors"] = f"{len(every)} images of train and validation"
-        column = options.group_column
+            self.protocol["neighbors"] = f"{self.reference.description}, train and validation"
+        column = options.group_column or GROUP_COLUMN
+        if options.group_column is not None and column not in rows.column_names:
+            raise ValueError(f"`group_column` {column!r} is not one of the columns {', '.join(rows.column_names)}.")
         self.groups: list[str] | None = None
         if column in rows.column_names:
+            self.group_column = column
             names = getattr(rows.features[column], "names", None)
             self.groups = [str(value) if names is None else names[value] for value in self.rows[column]]
         self.measures = self.build_measures()
@@ -131,7 +137,7 @@ class Reconstruction(Measurement):
         if self.reference is not None:
             figures["name"] = share_of(sums["name"])
         if self.groups is not None:
-            figures[f"by_{self.options.group_column}"] = {
+            figures[f"by_{self.group_column}"] = {
                 name: {"count": count} | dict(zip(self.measures, means, strict=True))
                 for name, (count, means) in sums["by_group"].compute().items()
             }
