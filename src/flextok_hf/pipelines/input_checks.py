@@ -25,14 +25,14 @@ def check_prompts(prompt: Any, name: str = "prompt") -> list[str]:
     """
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list | tuple) or not all(isinstance(text, str) for text in prompts):
-        raise TypeError(f"`{name}` must be a string or a list of strings, got {prompt!r}.")
+        raise TypeError(f"`{name}` must be a string or a list of strings, got {brief(prompt)}.")
     if len(prompts) == 0:
         raise ValueError(f"`{name}` is an empty list. Pass at least one prompt.")
     for text in prompts:
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise ValueError(
-                f"`{name}` contains half of a character (a lone surrogate), which is no text: {text!r}. Decode the"
-                ' text again, for example with `errors="replace"`.'
+                f"`{name}` contains half of a character (a lone surrogate), which is no text: {brief(text)}. Decode"
+                ' it again, for example with `errors="replace"`.'
             )
     return list(prompts)
 
@@ -53,7 +53,7 @@ def check_class_labels(class_labels: Any, config: FlexTokPriorConfig) -> Tensor:
     numbers = [find_class(label, config) if isinstance(label, str) else label for label in labels]
     for label in numbers:
         if not is_whole_number(label):
-            raise TypeError(f"`class_labels` must be whole numbers or names, got {label!r}.")
+            raise TypeError(f"`class_labels` must be whole numbers or names, got {brief(label)}.")
         if not 0 <= label < config.num_classes:
             raise ValueError(
                 f"`class_labels` must lie in [0, {config.num_classes}), the classes of this prior, got {label}."
@@ -87,13 +87,13 @@ def check_sampling(
     if not is_whole_number(num_inference_steps) or not 1 <= num_inference_steps <= max_steps:
         raise ValueError(
             f"`num_inference_steps` must be a whole number from 1 to {max_steps} (the scheduler's"
-            f" `num_train_timesteps`), got {shortened(num_inference_steps)}."
+            f" `num_train_timesteps`), got {brief(num_inference_steps)}."
         )
     if not callable(guidance_scale):
         check_guidance_scale(guidance_scale, "guidance_scale", "a finite number or a function of sigma")
     check_guidance(guidance)
     if not isinstance(output_type, str) or output_type not in output_types:
-        raise ValueError(f"`output_type` must be one of {', '.join(output_types)}, got {output_type!r}.")
+        raise ValueError(f"`output_type` must be one of {', '.join(output_types)}, got {brief(output_type)}.")
 
 
 def check_guidance_scale(scale: Any, name: str, what: str = "a finite number") -> float:
@@ -104,13 +104,13 @@ def check_guidance_scale(scale: Any, name: str, what: str = "a finite number") -
         ValueError: if it is so large that results would overflow.
     """
     if not is_finite_number(scale):
-        raise TypeError(f"`{name}` must be {what}, got {shortened(scale)}.")
-    if abs(scale) > MAX_SCALE:
-        raise ValueError(f"`{name}` must lie within {MAX_SCALE:g} of 0, got {scale!r}; 1 is no guidance.")
+        raise TypeError(f"`{name}` must be {what}, got {brief(scale)}.")
+    if abs(float(scale)) > MAX_SCALE:
+        raise ValueError(f"`{name}` must lie within {MAX_SCALE:g} of 0, got {brief(scale)}; 1 is no guidance.")
     return float(scale)
 
 
-def shortened(value: Any) -> str:
+def brief(value: Any) -> str:
     """Return `repr(value)`, or its start if it is long; numbers of thousands of digits have no `repr`."""
     if isinstance(value, int) and abs(value) >= 10**30:
         return "a number of more than 30 digits"
@@ -138,7 +138,7 @@ def check_generation(**options: Any) -> dict[str, Any]:
     for name, value in options.items():
         is_allowed, what = allowed[name]
         if not is_finite_number(value):
-            raise TypeError(f"`{name}` must be {what}, got {shortened(value)}.")
+            raise TypeError(f"`{name}` must be {what}, got {brief(value)}.")
         if not is_allowed(value):
             raise ValueError(f"`{name}` must be {what}, got {value!r}.")
         checked[name] = int(value) if name == "top_k" else float(value)
@@ -158,7 +158,7 @@ def spread_generators(
         return generator
     if not isinstance(generator, list | tuple) or not all(isinstance(each, torch.Generator) for each in generator):
         raise TypeError(
-            f"`generator` must be a `torch.Generator` or a list of them, got {generator!r}. For a seed, pass"
+            f"`generator` must be a `torch.Generator` or a list of them, got {brief(generator)}. For a seed, pass"
             " `torch.Generator().manual_seed(seed)`."
         )
     if len(generator) != batch_size:
@@ -172,11 +172,11 @@ def spread_generators(
 def check_callback(callback: Any, tensor_inputs: Any, allowed: Sequence[str]) -> None:
     """Raise a TypeError or ValueError unless a callback and the names of the tensors that it wants are valid."""
     if callback is not None and not callable(callback):
-        raise TypeError(f"`callback_on_step_end` must be a function, got {callback!r}.")
+        raise TypeError(f"`callback_on_step_end` must be a function, got {brief(callback)}.")
     if not isinstance(tensor_inputs, list | tuple) or not all(name in allowed for name in tensor_inputs):
         raise ValueError(
             f"`callback_on_step_end_tensor_inputs` must be a list of names, out of {list(allowed)}, got"
-            f" {tensor_inputs!r}."
+            f" {brief(tensor_inputs)}."
         )
 
 
@@ -189,14 +189,14 @@ def apply_changes(changes: Any, latents: Tensor) -> Tensor:
     """
     if changes is not None and not isinstance(changes, dict):
         raise TypeError(
-            f"`callback_on_step_end` must return None or a dictionary, {{'latents': latents}}, got {changes!r}."
+            f"`callback_on_step_end` must return None or a dictionary, {{'latents': latents}}, got {brief(changes)}."
         )
     unknown = sorted(set(changes or {}) - {"latents"}, key=str)
     if unknown:
         raise ValueError(f"`callback_on_step_end` returned {unknown}, but only 'latents' can be changed.")
     changed = latents if changes is None else changes.get("latents", latents)
     if not isinstance(changed, Tensor) or changed.shape != latents.shape:
-        got = tuple(changed.shape) if isinstance(changed, Tensor) else repr(changed)
+        got = tuple(changed.shape) if isinstance(changed, Tensor) else brief(changed)
         error = ValueError if isinstance(changed, Tensor) else TypeError
         raise error(f"`callback_on_step_end` must return latents of the shape {tuple(latents.shape)}, got {got}.")
     return changed.to(latents)
@@ -237,7 +237,9 @@ def check_prompt_embeds(
     """
     name, mask_name = f"`{prefix}prompt_embeds`", f"`{prefix}prompt_attention_mask`"
     if not isinstance(prompt_embeds, Tensor) or not prompt_embeds.is_floating_point():
-        raise TypeError(f"{name} must be a tensor of floats, as `encode_prompt` returns it, got {prompt_embeds!r}.")
+        raise TypeError(
+            f"{name} must be a tensor of floats, as `encode_prompt` returns it, got {brief(prompt_embeds)}."
+        )
     if prompt_embeds.ndim != 3 or 0 in prompt_embeds.shape or prompt_embeds.shape[2] != hidden_size:
         raise ValueError(
             f"{name} must have the shape (prompts, length, {hidden_size}), got {tuple(prompt_embeds.shape)}. Use the"
@@ -248,10 +250,10 @@ def check_prompt_embeds(
     if attention_mask is None:
         return prompt_embeds, prompt_embeds.new_ones(prompt_embeds.shape[:2], dtype=torch.long)
     if not isinstance(attention_mask, Tensor) or attention_mask.is_floating_point() or attention_mask.is_complex():
-        raise TypeError(f"{mask_name} must be a tensor of whole numbers or booleans, got {attention_mask!r}.")
+        raise TypeError(f"{mask_name} must be a tensor of whole numbers or booleans, got {brief(attention_mask)}.")
     if attention_mask.shape != prompt_embeds.shape[:2] or not attention_mask.bool().any(dim=1).all():
         raise ValueError(
             f"{mask_name} must have the shape {tuple(prompt_embeds.shape[:2])} like {name}, with a 1 in every row, got"
-            f" {attention_mask!r}."
+            f" {brief(attention_mask)}."
         )
     return prompt_embeds, attention_mask.long()

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
@@ -220,8 +219,8 @@ class FlexTokPipeline(CardMixin, PriorHalf, DecoderHalf):
 
         Args:
             with_vae, with_text_encoder: compile these as well.
-            options: of `torch.compile`; `dynamic=True` by default. The prior has its own. With `fullgraph=True`, a call
-                fails once `torch._dynamo.config.recompile_limit` is reached; without, further shapes run uncompiled.
+            options: of `torch.compile`; `dynamic=True` by default. The prior has its own. After as many shapes as
+                `torch._dynamo.config.recompile_limit`, others run uncompiled, or are an error with `fullgraph=True`.
         """
         for part in self._compilable_parts(with_vae, with_text_encoder):
             part.compile(**{"dynamic": True, **options})
@@ -586,6 +585,3 @@ class FlexTokPipeline(CardMixin, PriorHalf, DecoderHalf):
         if keep_tokens is not None:
             raise ValueError("`keep_tokens` was passed, but there is nothing to keep. Pass `image` or `token_ids`.")
         return torch.zeros(1, 0, dtype=torch.long, device=self._execution_device)
-
-
-diffusers.FlexTokPipeline = FlexTokPipeline  # where `DiffusionPipeline.from_pretrained` looks for the class

@@ -80,9 +80,8 @@ class PriorHalf(DiffusionPipeline):
                 " `detokenize` and `reconstruct`, or pass `prior=FlexTokPriorForCausalLM.from_pretrained(...)`."
             )
         if not is_whole_number(num_images_per_prompt) or num_images_per_prompt < 1:
-            raise ValueError(
-                f"`num_images_per_prompt` must be a whole number of 1 or more, got {num_images_per_prompt!r}."
-            )
+            got = inputs.brief(num_images_per_prompt)
+            raise ValueError(f"`num_images_per_prompt` must be a whole number of 1 or more, got {got}.")
         parts = TextParts(self.text_encoder, self.tokenizer, self._execution_device)
         return encode_condition(prompt, class_labels, int(num_images_per_prompt), self.prior, parts, texts)
 

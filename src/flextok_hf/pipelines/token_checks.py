@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..models.nested_dropout import token_ladder
 from ..utils.numbers import is_whole_number
+from .input_checks import brief
 
 
 def as_list(values: Any) -> list | None:
@@ -17,7 +18,7 @@ def as_list(values: Any) -> list | None:
         values = values.tolist()
     if not isinstance(values, list | tuple | range):
         return None
-    return [value.item() if isinstance(value, Tensor) and value.ndim == 0 else value for value in values]
+    return [value.item() if isinstance(value, Tensor | np.ndarray) and value.ndim == 0 else value for value in values]
 
 
 def resolve_max_tokens(max_tokens: Any, batch_size: int, num_registers: int) -> list[int]:
@@ -54,7 +55,7 @@ def resolve_count(count: Any, name: str, num_registers: int) -> int:
         return num_registers
     if not is_whole_number(count) or count < 1:
         raise ValueError(
-            f"`{name}` must be a whole number of 1 or more, got {count!r}. An image needs at least one token, and"
+            f"`{name}` must be a whole number of 1 or more, got {brief(count)}. An image needs at least one token, and"
             f" {num_registers} or more are all."
         )
     return min(int(count), num_registers)
@@ -72,7 +73,7 @@ def resolve_counts(token_counts: Any, name: str, num_registers: int) -> list[int
     if counts == []:
         raise ValueError(f"`{name}` is an empty list. Pass at least one number of tokens.")
     if counts is not None and None in counts:
-        raise ValueError(f"`{name}` must be whole numbers of 1 or more, got {token_counts!r}.")
+        raise ValueError(f"`{name}` must be whole numbers of 1 or more, got {brief(token_counts)}.")
     return [resolve_count(count, name, num_registers) for count in ([token_counts] if counts is None else counts)]
 
 
@@ -85,7 +86,7 @@ def check_token_counts(token_counts: Any, num_registers: int) -> list[int]:
     counts = resolve_counts(token_counts, "token_counts", num_registers)
     asked = as_list(token_counts)
     if asked is not None and asked != sorted(set(asked)):
-        raise ValueError(f"`token_counts` must be growing numbers, such as [1, 4, 16], got {token_counts!r}.")
+        raise ValueError(f"`token_counts` must be growing numbers, such as [1, 4, 16], got {brief(token_counts)}.")
     return list(dict.fromkeys(counts))
 
 
@@ -93,7 +94,7 @@ def check_keep_tokens(keep_tokens: Any, limit: int, reason: str) -> None:
     """Raise a ValueError unless `keep_tokens` is a whole number from 1 to `limit`."""
     if not is_whole_number(keep_tokens) or not 1 <= keep_tokens <= limit:
         raise ValueError(
-            f"`keep_tokens` must be a whole number from 1 to {limit} ({reason}), got {keep_tokens!r}. It is the"
+            f"`keep_tokens` must be a whole number from 1 to {limit} ({reason}), got {brief(keep_tokens)}. It is the"
             " number of image tokens to keep; the prior generates the rest."
         )
 
