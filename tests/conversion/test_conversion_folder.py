@@ -1,12 +1,17 @@
 """The output folder of a conversion: complete or absent, and never written over existing files."""
 
+import resource
 import shutil
+import signal
+import sys
+from multiprocessing import get_context
 
 import pytest
 from refusals import T5_FOLDER
 from transformers import T5EncoderModel
 
 from flextok_hf import FlexTokPipeline
+from flextok_hf.cli import main
 from flextok_hf.conversion.convert import convert_checkpoint
 from flextok_hf.conversion.writing import new_folder
 
@@ -44,6 +49,23 @@ def test_a_full_disk_is_detected_before_anything_is_written(place, tokenizer, mo
     with pytest.raises(OSError, match="0.0 GB of free space, but 0.0 GB are needed"):
         convert_checkpoint(place / "ours", str(tokenizer))
     assert sorted(path.name for path in place.iterdir()) == ["tokenizer"]
+
+
+@pytest.mark.parametrize("limit", [1_000, 5_000, 20_000])
+def test_a_disk_that_fills_up_ends_in_a_sentence_and_leaves_nothing(place, tokenizer, text_prior, limit):
+    def convert():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing raises an error, as on a full disk
+        sys.stderr = open(place / "stderr.txt", "w")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        words = ["convert", str(tokenizer), "--prior", str(text_prior), "--output", str(place / "ours"), "--quiet"]
+        sys.exit(main(words))
+
+    process = get_context("fork").Process(target=convert)
+    process.start()
+    process.join()
+    lines = (place / "stderr.txt").read_text().splitlines()
+    assert process.exitcode == 2 and lines[-1] == f"flextok: error: [Errno 27] File too large: '{place / 'ours'}'"
+    assert not [path for path in place.iterdir() if "ours" in path.name]
 
 
 def test_new_folders_have_the_usual_permissions(place, tokenizer):

@@ -14,6 +14,7 @@ from tiny_models import make_pipeline
 from training_processes import SMALL_DATA, SMALL_TOKENIZER, errors
 from training_processes import run as run_processes
 
+from flextok_hf.utils.files import write_atomically
 from flextok_hf.utils.plain_errors import plain_errors
 
 
@@ -31,7 +32,6 @@ def end_of(error):
         (PermissionError(errno.EACCES, "Permission denied", "/a"), "/a: Permission denied. Change the permissions"),
         (OSError(errno.EMFILE, "Too many open files"), "Too many open files. Raise the limit on open files"),
         (FileNotFoundError("`config` 'x' is no file."), "`config` 'x' is no file."),
-        (SafetensorError("I/O error: No space left on device (os error 28)"), "(os error 28). Free some space"),
     ],
 )
 def test_an_error_of_the_system_is_one_sentence_with_advice(error, sentence, capsys):
@@ -45,10 +45,33 @@ def test_ctrl_c_is_one_word(capsys):
     assert capsys.readouterr().err == "Interrupted.\n"
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), SafetensorError("Error while deserializing header")])
+@pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), KeyError("a bug")])
 def test_other_errors_keep_their_traceback(error):
     with pytest.raises(type(error)), plain_errors():
         raise error
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("error", [FULL, SafetensorError("Error while serializing: I/O error: (os error 28)")])
+def test_an_error_while_writing_names_the_file(error, tmp_path):
+    def fail(path):
+        raise error
+
+    with pytest.raises(OSError, match="No space left on device: '.*/out.bin'"):
+        write_atomically(tmp_path / "out.bin", fail)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), SafetensorError("x"), FileNotFoundError("x"), KeyboardInterrupt()])
+def test_other_errors_while_writing_are_passed_on(error, tmp_path):
+    def fail(path):
+        raise error
+
+    with pytest.raises(type(error)) as passed:
+        write_atomically(tmp_path / "out.bin", fail)
+    assert passed.value is error and not list(tmp_path.iterdir())
 
 
 def test_a_traceback_can_be_asked_for(monkeypatch):

@@ -237,6 +237,23 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
     assert_same_state(tmp_path / "whole" / "checkpoint-4", tmp_path / "checkpoint-4")
 
 
+def test_a_full_disk_at_the_end_leaves_no_half_written_model(tmp_path):
+    arguments = arguments_for(tmp_path, max_train_steps=1, resume_from_checkpoint="latest")
+    train_tokenizer(arguments)
+    shutil.rmtree(tmp_path / "pipeline")
+
+    def export_with_little_disk():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+        train_tokenizer(arguments)
+
+    assert run(export_with_little_disk, tmp_path) == [1]
+    assert f"File too large: '{tmp_path / 'pipeline'}'" in errors(tmp_path).splitlines()[-1]
+    assert not list(tmp_path.glob("pipeline*"))
+    train_tokenizer(arguments)
+    assert (tmp_path / "pipeline").is_dir()
+
+
 # Existing checkpoints
 
 

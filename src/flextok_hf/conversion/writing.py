@@ -13,7 +13,7 @@ from diffusers import ModelMixin
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..utils.files import check_output_folder, temporary_beside
+from ..utils.files import check_output_folder, temporary_beside, writing_error
 from .components import Component
 
 
@@ -36,8 +36,10 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
         if path.is_dir():
             path.rmdir()  # it is empty; some systems cannot rename over it
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if (named := writing_error(error, path)) is not None:
+            raise named from error
         raise
 
 

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from ..cards.model_card import write_model_card
 from ..cards.sections import RECIPE_FILE, training_facts
 from ..pipelines.pipeline_flextok import FlexTokPipeline
+from ..utils.files import writing_error
 from .arguments import TrainingArguments
 from .checkpoints import finish_folder, unfinished_name
 from .loop import Trainer
@@ -57,8 +58,10 @@ def publish(trainer: Trainer, stage: str, name: str, save: Callable[[Path], None
         if trainer.accelerator.is_main_process:
             write_facts(trainer, stage, unfinished)
             finish_folder(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if (named := writing_error(error, folder)) is not None:
+            raise named from error
         raise
     if trainer.accelerator.is_main_process and trainer.arguments.push_to_hub:
         logger.info("Uploaded: %s", upload(folder, hub_name(trainer.arguments)))

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from safetensors import SafetensorError
 
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -99,9 +101,18 @@ def write_atomically(path: str | os.PathLike, write: Callable[[str], object]) ->
     try:
         write(str(temporary))
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if (named := writing_error(error, path)) is not None:
+            raise named from error
         raise
+
+
+def writing_error(error: BaseException, path: Path) -> OSError | None:
+    """Return an error of the system with the name of the file or folder that was to be written; else `None`."""
+    hidden = re.search(r"os error (\d+)", str(error)) if isinstance(error, SafetensorError) else None
+    number = int(hidden[1]) if hidden else getattr(error, "errno", None)
+    return OSError(number, os.strerror(number), str(path)) if number else None
 
 
 def temporary_beside(path: Path) -> Path:

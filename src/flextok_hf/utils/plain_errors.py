@@ -2,12 +2,9 @@
 
 import errno
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-from safetensors import SafetensorError
 
 
 TRACEBACK = "FLEXTOK_TRACEBACK"  # environment variable; if set, errors keep their traceback
@@ -34,22 +31,16 @@ def plain_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
-    except (OSError, SafetensorError) as error:
-        sentence = describe(error)
-        if sentence is None or os.environ.get(TRACEBACK):
+    except OSError as error:
+        if os.environ.get(TRACEBACK):
             raise
-        print(f"error: {sentence}", file=sys.stderr)
+        print(f"error: {describe(error)}", file=sys.stderr)
         raise SystemExit(1) from None
 
 
-def describe(error: OSError | SafetensorError) -> str | None:
-    """Return one sentence about an error of the system and what to do, or `None` for another kind of error."""
-    text, number = " ".join(str(error).split()), getattr(error, "errno", None)
-    if isinstance(error, SafetensorError):
-        found = re.search(r"os error (\d+)", text)
-        if found is None:
-            return None
-        number = int(found[1])
-    elif error.strerror:
+def describe(error: OSError) -> str:
+    """Return one sentence about an error of files or disks, and what to do."""
+    text = " ".join(str(error).split())
+    if error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return f"{text.rstrip('.')}. {ADVICE.get(number, '')}".strip()
+    return f"{text.rstrip('.')}. {ADVICE.get(error.errno or 0, '')}".strip()
