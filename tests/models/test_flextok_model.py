@@ -8,7 +8,8 @@ from diffusers import AutoencoderKL
 from image_rows import write_parquet
 from safetensors.torch import load_file, save_file
 from tiny_models import NUM_REGISTERS, make_pipeline
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, Trainer, TrainingArguments, pipeline
+from transformers import AutoConfig, AutoModel, Trainer, TrainingArguments, pipeline
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from flextok_hf import FlexTokConfig, FlexTokEncoder, FlexTokImageProcessor, FlexTokModel
 from flextok_hf.data.latent_cache import cache_latents

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, BatchFeature
+from transformers import BatchFeature
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from flextok_hf import FlexTokConfig, FlexTokEncoderConfig, FlexTokImageProcessor
 from flextok_hf.pipelines.images import prepare_images

@@ -6,18 +6,13 @@ made encoding a fifth slower (docs/speed.md).
 Letters: B batch, C latent channels, h w latent grid, H W image height and width, K registers.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 
-if TYPE_CHECKING:  # importing it takes a second, which `import flextok_hf` saves
-    from diffusers import AutoencoderKL
-
-
 @torch.no_grad()
-def encode_latents(vae: "AutoencoderKL | None", pixel_values: Tensor) -> Tensor:
+def encode_latents(vae: AutoencoderKL | None, pixel_values: Tensor) -> Tensor:
     """Encode images (B, 3, H, W) in [-1, 1] as latents (B, C, h, w) of about unit variance.
 
     Uses the mean of the VAE's posterior, not a sample, so that tokenizing an image always gives the same ids.
@@ -27,19 +22,19 @@ def encode_latents(vae: "AutoencoderKL | None", pixel_values: Tensor) -> Tensor:
     return vae.encode(_prepare(pixel_values, vae)).latent_dist.mode() * vae.config.scaling_factor
 
 
-def decode_latents(vae: "AutoencoderKL | None", latents: Tensor) -> Tensor:
+def decode_latents(vae: AutoencoderKL | None, latents: Tensor) -> Tensor:
     """Decode latents (B, C, h, w) as images (B, 3, H, W), roughly in [-1, 1] and not clamped."""
     if vae is None:
         return latents
     return vae.decode(_prepare(latents / vae.config.scaling_factor, vae)).sample
 
 
-def _prepare(tensor: Tensor, vae: "AutoencoderKL") -> Tensor:
+def _prepare(tensor: Tensor, vae: AutoencoderKL) -> Tensor:
     layout = torch.channels_last if tensor.device.type == "cpu" else torch.preserve_format
     return tensor.to(vae.dtype, memory_format=layout)
 
 
-def check_token_ids(token_ids: Tensor, pixel_values: Tensor, encoder: nn.Module, vae: "AutoencoderKL | None") -> None:
+def check_token_ids(token_ids: Tensor, pixel_values: Tensor, encoder: nn.Module, vae: AutoencoderKL | None) -> None:
     """Raise a `ValueError` that says why ids (B, K) are -1, the id of features that are not finite, if any are."""
     if not (token_ids < 0).any():
         return

@@ -3,9 +3,10 @@
 Letters: B batch, K registers, R resolution (side of the square images).
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import can_return_tuple
@@ -14,10 +15,6 @@ from .configuration_flextok import FlexTokConfig
 from .latents import check_token_ids, encode_latents
 from .modeling_encoder import FlexTokEncoder, FlexTokEncoderOutput
 from .whole_weights import WholeWeightsMixin
-
-
-if TYPE_CHECKING:  # importing it takes a second, which `import flextok_hf` saves
-    from diffusers import AutoencoderKL
 
 
 class FlexTokModel(WholeWeightsMixin, PreTrainedModel):
@@ -36,14 +33,10 @@ class FlexTokModel(WholeWeightsMixin, PreTrainedModel):
     _no_split_modules = ["EncoderBlock", "AutoencoderKL"]
     _supports_sdpa = True
 
-    def __init__(
-        self, config: FlexTokConfig, encoder: FlexTokEncoder | None = None, vae: "AutoencoderKL | None" = None
-    ):
+    def __init__(self, config: FlexTokConfig, encoder: FlexTokEncoder | None = None, vae: AutoencoderKL | None = None):
         super().__init__(config)
         self.encoder = FlexTokEncoder(config.encoder_config) if encoder is None else encoder
         if vae is None and config.vae_config is not None:
-            from diffusers import AutoencoderKL
-
             vae = AutoencoderKL.from_config(config.vae_config)
         self.vae = vae
         self.post_init()
