@@ -9,7 +9,7 @@ Finished runs are kept in `output_dir` of the configuration and not repeated, so
 import argparse
 import json
 import statistics
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,18 +85,23 @@ def steps_of_same_work(log: Path, joint_log: Path, steps: int) -> int:
 
 
 def run_variant(base: TokenizerArguments, name: str, seed: int, images: torch.Tensor) -> dict[str, float]:
-    """Train one variant with one seed and measure it; reuse the result if there is one."""
+    """Train one variant with one seed and measure it; reuse the result if there is one of the same options."""
     folder = Path(base.output_dir) / f"{name}-{seed}"
     result = folder / "figures.json"
-    if result.is_file():
-        return read_json(result)
     arguments = replace(base, **VARIANTS[name], output_dir=str(folder), seed=seed, resume_from_checkpoint="latest")
     if name == SAME_WORK:
         logs = [Path(base.output_dir) / f"{other}-{seed}" / "log.jsonl" for other in ("baseline", "joint_lengths")]
         arguments = replace(arguments, max_train_steps=steps_of_same_work(*logs, base.max_train_steps))
+    asked = json.loads(json.dumps(asdict(arguments), default=str))
+    known = read_json(result, {})
+    if "arguments" in known:
+        changed = [key for key, value in asked.items() if known["arguments"].get(key) != value]
+        if changed:
+            raise ValueError(f"{folder} holds a run with other {', '.join(changed)}. Choose another `output_dir`.")
+        return known["figures"]
     pipe = FlexTokPipeline.from_pretrained(train_tokenizer(arguments))
     figures = evaluate(pipe, images)
-    write_text(result, json.dumps(figures, indent=2))
+    write_text(result, json.dumps({"arguments": asked, "figures": figures}, indent=2))
     return figures
 
 

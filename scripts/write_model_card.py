@@ -32,11 +32,18 @@ def check_results(model: Path, results: list[Path]) -> None:
 
 
 def copy_beside(files: list[Path], folder: Path) -> None:
-    """Replace the content of a folder with copies of these files."""
+    """Replace the content of a folder with copies of these files, which may be in it.
+
+    Raises:
+        ValueError: if two files have the same name.
+    """
+    contents = {path.name: path.read_bytes() for path in files}
+    if len(contents) < len(files):
+        raise ValueError(f"Two of {', '.join(map(str, files))} have the same name; rename one.")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    for path in files:
-        shutil.copyfile(path, folder / path.name)
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -52,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     options = parse_arguments()
     if options.facts:
-        shutil.copyfile(options.facts, options.model / FACTS_FILE)
+        (options.model / FACTS_FILE).write_bytes(options.facts.read_bytes())
     if options.results:
         results = [path for path in sorted(options.results.glob("*.json")) if read_json(path).get("results")]
         check_results(options.model, results)

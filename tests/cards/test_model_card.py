@@ -240,10 +240,14 @@ def run_script(module, monkeypatch, *arguments):
     importlib.import_module(module).main()
 
 
+def weights_of(folder):
+    parts = FlexTokPipeline.from_pretrained(folder).components
+    return weights_hash({name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)})
+
+
 def test_the_script_puts_everything_next_to_a_model(folder, tmp_path, monkeypatch):
     enrich(folder)
-    pipe = FlexTokPipeline.from_pretrained(folder)
-    weights = weights_hash({name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)})
+    weights = weights_of(folder)
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "reconstruction.json").write_text(json.dumps(RESULTS | {"weights_sha256": weights}))
     (tmp_path / "facts.yaml").write_text("title: Another title\n")
@@ -257,6 +261,23 @@ def test_the_script_puts_everything_next_to_a_model(folder, tmp_path, monkeypatc
     (tmp_path / "results" / "reconstruction.json").write_text(json.dumps(RESULTS))
     with pytest.raises(ValueError, match="abcdef.*Measure again"):
         run_script("write_model_card", monkeypatch, *shared)
+
+
+def test_files_that_are_already_next_to_a_model_are_kept(folder, monkeypatch):
+    enrich(folder)
+    inside = ["--facts", folder / "model_card.yaml", "--images", folder / "images" / "a_cat.png"]
+    run_script("write_model_card", monkeypatch, "--model", folder, *inside)
+    assert (folder / "images" / "a_cat.png").is_file() and "# A tiny model" in (folder / "README.md").read_text()
+    weights = {"weights_sha256": weights_of(folder)}
+    (folder / "results" / "reconstruction.json").write_text(json.dumps(RESULTS | weights))
+    run_script("write_model_card", monkeypatch, "--model", folder, "--results", folder / "results")
+    assert json.loads((folder / "results" / "reconstruction.json").read_text())["count"] == 24
+    (folder / "other").mkdir()
+    shutil.copyfile(folder / "images" / "a_cat.png", folder / "other" / "a_cat.png")
+    images = [folder / name / "a_cat.png" for name in ("images", "other")]
+    with pytest.raises(ValueError, match="have the same name"):
+        run_script("write_model_card", monkeypatch, "--model", folder, "--images", *images)
+    assert images[0].is_file()
 
 
 def test_the_measured_influence_is_that_of_an_ordered_tokenizer(tiny_pipeline, tmp_path):

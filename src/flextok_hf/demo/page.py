@@ -82,6 +82,7 @@ def launch_options() -> dict[str, Any]:
         "state_session_capacity": MAX_SESSIONS,
         "app_kwargs": {"middleware": [Middleware(CheckedRequests)]},
         "footer_links": [],
+        "run_history": False,
     }
 
 

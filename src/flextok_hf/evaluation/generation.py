@@ -193,10 +193,6 @@ class Generation(ConditionedMeasurement):
         """Measure everything, write the results, and return the record."""
         options = self.options
         self.protocol["samplings"] = [asdict(sampling) for sampling in self.samplings]
-        real = None
-        if self.network is not None:
-            real = self.real_accumulators(self.network.description.num_features)
-            self.run("reference", real, len(self.reference_rows), partial(self.measure_reference, real))
         names = [*self.sets, self.first_set + SHUFFLED] if self.reference is not None else list(self.sets)
         passes = []
         for number, sampling in enumerate(self.samplings):
@@ -207,7 +203,10 @@ class Generation(ConditionedMeasurement):
                 sums["kept"] = KeptImages(list(shown), len(self.counts), self.pipe.resolution)
             self.run(f"prompts-{number + 1}", sums, len(self.jobs), partial(self.measure_prompts, sums, sampling))
             passes.append(sums)
-        bound = None
+        real, bound = None, None
+        if self.network is not None:
+            real = self.real_accumulators(self.network.description.num_features)
+            self.run("reference", real, len(self.reference_rows), partial(self.measure_reference, real))
         if self.reference is not None:
             bound = self.build_accumulators([BOUND])
             self.run("reconstructions", bound, len(self.originals), partial(self.measure_bound, bound))
