@@ -9,7 +9,7 @@ import urllib.request
 from pathlib import Path
 
 
-START_S = 120
+START_S = 240
 
 
 class Server:

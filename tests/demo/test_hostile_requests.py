@@ -20,7 +20,7 @@ pytest.importorskip("gradio")
 pytest.importorskip("fcntl")  # named pipes
 httpx = pytest.importorskip("httpx")
 
-from flextok_hf.demo.actions import NOT_UPLOADED  # noqa: E402
+from flextok_hf.demo.actions import MAX_PHOTO_BYTES, NOT_UPLOADED  # noqa: E402
 from flextok_hf.demo.server import MAX_BODY_BYTES, NOT_UNDERSTOOD  # noqa: E402
 
 
@@ -174,12 +174,15 @@ def test_wrong_requests_get_one_sentence(visitor, function, data, words):
     assert not succeeded and words in message and SENTENCE.fullmatch(message), message
 
 
-def test_large_bodies_are_refused_before_they_are_read(visitor):
+def test_large_bodies_are_refused(visitor):
+    headers = {"content-type": "application/json"}
     body = b'{"data": ["' + b"c" * MAX_BODY_BYTES + b'"]}'
-    answer = visitor.http.post("/queue/join", content=body, headers={"content-type": "application/json"})
-    assert answer.status_code == 413
-    answer = visitor.http.post("/queue/join", content=iter([body]))  # no length stated
-    assert answer.status_code == 413
+    assert visitor.http.post("/queue/join", content=body, headers=headers).status_code == 413
+    assert visitor.http.post("/queue/join", content=iter([body]), headers=headers).status_code == 400  # in parts
+    photos = [("files", (f"{number}.png", bytes(MAX_PHOTO_BYTES // 2))) for number in range(3)]
+    assert visitor.http.post("/upload", files=photos).status_code == 413
+    (name,) = visitor.http.post("/upload", files=[("files", ("a.png", bytes(MAX_PHOTO_BYTES - 9)))]).json()
+    assert os.path.getsize(name) == MAX_PHOTO_BYTES - 9
 
 
 def hostile_request(visitor, draw, paths):

@@ -11,14 +11,14 @@ from typing import Any
 import gradio as gr
 from starlette.responses import JSONResponse
 
-from .actions import NOT_UPLOADED, is_inside
+from .actions import MAX_PHOTO_BYTES, NOT_UPLOADED, is_inside
 
 
 logger = logging.getLogger(__name__)
 
 NOT_UNDERSTOOD = "This request is not one that the page sends. Reload the page and try again."
 FILE_MARK = {"_type": "gradio.FileData"}
-MAX_BODY_BYTES = 2**20  # of a request other than an upload: prompts and numbers
+MAX_BODY_BYTES = 2**20  # prompts and numbers; an upload may have a photo more
 # Parts of Gradio that this page does not use: they start programs or fetch addresses, or keep what visitors send.
 CLOSED_ROUTES = ("/component_server", "/process_recording", "/proxy=", "/vibe-", "/stream/", "/deep_link")
 
@@ -76,10 +76,19 @@ class CheckedRequests:
         """Answer one request."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        refusal = self.refusal(scope)
+        limit = MAX_BODY_BYTES + (MAX_PHOTO_BYTES if scope["path"].endswith("/upload") else 0)
+        refusal = self.refusal(scope, limit)
         if refusal is not None:
             return await refusal(scope, receive, send)
-        has_started = False
+        received, has_started = 0, False
+
+        async def receive_to_limit() -> dict[str, Any]:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > limit:  # sent in parts, without its length
+                raise ValueError("the body is too large")
+            return message
 
         async def send_and_note(message: dict[str, Any]) -> None:
             nonlocal has_started
@@ -87,21 +96,19 @@ class CheckedRequests:
             await send(message)
 
         try:
-            await self.app(scope, receive, send_and_note)
+            await self.app(scope, receive_to_limit, send_and_note)
         except Exception as error:
             logger.warning("refused a request to %s: %s", scope["path"][:80], type(error).__name__)
             if not has_started:
                 await JSONResponse({"error": NOT_UNDERSTOOD}, 400)(scope, receive, send)
 
     @staticmethod
-    def refusal(scope: dict[str, Any]) -> JSONResponse | None:
+    def refusal(scope: dict[str, Any], limit: int) -> JSONResponse | None:
         """Return the answer to a request that is not passed on, or `None`."""
         path, _, file = scope["path"].partition("/file=")
-        headers = dict(scope["headers"])
+        length = dict(scope["headers"]).get(b"content-length", b"0").decode("latin-1")
         if any(route in path for route in CLOSED_ROUTES) or "://" in path + file:  # Gradio would fetch the address
             return JSONResponse({"error": "This page does not use this address."}, 404)
-        if scope["method"] == "POST" and not path.endswith("/upload"):
-            length = headers.get(b"content-length", b"").decode("latin-1")
-            if not length.isdecimal() or int(length) > MAX_BODY_BYTES:
-                return JSONResponse({"error": f"A request may have at most {MAX_BODY_BYTES:,} bytes."}, 413)
+        if not length.isdecimal() or int(length) > limit:
+            return JSONResponse({"error": f"This request may have at most {limit:,} bytes."}, 413)
         return None
