@@ -1,6 +1,8 @@
+import errno
 import itertools
 import json
 import logging
+import os
 import pickle
 import tarfile
 from io import BytesIO
@@ -11,6 +13,7 @@ import pytest
 import torch
 from image_rows import TRANSFORM, R, png, write_parquet
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from flextok_hf.data.batches import EpochBatchSampler, TrainingBatches, build_dataloader
 from flextok_hf.data.columns import Columns
@@ -254,6 +257,44 @@ def test_missing_image_files_are_skipped(tmp_path):
     assert shade_of(dataset[0]["pixel_values"]) == 1 and "0.png' is not an existing file" in dataset.skipped[0]
 
 
+NOT_THE_FILE = [errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT]
+
+
+@pytest.mark.parametrize("number", NOT_THE_FILE, ids=errno.errorcode.get)
+@pytest.mark.parametrize("moment", ["open", "load"])
+def test_an_error_of_the_system_is_not_the_fault_of_a_row(tmp_path, monkeypatch, number, moment):
+    fail_to_read(monkeypatch, number, moment)
+    dataset = load_training_dataset(write_parquet(tmp_path / "a.parquet", 2), transform=TRANSFORM)
+    with pytest.raises(OSError, match="cannot be read: ") as error:
+        dataset[0]
+    assert error.value.errno == number and not dataset.skipped
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM], ids=errno.errorcode.get)
+def test_a_file_that_may_not_be_read_is_skipped_and_not_called_damaged(tmp_path, monkeypatch, number):
+    (tmp_path / "images").mkdir()
+    for row in range(2):
+        (tmp_path / "images" / f"{row}.png").write_bytes(png(row))
+    dataset = load_training_dataset(tmp_path / "images", transform=TRANSFORM)
+    fail_to_read(monkeypatch, number, "open", "0.png")
+    assert shade_of(dataset[0]["pixel_values"]) == 1
+    reason = dataset.skipped[0]
+    assert f"0.png' cannot be read: {os.strerror(number)}" in reason and "damaged" not in reason
+
+
+def fail_to_read(monkeypatch, number, moment, name=""):
+    """Let Pillow get an error of the system for files with this name."""
+    where, function = (Image, "open") if moment == "open" else (PngImageFile, "load")
+    original = getattr(where, function)
+
+    def fail(first, *rest, **options):
+        if name in str(first):
+            raise OSError(number, os.strerror(number))
+        return original(first, *rest, **options)
+
+    monkeypatch.setattr(where, function, fail)
+
+
 @pytest.mark.parametrize("options", [{}, {"cache_in_memory": True}, {"streaming": True, "shuffle_buffer": 0}])
 def test_a_dataset_without_a_usable_image_is_an_error(tmp_path, monkeypatch, options):
     monkeypatch.setattr("flextok_hf.data.image_dataset.MAX_UNREADABLE_ROWS", 5)
@@ -483,6 +524,26 @@ def test_a_batch_larger_than_the_dataset_is_refused(tmp_path):
     stream = load_training_dataset(tmp_path / "a.parquet", transform=TRANSFORM, streaming=True, shuffle_buffer=0)
     with pytest.raises(ValueError, match="did not fill one batch"):
         next(TrainingBatches(build_dataloader(stream, 11)).start())
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved", "token ids"])
+@pytest.mark.parametrize(
+    "options", [{}, {"cache_in_memory": True}, {"streaming": True}], ids=["rows", "cache", "stream"]
+)
+def test_a_dataset_without_rows_says_so(tmp_path, kind, options):
+    features = datasets.Features({"image": datasets.Image(), "ids": datasets.List(datasets.Value("int64"))})
+    rows = datasets.Dataset.from_dict({"image": [], "ids": []}, features=features)
+    path = tmp_path / "empty.parquet"
+    if kind == "saved":
+        rows.save_to_disk(path)
+    else:
+        rows.to_parquet(path)
+    columns = Columns(token_ids="ids") if kind == "token ids" else Columns()
+    with pytest.raises(
+        ValueError, match="`source` .*empty.parquet has no rows in split 'train'|The stream has no rows"
+    ):
+        dataset = load_training_dataset(path, transform=TRANSFORM, columns=columns, **options)
+        next(TrainingBatches(build_dataloader(dataset, 1)).start())
 
 
 def test_collate_stacks_what_the_samples_have():

@@ -242,5 +242,5 @@ def save_text_encoder(folder):
 def test_an_empty_dataset_is_refused(tmp_path, streaming):
     path = write_parquet(tmp_path / "a.parquet", num_rows=0)
     options = {"train_data": [str(path)], "streaming": streaming, "max_train_samples": None}
-    with pytest.raises(ValueError, match="empty|did not fill one batch|no examples|no data"):
+    with pytest.raises(ValueError, match="has no rows"):
         train_tokenizer(tokenizer_arguments(tmp_path / "run", **options))

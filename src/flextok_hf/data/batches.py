@@ -126,8 +126,6 @@ def build_dataloader(
         dataset.set_processes(process_index, num_processes)
         options["collate_fn"] = None
         return DataLoader(StreamBatches(dataset, batch_size, drop_last), batch_size=None, **options)
-    if len(dataset) == 0:
-        raise ValueError("The dataset is empty. Check `train_data` and its split.")
     sampler = EpochBatchSampler(len(dataset), batch_size, shuffle, seed, drop_last, process_index, num_processes)
     if len(sampler) == 0:
         raise ValueError(
@@ -207,5 +205,7 @@ class TrainingBatches:
                 else:
                     yield batch
             if num_read == 0 and is_whole_epoch:
+                if next(iter(self._dataset().rows), None) is None:
+                    raise ValueError("The stream has no rows for this process. Check `train_data` and its split.")
                 raise ValueError("The stream did not fill one batch. Lower `batch_size` or set `drop_last=False`.")
             places, is_whole_epoch = {}, True

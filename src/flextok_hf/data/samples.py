@@ -63,8 +63,8 @@ def read_image(value: dict[str, Any] | None) -> Image.Image:
     """Open an undecoded value {"bytes", "path"} of an image column as RGB.
 
     Raises:
-        UnreadableRow: if the image is missing or damaged. A network failure is not the row's fault: its error
-            propagates.
+        UnreadableRow: if the image is missing, damaged or may not be read.
+        OSError: if the network or the disk fails, or too many files are open, which is not the row's fault.
     """
     if value is None or (value["bytes"] is None and value["path"] is None):
         raise UnreadableRow("there is no image")
@@ -74,7 +74,7 @@ def read_image(value: dict[str, Any] | None) -> Image.Image:
             with xopen(value["path"], "rb") as file:
                 content = file.read()
         return load_image(value["path"] if content is None else content)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, PermissionError) as error:
         raise UnreadableRow(str(error)) from error
 
 

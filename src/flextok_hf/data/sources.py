@@ -120,7 +120,7 @@ def load_rows(
 
     Raises:
         FileNotFoundError: files, or a folder passed as a path, do not exist.
-        ValueError: files are of different or unknown kinds, or the split does not exist.
+        ValueError: files are of different or unknown kinds, or the split does not exist or has no rows.
     """
     if isinstance(source, (list, tuple)) and len(source) == 1:
         source = source[0]  # unwrap a list of one, which may be a folder or Hub id
@@ -128,7 +128,15 @@ def load_rows(
         if split not in SYNTHETIC_ROWS:
             raise ValueError(f"`split` of the synthetic dataset must be train or validation, got '{split}'.")
         return SyntheticShapes(max_rows or SYNTHETIC_ROWS[split], seed, resolution, split=split, streaming=streaming)
-    rows = load_named(source, split, streaming, config_name)
+    try:
+        rows = load_named(source, split, streaming, config_name)
+        is_empty = not streaming and len(rows) == 0
+    except (IndexError, ValueError) as error:  # of `datasets`, for saved folders and for files without rows
+        if isinstance(error, ValueError) and "corresponds to no data" not in str(error):
+            raise
+        is_empty = True
+    if is_empty:
+        raise ValueError(f"`source` {source} has no rows in split '{split}'. Check the files, or pass others.")
     return rows if max_rows is None else rows.take(max_rows)
 
 

@@ -46,6 +46,9 @@ def load_training_dataset(
         seed: seeds the synthetic images, and the order and random draws of a streamed dataset.
         fail_on_unreadable: raise an error for an unreadable row.
         config_name: configuration of a Hub dataset that has several.
+
+    Raises:
+        ValueError: options or columns do not fit; `load_rows` lists further errors.
     """
     if streaming and cache_in_memory:
         raise ValueError("`cache_in_memory` needs all rows up front: turn off either it or `streaming`.")

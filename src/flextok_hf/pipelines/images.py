@@ -25,7 +25,8 @@ OUTPUT_TYPES = ("pil", "np", "pt")
 WHITE = (255, 255, 255)
 # What Pillow raises for files that are not images, or are truncated or damaged; it varies by format.
 PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, OverflowError, struct.error, zlib.error)
-SYSTEM_ERRORS = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # not caused by the file's content
+# The system's errors have a number; Pillow's have none. A wrong position in a damaged file gives these.
+NUMBERS_OF_DAMAGE = (None, errno.EINVAL, errno.EOVERFLOW)
 # What turns images of EXIF orientation 2, 3, ... 8 upright.
 TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
 SHORT = 3  # the type of the orientation in EXIF
@@ -74,7 +75,7 @@ def load_image(source: str | Path | bytes) -> Image.Image:
     except PILLOW_BOMBS as error:
         raise ValueError(_bomb_message(name, error)) from error
     except PILLOW_ERRORS as error:
-        if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
+        if isinstance(error, OSError) and error.errno not in NUMBERS_OF_DAMAGE:
             raise OSError(error.errno, f"{name} cannot be read: {error.strerror}") from error
         raise ValueError(f"{name} is damaged or truncated ({error}). Download or save the file again.") from error
 

@@ -40,7 +40,8 @@ def plain_errors() -> Iterator[None]:
 
 def describe(error: OSError) -> str:
     """Return one sentence about an error of files or disks, and what to do."""
-    text = " ".join(str(error).split())
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    text = lines[-1] if lines[0].startswith("Caught ") else " ".join(" ".join(lines).split())  # from a worker process
     if error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return f"{text.rstrip('.')}. {ADVICE.get(error.errno or 0, '')}".strip()
