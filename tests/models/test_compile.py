@@ -5,6 +5,7 @@ Graphs are traced as for any backend but run eagerly, which is fast and needs no
 
 import pytest
 import torch
+import torch.fx.experimental._config
 from tiny_models import FSQ_LEVELS, NUM_REGISTERS, make_decoder, make_encoder, make_pipeline, make_prior
 from torch._dynamo.utils import counters
 
@@ -53,6 +54,18 @@ def test_the_whole_decoder_compiles_for_all_lengths():
         torch.testing.assert_close(decoder(*inputs).velocity, plain(*inputs).velocity)
     # with and without dropped registers; and a third where the first count happens to equal the size of the codes
     assert num_graphs() <= 3
+
+
+@torch.no_grad()
+def test_patches_of_all_latent_sizes_share_a_graph():
+    """At full width, the crop of the position table was once a special case."""
+    plain, embedding = (make_decoder().patch_embedding for _ in range(2))
+    embedding.compile(dynamic=True, **OPTIONS)
+    with torch.fx.experimental._config.patch(use_duck_shape=False):  # else equal sizes are a special case
+        for height, width in [(16, 16), (8, 16), (12, 8), (16, 12)]:
+            latents = torch.randn(2, 3, height, width, generator=seeded(7))
+            torch.testing.assert_close(embedding(latents), plain(latents))
+    assert num_graphs() == 1
 
 
 @torch.no_grad()

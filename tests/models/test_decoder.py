@@ -1,6 +1,5 @@
 """The flow decoder: what a prefix of codes does and does not influence."""
 
-import diffusers
 import pytest
 import torch
 from tiny_models import FSQ_LEVELS, NUM_REGISTERS, SHAPES, make_decoder, make_pipeline
@@ -116,16 +115,6 @@ def test_gradient_checkpointing_changes_nothing(latents):
         torch.testing.assert_close(checkpointed, plain)
 
 
-@pytest.mark.parametrize("backend", ["native", "_native_math"])
-def test_another_attention_backend_gives_the_same_velocity(tiny_decoder, latents, backend):
-    expected = velocity(tiny_decoder, latents, CODES)
-    tiny_decoder.set_attention_backend(backend)
-    assert {block.attention.processor._attention_backend.value for block in tiny_decoder.transformer_blocks} == {
-        backend
-    }
-    torch.testing.assert_close(velocity(tiny_decoder, latents, CODES), expected, atol=1e-5, rtol=0)
-
-
 def test_an_unknown_attention_backend_is_refused(tiny_decoder):
     with pytest.raises(ValueError, match="backend"):
         tiny_decoder.set_attention_backend("natively")
@@ -150,20 +139,3 @@ def test_an_adapter_is_trainable_while_the_decoder_is_frozen(tiny_decoder, laten
     assert not torch.allclose(velocity(tiny_decoder, latents, CODES), before)
     tiny_decoder.disable_adapters()
     assert velocity(tiny_decoder, latents, CODES).equal(before)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        diffusers.TaylorSeerCacheConfig(),
-        diffusers.TaylorSeerCacheConfig(use_lite_mode=True),
-        diffusers.FasterCacheConfig(),
-        diffusers.PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2),
-        None,
-    ],
-    ids=lambda config: type(config).__name__,
-)
-def test_caches_that_do_not_work_are_refused_by_name(tiny_decoder, config):
-    with pytest.raises(ValueError, match=f"`config` is a {type(config).__name__}"):
-        tiny_decoder.enable_cache(config)
-    assert not tiny_decoder.is_cache_enabled

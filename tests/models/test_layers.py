@@ -2,14 +2,18 @@
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 
 from flextok_hf.models.layers import (
+    CPU_BACKENDS,
+    MASK_BACKENDS,
     Attention,
     GatedMLP,
     PatchEmbedding,
     TimestepEmbedder,
     attend,
     attend_with_matmuls,
+    check_backend,
     layer_norm,
     patchify,
     sincos_position_table,
@@ -58,6 +62,27 @@ def test_attention_with_matmuls_equals_attention(mask):
     query, key, value = random(3, 5, 2, 4), random(3, 6, 2, 4, seed=1), random(3, 6, 2, 4, seed=2)
     expected = attend(query, key, value, mask, scale=0.7)
     torch.testing.assert_close(attend_with_matmuls(query, key, value, mask, scale=0.7), expected)
+
+
+@pytest.mark.parametrize("name", ["flash", "flash_varlen", "sage_varlen", "_native_flash", "aiter_fa2_hub"])
+def test_a_mask_is_refused_where_the_backend_would_ignore_it(name):
+    """Of a causal mask, variable-length kernels see that each key is visible to some query."""
+    with pytest.raises(ValueError, match=f"'{name}' does not apply the attention mask"):
+        check_backend(AttentionBackendName(name), "cuda", has_mask=True)
+    check_backend(AttentionBackendName(name), "cuda", has_mask=False)
+
+
+@pytest.mark.parametrize("name", sorted({*CPU_BACKENDS, *MASK_BACKENDS} - {"_native_flash"}))
+def test_backends_that_take_masks_are_not_refused(name):
+    check_backend(AttentionBackendName(name), "cuda", has_mask=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_the_backend_of_a_with_block_is_used(dtype):
+    query, key, value = (random(2, 100, 3, 16, seed=seed).to(dtype) for seed in range(3))
+    with attention_backend("_native_efficient"), pytest.raises(ValueError, match="_native_efficient"):
+        attend(query, key, value)
 
 
 @torch.no_grad()

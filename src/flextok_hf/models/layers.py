@@ -8,7 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from torch import Tensor, nn
 
 from .packed_linear import linear, packable
@@ -16,6 +16,10 @@ from .packed_linear import linear, packable
 
 LAYER_NORM_EPS = 1e-5
 MIN_LOGITS, MAX_LOGITS = 2**12, 2**24  # per head, and over all heads: sizes at which two matmuls beat SDPA
+
+# Diffusers' backends that run on CPUs, and those that apply any mask; of a mask, "flash_varlen" sees only padding.
+CPU_BACKENDS: tuple[str, ...] = ("native", "flex", "_native_math", "_native_flash")
+MASK_BACKENDS: tuple[str, ...] = ("native", "flex", "xformers", "_native_math", "_native_efficient", "_native_cudnn")
 
 
 def attend(
@@ -26,7 +30,7 @@ def attend(
     scale: float | None = None,
     is_causal: bool = False,
     key_bias: Tensor | None = None,
-    backend=None,
+    backend: AttentionBackendName | None = None,
 ) -> Tensor:
     """Scaled dot-product attention; the only function in the package that calls an attention kernel.
 
@@ -42,9 +46,14 @@ def attend(
 
     Returns:
         Context, (B, Lq, heads, head_dim).
+
+    Raises:
+        ValueError: if the backend does not run on this device, or would ignore the mask.
     """
-    use_matmuls = backend is None and not is_causal and is_faster_with_matmuls(query, key)
-    if key_bias is not None and (use_matmuls or query.device.type == "cuda"):
+    chosen = _AttentionBackendRegistry.get_active_backend()[0] if backend is None else backend
+    is_default = backend is None and chosen == "native"
+    use_matmuls = is_default and not is_causal and is_faster_with_matmuls(query, key)
+    if key_bias is not None and (use_matmuls or query.device.type == "cuda" or chosen not in MASK_BACKENDS):
         # Kernels without a mask are the fastest here, so the bias is encoded in extra head dimensions.
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         query, key = append_bias_dimensions(query, key, key_bias, scale)
@@ -59,9 +68,23 @@ def attend(
         attention_mask = attention_mask[None, None]
     if use_matmuls:
         return attend_with_matmuls(query, key, value, attention_mask, scale)
+    if not is_default:
+        check_backend(chosen, query.device.type, attention_mask is not None)
     return dispatch_attention_fn(
         query, key, value, attn_mask=attention_mask, scale=scale, is_causal=is_causal, backend=backend
     )
+
+
+def check_backend(backend: AttentionBackendName, device_type: str, has_mask: bool) -> None:
+    """Refuse a backend that would fail inside a kernel or ignore the mask."""
+    if device_type == "cpu" and backend not in CPU_BACKENDS:
+        problem, allowed = "does not run on a CPU", CPU_BACKENDS
+    elif has_mask and backend not in MASK_BACKENDS:
+        problem, allowed = "does not apply the attention mask that this call needs", MASK_BACKENDS
+    else:
+        return
+    name = AttentionBackendName(backend).value
+    raise ValueError(f"The attention backend {name!r} {problem}. Choose another one: {', '.join(allowed)}.")
 
 
 def is_faster_with_matmuls(query: Tensor, key: Tensor) -> bool:
@@ -174,6 +197,16 @@ class Attention(nn.Module, AttentionModuleMixin):
         self.to_out = packable(hidden_size, hidden_size)
         self.processor = AttentionProcessor()
 
+    def set_processor(self, processor: AttentionProcessor) -> None:
+        """Replace the processor; raises `TypeError` for those of other models, which are called differently."""
+        if not isinstance(processor, AttentionProcessor):
+            raise TypeError(
+                f"`processor` is a {type(processor).__name__}, but this model calls its processors with normalized"
+                " queries, keys and values. Pass an instance of a subclass of"
+                " `flextok_hf.models.layers.AttentionProcessor`."
+            )
+        super().set_processor(processor)
+
     def project(self, hidden_states: Tensor, first_query: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Project (B, L, D) to query, key and value, (B, L, heads, head_dim); queries start at `first_query`."""
         query = layer_norm(linear(self.to_q, hidden_states[:, first_query:]).unflatten(-1, (-1, self.head_dim)))
@@ -284,7 +317,11 @@ class PatchEmbedding(nn.Module):
                 f" the patch size {self.patch_size} and at most {limit * self.patch_size} (`grid_size` {limit})."
                 " Resize or crop the image first."
             )
-        positions = self.positions[:rows, :columns].flatten(0, 1)  # (N, D)
+        if torch.compiler.is_compiling():  # the strides of a view would make compiled code depend on the width
+            row, column = (torch.arange(count, device=latents.device) for count in (rows, columns))
+            positions = self.positions.flatten(0, 1)[(row[:, None] * limit + column).flatten()]  # (N, D)
+        else:
+            positions = self.positions[:rows, :columns].flatten(0, 1)  # (N, D)
         # Transformers may load the table in a different dtype than the weights.
         return (self.proj(patchify(latents, self.patch_size)) + positions).to(latents.dtype)
 

@@ -9,23 +9,16 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers import FirstBlockCacheConfig, MagCacheConfig
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention import AttentionMixin
-from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from .configuration_encoder import check_token_layout
+from .decoder_tools import DecoderToolsMixin
 from .layers import Attention, GatedMLP, PatchEmbedding, TimestepEmbedder, layer_norm, unpatchify
 from .nested_dropout import count_kept, mask_tail, merged_tail_bias
 from .whole_weights import WholeWeightsMixin
-
-
-WORKING_CACHES = (FirstBlockCacheConfig, MagCacheConfig)
 
 
 @dataclass
@@ -103,7 +96,7 @@ def add_gated(hidden_states: Tensor, update: Tensor, gate: Tensor, num_patches: 
     return torch.cat(outputs, dim=1)
 
 
-class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMixin, CacheMixin, PeftAdapterMixin):
+class FlexTokFlowDecoder(WholeWeightsMixin, DecoderToolsMixin, ModelMixin, ConfigMixin):
     """Rectified-flow decoder for any prefix of a token sequence (Bachmann et al., 2025, arXiv 2502.13967).
 
     Args:
@@ -182,27 +175,15 @@ class FlexTokFlowDecoder(WholeWeightsMixin, ModelMixin, AttentionMixin, ConfigMi
             nn.init.zeros_(layer.weight)
         nn.init.zeros_(self.velocity_proj.weight)
 
-    def enable_cache(self, config) -> None:
-        """Skip computations that change little between steps, with one of Diffusers' block caches.
-
-        Args:
-            config: a `FirstBlockCacheConfig` or `MagCacheConfig`. What to skip is decided per batch, so an image then
-                depends on the others in its batch.
-
-        Raises:
-            ValueError: for other caches, which fail with this decoder or have no effect.
-        """
-        if not isinstance(config, WORKING_CACHES):
-            known = " or ".join(kind.__name__ for kind in WORKING_CACHES)
-            raise ValueError(f"`config` is a {type(config).__name__}, which does not work here. Use a {known}.")
-        TransformerBlockRegistry.register(DecoderBlock, TransformerBlockMetadata())
-        super().enable_cache(config)
-
     def compute_modulation(self, sigma: Tensor) -> Tensor:
         """Compute everything that depends only on the noise levels (B,), as (B, M); it uses half of the weights.
 
         A sampler knows its noise levels in advance, so it computes all rows in one go and passes one to each call.
+        Raises `ValueError` while groups of blocks are offloaded: their weights are there during `forward` only.
         """
+        hooks = getattr(self.transformer_blocks[0], "_diffusers_hook", None)
+        if hooks is not None and hooks.get_hook("group_offloading") is not None:
+            raise ValueError("With blocks offloaded, `compute_modulation` has no weights. Pass `sigma` to each call.")
         temb = F.silu(self.time_embedder(sigma, self.dtype))  # (B, D)
         return torch.cat([layer(temb) for layer in self.modulation_layers()], dim=-1)
 

@@ -95,7 +95,11 @@ class PackedWeights:
     """
 
     def __init__(self, model: nn.Module, num_calls: int):
-        layers = [module for module in model.modules() if hasattr(module, "packed_weights") and is_plain(module)]
+        layers = [
+            module
+            for name, module in model.named_modules()  # adapters call the layers that they wrap themselves
+            if hasattr(module, "packed_weights") and is_plain(module) and not name.endswith("base_layer")
+        ]
         is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
         is_packed = any(get_ident() in layer.packed_weights for layer in layers)
         is_worth_it = num_calls >= MIN_CALLS and not (is_compiled or is_packed or is_offloaded(model))
