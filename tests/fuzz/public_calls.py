@@ -54,7 +54,6 @@ VALUES: dict[str, Callable[[], Any]] = {
     "range(2)": lambda: range(2),
     "object": object,
     "function": lambda: lambda *args, **kwargs: None,
-    "type": lambda: int,
     "np.int64(2)": lambda: np.int64(2),
     "np.float32(0.5)": lambda: np.float32(0.5),
     "np.bool_(True)": lambda: np.bool_(True),
@@ -76,8 +75,6 @@ VALUES: dict[str, Callable[[], Any]] = {
     "tensor, empty images": lambda: torch.zeros(2, 3, 0, 0),
     "tensor, no batch": lambda: torch.zeros(0, 3, 16, 16),
     "tensor, five dimensions": lambda: torch.zeros(1, 1, 3, 16, 16),
-    "tensor, meta": lambda: torch.zeros(2, 3, 16, 16, device="meta"),
-    "tensor, sparse": lambda: torch.zeros(2, 4).to_sparse(),
     "image of one pixel": lambda: Image.new("L", (1, 1)),
     "path": lambda: Path("nowhere/image.png"),
     "torch.float16": lambda: torch.float16,
@@ -130,8 +127,8 @@ def pipeline_calls(text: FlexTokPipeline, classes: FlexTokPipeline) -> dict[str,
     decoding = {"num_inference_steps": 2, "guidance_scale": 2.0, "guidance": "apg", "output_type": "pt"}
     noise = torch.randn(1, 3, 16, 16)
     prefix = {"image": None, "token_ids": None, "keep_tokens": None}
-    called = {"max_tokens": 2, "num_images_per_prompt": 1, **sampling, **decoding, "latents": noise, **prefix}
-    called = {**called, "callback_on_step_end": None, "return_dict": True}
+    called = {"max_tokens": 2, "num_images_per_prompt": 1, **sampling, **decoding, "latents": None, **prefix}
+    called = {**called, "callback_on_step_end": None}
     read = {"max_tokens": ("token_counts",), "image": ("images",), "keep_tokens": ("image", "token_ids")}
     read = {**read, "token_ids": ("`token_ids", "ids"), "prompt": ("prompts",)}
     files = (ValueError, TypeError, OSError)

@@ -7,6 +7,7 @@ import unittest
 
 import torch
 from tests.test_configuration_common import ConfigTester
+from tests.test_image_processing_common import ImageProcessingTester, ImageProcessingTestMixin
 from tests.test_modeling_common import ModelTesterMixin
 from tests.test_training_mixin import TrainingTesterMixin
 
@@ -54,6 +55,36 @@ class EncoderTester:
         return self.get_config(), {"latents": torch.randn(BATCH, 3, 16, 16)}
 
 
+class TokenizerTester(EncoderTester):
+    """Configuration and inputs of a whole tokenizer, VAE and encoder, for images of 32 x 32 pixels."""
+
+    config_class = flextok_hf.FlexTokConfig
+    vae = {
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+        "block_out_channels": [4, 4],
+        "norm_num_groups": 2,
+        "latent_channels": 3,
+    }
+
+    def get_config(self) -> flextok_hf.FlexTokConfig:
+        return self.config_class(encoder_config=ENCODER, vae_config=self.vae)
+
+    def prepare_config_and_inputs_for_common(self):
+        return self.get_config(), {"pixel_values": torch.rand(BATCH, 3, 32, 32) * 2 - 1}
+
+
+class ProcessorTester(ImageProcessingTester):
+    def __init__(self, parent: unittest.TestCase, **kwargs):
+        super().__init__(parent, size={"height": 32, "width": 32}, **kwargs)
+
+    def _get_image_processing_classes(self) -> dict:
+        return {"pil": flextok_hf.FlexTokImageProcessor}  # the library finds its own by the name of the test's folder
+
+    def prepare_image_processor_dict(self) -> dict:
+        return {"size": self.size}
+
+
 class PriorTester:
     """Configuration and inputs of a prior without a condition, with classes, or with text."""
 
@@ -92,10 +123,24 @@ class EncoderLibraryTest(ModelTesterMixin, unittest.TestCase):
         self.config_tester.run_common_tests()
 
 
+class TokenizerLibraryTest(EncoderLibraryTest):
+    all_model_classes = (flextok_hf.FlexTokModel,)
+
+    def setUp(self):
+        self.model_tester = TokenizerTester(self)
+        vae = {**TokenizerTester.vae, "latent_channels": FlexTokEncoderConfig().in_channels}
+        self.config_tester = ConfigTester(self, flextok_hf.FlexTokConfig, has_text_modality=False, vae_config=vae)
+
+
+class ImageProcessorLibraryTest(ImageProcessingTestMixin, unittest.TestCase):
+    image_processor_tester_class = ProcessorTester
+
+
 class PriorLibraryTests(ModelTesterMixin, TrainingTesterMixin):
     all_model_classes = (flextok_hf.FlexTokPriorForCausalLM,)
     test_resize_embeddings = False  # the vocabulary is the codebook; refused by name
     model_tester = None  # replaces the abstract property
+    additional_model_inputs = ["class_labels", "encoder_hidden_states"]
     condition: dict = {}
 
     def setUp(self):
@@ -104,6 +149,11 @@ class PriorLibraryTests(ModelTesterMixin, TrainingTesterMixin):
 
     def test_config(self):
         self.config_tester.run_common_tests()
+
+    def _create_text_training_batch(self, *args, **kwargs):
+        batch = super()._create_text_training_batch(*args, **kwargs)
+        batch["input_ids"][:, 0] = self.model_tester.get_config().bos_token_id  # every row starts with it
+        return batch
 
 
 class UnconditionalPriorLibraryTest(PriorLibraryTests, unittest.TestCase):
