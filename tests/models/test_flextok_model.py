@@ -1,5 +1,6 @@
 """The tokenizer as one Transformers model: the same ids as the pipeline, saved and loaded as one."""
 
+import copy
 import json
 
 import pytest
@@ -63,8 +64,12 @@ def test_a_saved_model_keeps_every_weight_and_setting(pipe, tmp_path):
     assert all(loaded.state_dict()[name].equal(tensor) for name, tensor in model.state_dict().items())
 
 
-def test_the_model_shares_the_components_of_the_pipeline(pipe):
+def test_the_model_shares_the_components_of_the_pipeline_and_leaves_their_weights(pipe):
+    before = copy.deepcopy({"encoder": pipe.encoder, "vae": pipe.vae})
     model = FlexTokModel.from_pipeline(pipe)
+    for name, component in before.items():
+        for key, tensor in (component.state_dict() if component else {}).items():
+            assert tensor.equal(pipe.components[name].state_dict()[key]), key
     assert model.encoder is pipe.encoder and model.vae is pipe.vae
     assert model.get_input_embeddings() is pipe.encoder.patch_embedding
 
