@@ -359,7 +359,7 @@ def test_unreadable_images_are_counted_and_reported(tmp_path, monkeypatch, data)
     train_tokenizer(tokenizer_arguments(tmp_path / "run", **options))
     assert read_log(tmp_path / "run")[-1]["unreadable_rows"] == 2
     report = json.loads((tmp_path / "run" / "unreadable_rows.json").read_text())
-    assert all("an image of 4 bytes is not an image" in reason for reason in report.values())
+    assert all("a file of 4 bytes is not an image" in reason for reason in report.values())
     assert len(report) == 2 if "streaming" in data else report.keys() == {"3", "7"}
 
 

@@ -36,7 +36,7 @@ class FlexTokConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Raise an error if the VAE's latents do not fit the encoder."""
-        needed = self.encoder_config.in_channels
+        needed = self.encoder_config.in_channels  # type: ignore[union-attr]
         channels = (self.vae_config or {}).get("latent_channels", needed)
         if channels != needed:
             raise ValueError(f"`encoder_config` needs latents of {needed} channels, but `vae_config` has {channels}.")

@@ -35,7 +35,7 @@ class FlexTokModel(WholeWeightsMixin, PreTrainedModel):
 
     def __init__(self, config: FlexTokConfig, encoder: FlexTokEncoder | None = None, vae: AutoencoderKL | None = None):
         super().__init__(config)
-        self.encoder = FlexTokEncoder(config.encoder_config) if encoder is None else encoder
+        self.encoder = FlexTokEncoder(self.config.encoder_config) if encoder is None else encoder
         if vae is None and config.vae_config is not None:
             vae = AutoencoderKL.from_config(config.vae_config)
         self.vae = vae

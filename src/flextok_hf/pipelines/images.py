@@ -61,7 +61,7 @@ def load_image(source: str | Path | bytes) -> Image.Image:
                 f"{name} is {kind}. Pass the path of an image file; download images from the web first."
             )
     else:
-        name, file = f"an image of {len(source)} bytes", BytesIO(source)
+        name, file = f"a file of {len(source)} bytes", BytesIO(source)
     try:
         with open_image(file) as image:
             return to_rgb(image)
