@@ -29,6 +29,7 @@ from .decoder_half import DecoderHalf, StepCallback
 from .guided_velocity import GuidanceScale
 from .images import pixels_to_values, prepare_images, to_output
 from .input_checks import spread_generators
+from .offloading import OffloadingMixin
 from .prior_half import PriorHalf
 from .saved_folders import load_checked
 
@@ -58,7 +59,7 @@ class FlexTokPipelineOutput(BaseOutput):
     token_ids: Tensor | list[Tensor]
 
 
-class FlexTokPipeline(CardMixin, PriorHalf, DecoderHalf):
+class FlexTokPipeline(CardMixin, OffloadingMixin, PriorHalf, DecoderHalf):
     """Images as 1 to K ordered tokens (Bachmann et al., 2025, https://arxiv.org/abs/2502.13967).
 
     `tokenize` and `detokenize` need only the encoder and the decoder. Calling the pipeline needs a prior, and a prior
