@@ -130,9 +130,14 @@ def test_gradients_reach_kept_states_and_weights(latents, name):
     assert all(states.grad.any() for states in kept)
 
 
-def test_attention_weights_of_a_fused_kernel_are_refused(tiny_encoder, latents):
-    with pytest.raises(ValueError, match='set_attn_implementation\\("eager"\\)'):
-        tiny_encoder(latents, output_attentions=True)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_attention_weights_need_no_switch(latents, layout):
+    encoder = make_encoder(**LAYOUTS[layout])
+    attentions = encoder(latents, output_attentions=True).attentions
+    encoder.set_attn_implementation("eager")
+    for weights, expected in zip(attentions, encoder(latents, output_attentions=True).attentions, strict=True):
+        torch.testing.assert_close(weights, expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

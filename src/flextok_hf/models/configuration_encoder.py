@@ -41,6 +41,11 @@ class FlexTokEncoderConfig(PreTrainedConfig):
         self.fsq_levels = list(self.fsq_levels)  # JSON has no tuples: reloaded configs stay equal
         super().__post_init__(**kwargs)
 
+    @property
+    def num_attention_heads(self) -> int:
+        """Number of heads of each block."""
+        return self.hidden_size // self.head_dim
+
     def validate_architecture(self):
         """Raise an error if the values are inconsistent."""
         widths = ("in_channels", "patch_size", "grid_size", "hidden_size", "head_dim")

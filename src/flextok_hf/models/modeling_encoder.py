@@ -21,6 +21,9 @@ from .quantizer import FiniteScalarQuantizer
 from .whole_weights import WholeWeightsMixin
 
 
+FUSED = (None, "sdpa")  # attention implementations that keep no weights
+
+
 @dataclass
 class FlexTokEncoderOutput(ModelOutput):
     """Output of `FlexTokEncoder`.
@@ -51,16 +54,21 @@ class EncoderAttention(Attention):
         self.config = config
 
     def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, register_mask: Tensor | None, num_patches: int, is_last: bool = False
+        self,
+        hidden_states: Tensor,
+        register_mask: Tensor | None,
+        num_patches: int,
+        is_last: bool = False,
+        needs_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend over patches and registers, (B, N + K, D); if `is_last`, only the registers are queries.
 
         `register_mask` (K, N + K) is true where a register may attend; `None` if there are only patches.
 
         Returns:
-            New states of the queries, (B, N + K or K, D), and their weights if the implementation has them.
+            New states of the queries, (B, N + K or K, D), and their weights if they are needed or there anyway.
         """
-        if self.config._attn_implementation not in (None, "sdpa"):
+        if needs_weights or self.config._attn_implementation not in FUSED:
             return self.attend_as_chosen(hidden_states, register_mask, num_patches, is_last)
         if register_mask is None:
             return super().forward(hidden_states), None
@@ -76,13 +84,16 @@ class EncoderAttention(Attention):
     def attend_as_chosen(
         self, hidden_states: Tensor, register_mask: Tensor | None, num_patches: int, is_last: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Run what `set_attn_implementation` chose, in one call with a mask over all queries and keys."""
+        """Run what `set_attn_implementation` chose, in one call with a mask over all queries and keys.
+
+        Fused kernels keep no weights, so where these are needed, plain PyTorch takes their place.
+        """
         query, key, value = self.project(hidden_states, num_patches if is_last else 0)
         mask = register_mask
         if register_mask is not None and not is_last:
             is_patch = torch.arange(key.shape[1], device=key.device) < num_patches
             mask = torch.cat([is_patch.expand(num_patches, -1), register_mask])  # (N + K, N + K)
-        if self.config._attn_implementation == "eager":
+        if self.config._attn_implementation in (*FUSED, "eager"):
             context, weights = attend_eagerly(query, key, value, mask, self.scale, is_causal=False)
         else:
             interface = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]  # registered by the user
@@ -101,10 +112,15 @@ class EncoderBlock(GradientCheckpointingLayer):
         self.mlp = GatedMLP(config.hidden_size)
 
     def forward(
-        self, hidden_states: Tensor, register_mask: Tensor | None, num_patches: int, is_last: bool
+        self,
+        hidden_states: Tensor,
+        register_mask: Tensor | None,
+        num_patches: int,
+        is_last: bool,
+        needs_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Refine patches and registers, (B, N + K, D); the last block drops the patches, which are then unused."""
-        update, weights = self.attention(layer_norm(hidden_states), register_mask, num_patches, is_last)
+        update, weights = self.attention(layer_norm(hidden_states), register_mask, num_patches, is_last, needs_weights)
         hidden_states = (hidden_states[:, num_patches:] if is_last else hidden_states) + update
         return hidden_states + self.mlp(layer_norm(hidden_states)), weights
 
@@ -183,7 +199,7 @@ class FlexTokEncoder(WholeWeightsMixin, PreTrainedModel):
             if keeps_states:  # otherwise each is freed when the next block is done
                 states.append(hidden_states)
             is_last = register_mask is not None and block is self.blocks[-1]
-            hidden_states, weights = block(hidden_states, register_mask, num_patches, is_last=is_last)
+            hidden_states, weights = block(hidden_states, register_mask, num_patches, is_last, keeps_weights)
             if keeps_weights:
                 attentions.append(weights)
         hidden_states = layer_norm(hidden_states[:, :num_tokens])  # (B, K, D); a grid is cut here
@@ -203,18 +219,16 @@ class FlexTokEncoder(WholeWeightsMixin, PreTrainedModel):
         Args:
             latents: (B, C, h, w), about unit variance.
             num_tokens: maximum number of tokens per image; `None`, or more than there are, means all.
-            output_hidden_states, output_attentions: return them; attentions need the eager implementation.
+            output_hidden_states, output_attentions: return them.
 
         Returns:
             Features, codes and token ids; with `return_dict=False`, a tuple of what there is.
 
         Raises:
-            ValueError: if `num_tokens` is not a whole number of 1 or more, or attentions are not available.
+            ValueError: if `num_tokens` is not a whole number of 1 or more.
         """
         keeps_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         keeps_weights = self.config.output_attentions if output_attentions is None else output_attentions
-        if keeps_weights and self.config._attn_implementation in (None, "sdpa"):
-            raise ValueError('`output_attentions` needs `model.set_attn_implementation("eager")`: others keep none.')
         last, states, attentions = self.run_blocks(latents, num_tokens, keeps_states, keeps_weights)
         features = self.feature_proj(last)  # (B, K, Q)
         codes = self.quantizer(features)  # (B, K, Q)
