@@ -8,6 +8,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from test_prior import NUM_TOKENS, VOCABULARY, make_condition, make_config, make_negative, make_prior, rows
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, LogitsProcessor, StaticCache, StoppingCriteria
 
 from flextok_hf.models.modeling_prior import FlexTokPriorForCausalLM
@@ -153,6 +154,26 @@ def test_all_steps_with_a_static_cache_are_one_graph(prior, num_rows):
         logits = compiled(**inputs, **condition).logits
         assert logits[:, -1].argmax(dim=-1).equal(ids[:, place + 1])
     assert counters["stats"]["unique_graphs"] == 1
+
+
+class Reads(TorchDispatchMode):
+    """Counts values read from tensors: on an accelerator, each would wait for it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_the_next_step_with_a_static_cache_is_prepared_without_reading_it(prior):
+    ids, condition = run(prior), make_condition(prior.config)
+    cache = StaticCache(config=prior.config, max_cache_len=NUM_TOKENS)
+    cache = prior(ids[:, :3], **condition, past_key_values=cache).past_key_values
+    with Reads() as reads:
+        prior.prepare_inputs_for_generation(ids[:, :4], next_sequence_length=1, **{CACHE_NAME: cache})
+    assert reads.count == 0
 
 
 # Options

@@ -79,8 +79,8 @@ class FlexTokPriorConfig(PreTrainedConfig):
             self.bos_token_id = self.codebook_size
         super().__post_init__(**kwargs)
 
-    def validate_architecture(self):
-        """Raise an error if the values are inconsistent."""
+    def validate_sizes(self):
+        """Raise an error if a size is not 1 or more, or the heads do not share the width equally."""
         counts = ["codebook_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
         counts += ["max_position_embeddings", "text_hidden_size", "num_classes"]
         for name in counts:
@@ -92,6 +92,9 @@ class FlexTokPriorConfig(PreTrainedConfig):
                 f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads`"
                 f" ({self.num_attention_heads})."
             )
+
+    def validate_architecture(self):
+        """Raise an error if another value is out of its range."""
         for name in ("norm_type", "qk_norm_type"):
             value = getattr(self, name)
             if value not in NORM_TYPES and not (value is None and name == "qk_norm_type"):

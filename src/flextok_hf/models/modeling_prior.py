@@ -72,7 +72,7 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
     _can_compile_fullgraph = True
 
     def __init__(self, config: FlexTokPriorConfig):
-        config.validate_architecture()  # again: fields may have been set since
+        config.validate_sizes()  # again: they may have been set since
         super().__init__(config)
         # not derived from `config`, as Transformers does: that would lose options that only our `generate` knows
         self.generation_config = GenerationConfig(

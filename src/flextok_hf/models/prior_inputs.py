@@ -124,12 +124,13 @@ def condition_ranges(
     hidden_states: Tensor | None = None,
     name: str = "encoder",
 ) -> list[RangeCheck]:
-    """Checks of a text mask (B, M), labels (B,) and, if given, text states (B, M, text_hidden_size)."""
+    """Checks of a text mask (B, M), labels (B,) and, once per `generate`, text states (B, M, text_hidden_size)."""
     ranges: list[RangeCheck] = []
     if attention_mask is not None:
         kept = attention_mask.bool().any(dim=1)
         remedy = "It masks the whole text of a row. Even the empty prompt has a token: tokenize '' and pass its mask."
-        ranges.append((f"{name}_attention_mask", attention_mask, 0, 1, "1 is for text and 0 for padding."))
+        if hidden_states is not None:
+            ranges.append((f"{name}_attention_mask", attention_mask, 0, 1, "1 is for text and 0 for padding."))
         ranges.append((f"{name}_attention_mask", kept, 1, 1, remedy))
     if class_labels is not None and config.num_classes is not None:
         remedy = f"{UNCONDITIONAL_LABEL} means no class."
@@ -261,9 +262,17 @@ def check_ranges(ranges: list[RangeCheck]) -> None:
     ranges = [each for each in ranges if each[1].numel()]
     if not ranges:
         return
-    device = ranges[0][1].device
-    extremes = torch.stack([torch.stack(values.float().aminmax()).to(device) for _, values, *_ in ranges]).tolist()
-    for (name, _, low, high, remedy), (smallest, largest) in zip(ranges, extremes, strict=True):
+    bounds = [
+        bound
+        for _, values, *_ in ranges
+        for bound in (values.byte() if values.dtype == torch.bool else values).aminmax()
+    ]
+    device = bounds[0].device
+    if device.type == "cpu":
+        numbers = [bound.item() for bound in bounds]
+    else:
+        numbers = torch.stack([bound.to(device, torch.float32) for bound in bounds]).tolist()
+    for (name, _, low, high, remedy), smallest, largest in zip(ranges, numbers[::2], numbers[1::2], strict=True):
         if not (low <= smallest and largest <= high):  # false for NaN, too
             raise ValueError(
                 f"`{name}` must hold values from {low:g} to {high:g}, got values from {smallest:g} to {largest:g}."
