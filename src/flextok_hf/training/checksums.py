@@ -11,12 +11,12 @@ from ..utils.files import read_json
 
 
 CHECKSUM_FILE = "checksums.json"
-READ_BYTES = 2**22
+READ_BYTES = 2**20
 ZIP_FILES = (".bin", ".pkl", ".pt")  # written by `torch.save`
 
 
 def write_checksums(folder: Path) -> None:
-    """Write the checksums of all files below a folder. XXH3 reads 9 GB/s where SHA-256 reads 1."""
+    """Write the checksums of all files below a folder. XXH3 hashes several times as fast as SHA-256."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     sums = {path.relative_to(folder).as_posix(): checksum(path) for path in files}
     (folder / CHECKSUM_FILE).write_text(json.dumps(sums, indent=2) + "\n")
@@ -24,10 +24,10 @@ def write_checksums(folder: Path) -> None:
 
 def checksum(path: Path) -> str:
     """Return the XXH3 of a file, 128 bits in hexadecimal digits: it detects damage, not forgery."""
-    digest = xxh3_128()
+    digest, buffer = xxh3_128(), memoryview(bytearray(READ_BYTES))  # memory of its own for each read would cost more
     with open(path, "rb", buffering=0) as file:
-        while block := file.read(READ_BYTES):
-            digest.update(block)
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
     return digest.hexdigest()
 
 

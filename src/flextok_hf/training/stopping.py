@@ -61,6 +61,6 @@ class StopRequest:
         """
         if self.accelerator.num_processes == 1:
             return self.signal
-        earlier = self.earlier
-        self.earlier = self.accelerator.gather(torch.full((1,), self.signal, device=self.accelerator.device)).max()
+        earlier, self.earlier = self.earlier, torch.full((), self.signal, device=self.accelerator.device)
+        torch.distributed.all_reduce(self.earlier, torch.distributed.ReduceOp.MAX)
         return 0 if earlier is None else int(earlier)
