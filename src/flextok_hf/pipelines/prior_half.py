@@ -24,9 +24,10 @@ class PriorHalf(DiffusionPipeline):
     """What a pipeline with a prior does with it."""
 
     encoder: FlexTokEncoder
-    prior: FlexTokPriorForCausalLM  # or `None`, which `encode_condition` refuses
-    text_encoder: PreTrainedModel | None
-    tokenizer: PreTrainedTokenizerBase | None
+    # these three may be `None`, which encoding a condition refuses
+    prior: FlexTokPriorForCausalLM
+    text_encoder: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     prior_options: dict[str, Any]  # for the prior's `generate`; set by `enable_compile`
 
     @property
