@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -54,7 +54,8 @@ def acquire(folder: Path) -> SoftFileLease:
     def shows_life() -> bool:
         if not beats:
             logger.info("Waiting up to %.0f s to see whether the owner of %s is alive.", LEASE_S, path)
-        beats.add(path.stat().st_mtime if path.exists() else 0.0)
+        with suppress(FileNotFoundError):  # it may just have been taken over
+            beats.add(path.stat().st_mtime)
         return len(beats) > 1
 
     try:
