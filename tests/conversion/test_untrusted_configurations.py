@@ -5,10 +5,12 @@ import os
 import shutil
 
 import pytest
+import yaml
 from official_checkpoints import TINY_VAE
 from refusals import EVIL, WEIGHTS, edit_json, edit_yaml, read_weights, refuse
 from safetensors.torch import save_file
 
+from flextok_hf.conversion.convert import convert_checkpoint
 from flextok_hf.conversion.settings import parse_settings
 
 
@@ -99,9 +101,13 @@ def test_a_literal_that_is_not_plain_data_is_refused(place, tokenizer_file, text
 @pytest.mark.parametrize("text", [
     "model: !!python/object/apply:os.system ['touch evil']",
     "model: !!python/name:os.system",
-    "a: &a [x, x]\nmodel: *a",
-    "a: &a {x: 1}\nmodel: {<<: *a}",
-    "a: &a [x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nmodel: [*c, *c]",
+    "a: &a [*a]",
+    "a: &a {b: *a}\nmodel: {<<: *a}",
+    "a: &a [1]\nmodel: *b",
+    "a0: &a0 [x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}]\n" for i in range(100)),
+    "a0: &a0 {x: 1}\n" + "".join(f"a{i + 1}: &a{i + 1} {{p: *a{i}, q: *a{i}}}\n" for i in range(100)),
+    "a0: &a0 {x: 1}\n" + "".join(f"a{i + 1}: &a{i + 1} {{<<: [*a{i}, *a{i}]}}\n" for i in range(100)),
+    "a: &a " + "x" * 5000 + "\nb: [" + "*a, " * 1000 + "]",
     "model: 1\nmodel: 2",
     "model: 2020-01-01",
     "model: .nan",
@@ -116,6 +122,27 @@ def test_a_literal_that_is_not_plain_data_is_refused(place, tokenizer_file, text
 def test_yaml_that_is_not_plain_data_is_refused(place, prior, text):
     (prior / "config.yaml").write_text(text)
     refuse(place, "`config.yaml` of .* cannot be read as yaml data", prior=prior)
+
+
+def test_aliases_of_a_configuration_are_written_out(place, prior):
+    config = yaml.safe_load((prior / "config.yaml").read_text())
+    trunk = config["model"]["meta_model"]["models"]["ar_image_model"]["trunk"]
+    text = yaml.safe_dump({**config, "generation": trunk["norm_layer"]})
+    assert "&id001" in text and "*id001" in text
+    before = parse_settings((prior / "config.yaml").read_text(), "yaml", "test")
+    (prior / "config.yaml").write_text(text)
+    after = parse_settings(text, "yaml", "test")
+    assert after["model"] == before["model"] and after["generation"] == trunk["norm_layer"]
+    convert_checkpoint(place / "ours", prior=str(prior))
+
+
+@pytest.mark.parametrize("text, value", [
+    ("a: &a [x, x]\nb: *a", {"a": ["x", "x"], "b": ["x", "x"]}),
+    ("a: &a {x: 1}\nb: {<<: *a, y: 2}", {"a": {"x": 1}, "b": {"x": 1, "y": 2}}),
+    ("a: &a 7\nb: [*a, *a]\nc: &c {d: *a}\ne: *c", {"a": 7, "b": [7, 7], "c": {"d": 7}, "e": {"d": 7}}),
+])  # fmt: skip
+def test_yaml_aliases_stand_for_their_values(text, value):
+    assert parse_settings(text, "yaml", "test") == value
 
 
 @pytest.mark.parametrize(
@@ -175,7 +202,7 @@ def test_excessive_sizes_are_refused_before_anything_is_built(place, tokenizer, 
 @pytest.mark.parametrize("changes", [
     {"layers_per_block": 10**9},
     {"block_out_channels": [8] * 1000},
-    {"down_block_types": ["DownEncoderBlock2D"] * 10_000},
+    {"down_block_types": ["DownEncoderBlock2D"] * 1000},
     {"down_block_types": ["os.system"] * 2},
     {"_class_name": "os.system"},
     {"latent_channels": 5},
@@ -184,10 +211,32 @@ def test_excessive_sizes_are_refused_before_anything_is_built(place, tokenizer, 
     {"scaling_factor": "large"},
     {"hooks": ["os.system"]},
     {"block_out_channels": "wide"},
+    {"norm_num_groups": 0.5},
+    {"norm_num_groups": 0},
+    {"block_out_channels": [4]},
+    {"block_out_channels": [4, 4, 4]},
+    {"up_block_types": []},
+    {"up_block_types": ["UpDecoderBlock2D"]},
+    {"layers_per_block": [1]},
+    {"in_channels": 4},
+    {"out_channels": 1},
+    {"act_fn": []},
+    {"shift_factor": "0"},
+    {"use_quant_conv": 1},
+    {"mid_block_add_attention": None},
 ])  # fmt: skip
-def test_a_vae_with_invalid_settings_is_refused(place, tokenizer, changes):
+def test_a_vae_with_invalid_settings_is_refused_by_name(place, tokenizer, changes):
     (tokenizer / "vae_config.json").write_text(json.dumps({**TINY_VAE, **changes}))
-    refuse(place, r"`vae_config[.]\w+`|latent_channels|model cannot be built", tokenizer)
+    name = next(iter(changes))
+    # channels and groups are compared with each other
+    refuse(place, f"`(vae_config[.])?{name}`|`norm_num_groups`" if name != "latent_channels" else name, tokenizer)
+
+
+@pytest.mark.parametrize("value", [-1, -0.5, "1", True])
+def test_a_vae_with_an_invalid_scaling_factor_is_refused(place, tokenizer, value):
+    (tokenizer / "vae_config.json").write_text(json.dumps({**TINY_VAE, "scaling_factor": value}))
+    edit_json(tokenizer / "config.json", lambda config: config["vae"].update(scaling_factor=None))
+    refuse(place, "`vae_config.scaling_factor` of .* must be", tokenizer)
 
 
 def test_a_vae_without_a_scaling_factor_is_refused(place, tokenizer):

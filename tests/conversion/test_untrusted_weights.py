@@ -210,7 +210,7 @@ def test_a_text_encoder_of_another_kind_or_width_is_refused(place, tokenizer, te
 def test_a_text_encoder_that_lacks_weights_is_refused(place, tokenizer, text_prior):
     name = "encoder.block.0.layer.0.SelfAttention.q.weight"
     edit_weights(text_prior / "text_encoder" / WEIGHTS, lambda tensors: tensors.pop(name))
-    refuse(place, f"the text encoder .* lacks weights: `{name}`", tokenizer, text_prior)
+    refuse(place, f"T5EncoderModel in .*text_encoder' lacks weights: {name}", tokenizer, text_prior)
 
 
 def test_a_text_encoder_with_values_that_are_not_finite_is_refused(place, tokenizer, text_prior):
@@ -223,6 +223,52 @@ def test_pickled_weights_of_a_text_encoder_are_never_opened(place, tokenizer, te
     (text_prior / "text_encoder" / WEIGHTS).unlink()
     (text_prior / "text_encoder" / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
     refuse(place, WEIGHTS, tokenizer, text_prior)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.9999])
+def test_a_truncated_text_encoder_is_refused(place, tokenizer, text_prior, share):
+    path = text_prior / "text_encoder" / WEIGHTS
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    refuse(place, f"The checkpoint file .*text_encoder/{WEIGHTS}", tokenizer, text_prior)
+
+
+@pytest.mark.parametrize("name", ["shared.weight", "encoder.block.0.layer.1.layer_norm.weight"])
+def test_a_text_encoder_with_a_wrong_shape_is_refused(place, tokenizer, text_prior, name):
+    edit_weights(text_prior / "text_encoder" / WEIGHTS, lambda tensors: tensors.update({name: tensors[name][1:]}))
+    refuse(place, f"text_encoder' hold `{name}` of shape .* but its config.json asks for", tokenizer, text_prior)
+
+
+@pytest.mark.parametrize("changes", [
+    {"num_layers": 10**9},
+    {"vocab_size": 10**9},
+    {"d_ff": 2**23},
+    {"num_heads": 0},
+    {"d_kv": "x"},
+    {"dense_act_fn": "nothing"},
+    {"dense_act_fn": []},
+    {"layer_norm_epsilon": []},
+    {"model_type": 5},
+    {"dtype": "os"},
+], ids=str)  # fmt: skip
+def test_a_text_encoder_with_invalid_settings_is_refused(place, tokenizer, text_prior, changes):
+    edit_json(text_prior / "text_encoder" / "config.json", lambda config: config.update(changes))
+    refuse(place, "text_encoder.*config.json|the text encoder .* is of type", tokenizer, text_prior)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"{}", b"\xff\xfe", b'{"model": 1}', b"[" * 90_000])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+def test_a_text_encoder_with_a_broken_file_is_refused(place, tokenizer, text_prior, name, content):
+    if name == "tokenizer_config.json" and content in (b"{}", b'{"model": 1}'):
+        content = b'{"model_max_length": "x", "extra_special_tokens": 7}'
+    (text_prior / "text_encoder" / name).write_bytes(content)
+    refuse(place, "text_encoder", tokenizer, text_prior)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json", "tokenizer.json"])
+def test_a_text_encoder_is_never_read_from_a_pipe(place, tokenizer, text_prior, name):
+    (text_prior / "text_encoder" / name).unlink()
+    os.mkfifo(text_prior / "text_encoder" / name)
+    refuse(place, f"text_encoder/{name}' is a device, pipe or socket", tokenizer, text_prior)
 
 
 def test_code_beside_a_text_encoder_is_never_run(place, tokenizer, text_prior):

@@ -9,6 +9,7 @@ import torch
 
 from ..cards.model_card import write_model_card
 from ..cards.sections import ORIGINAL_FILE
+from ..models.saved_model import plain_errors
 from ..pipelines.pipeline_flextok import FlexTokPipeline
 from ..utils.files import check_output_folder
 from .original import Original, read_original
@@ -52,19 +53,20 @@ def convert_checkpoint(
         OSError: if files are missing, the Hub cannot be reached, or the disk is too full.
     """
     output = check_output_folder(Path(output).expanduser())
-    original = read_original(tokenizer, prior, text_encoder, dtype=dtype, **options)
-    text_encoder_model = original.others.get("text_encoder")
-    needed = 0 if text_encoder_model is None else sum(one.nbytes for one in text_encoder_model.parameters())
-    check_space(output.parent, needed + sum(num_bytes(one.layout(dtype)) for one in original.components.values()))
-    with new_folder(output) as folder:
-        if tokenizer is not None:
-            write_pipeline_files(folder, original, max_shard_bytes)
-        for name, component in original.components.items():
-            place = folder if tokenizer is None else folder / name
-            write_component(place, component, dtype, max_shard_bytes, None if is_quiet else name)
-        (folder / ORIGINAL_FILE).write_text(json.dumps(original.record, indent=2) + "\n", encoding="utf-8")
-        if tokenizer is not None:
-            write_model_card(folder, output.name)
+    with plain_errors(f"the checkpoint {str(tokenizer or prior)!r}", ""):
+        original = read_original(tokenizer, prior, text_encoder, dtype=dtype, **options)
+        text_encoder_model = original.others.get("text_encoder")
+        needed = 0 if text_encoder_model is None else sum(one.nbytes for one in text_encoder_model.parameters())
+        check_space(output.parent, needed + sum(num_bytes(one.layout(dtype)) for one in original.components.values()))
+        with new_folder(output) as folder:
+            if tokenizer is not None:
+                write_pipeline_files(folder, original, max_shard_bytes)
+            for name, component in original.components.items():
+                place = folder if tokenizer is None else folder / name
+                write_component(place, component, dtype, max_shard_bytes, None if is_quiet else name)
+            (folder / ORIGINAL_FILE).write_text(json.dumps(original.record, indent=2) + "\n", encoding="utf-8")
+            if tokenizer is not None:
+                write_model_card(folder, output.name)
     return original.notes
 
 
@@ -74,6 +76,6 @@ def write_pipeline_files(folder: Path, original: Original, max_shard_bytes: int)
     pipe = FlexTokPipeline(**original.pipeline_arguments(models))
     pipe.save_config(folder)  # model_index.json
     pipe.scheduler.save_pretrained(folder / "scheduler")
-    if pipe.text_encoder is not None:
+    if pipe.text_encoder is not None and pipe.tokenizer is not None:
         pipe.text_encoder.save_pretrained(folder / "text_encoder", max_shard_size=max_shard_bytes)
         pipe.tokenizer.save_pretrained(folder / "tokenizer")

@@ -17,14 +17,14 @@ REQUIRED = object()
 
 
 class PlainLoader(yaml.SafeLoader):
-    """A YAML loader that refuses anchors and aliases, which can make a short text huge, and duplicate keys."""
+    """A YAML loader that refuses duplicate keys, and aliases that make a short text huge."""
 
-    def compose_node(self, parent, index):
-        """Build the next node; refuse an anchor."""
-        event = self.peek_event()
-        if getattr(event, "anchor", None) is not None:
-            raise yaml.YAMLError(f"it has the anchor {event.anchor!r}; write the values out instead")
-        return super().compose_node(parent, index)
+    def get_single_node(self):
+        """Build the tree of nodes; refuse it if writing out its aliases would make it too large."""
+        node = super().get_single_node()
+        if node is not None and written_out(node, {}) > MAX_CHARACTERS:
+            raise yaml.YAMLError(f"its aliases stand for more than {MAX_CHARACTERS:,} characters, or for themselves")
+        return node
 
     def construct_mapping(self, node, deep=False):
         """Build a dictionary; refuse duplicate keys."""
@@ -36,6 +36,18 @@ class PlainLoader(yaml.SafeLoader):
 PlainLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
+
+
+def written_out(node: yaml.Node, sizes: dict[int, float]) -> float:
+    """Return about how many characters a node has if every alias is written out; infinite if it contains itself."""
+    if id(node) not in sizes:
+        sizes[id(node)] = math.inf  # until it is known
+        parts = [node] if isinstance(node, yaml.ScalarNode) else node.value
+        if isinstance(node, yaml.MappingNode):
+            parts = [one for pair in node.value for one in pair]
+        own = len(node.value) if isinstance(node, yaml.ScalarNode) else 0
+        sizes[id(node)] = 1 + own + sum(written_out(one, sizes) for one in parts if one is not node)
+    return sizes[id(node)]
 
 
 def refuse_repeated(names: list) -> None:

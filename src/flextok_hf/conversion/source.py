@@ -12,6 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..models.saved_model import read_header
 from .settings import MAX_CHARACTERS, Section, parse_settings, shorten
 
 
@@ -19,8 +20,6 @@ WEIGHTS_NAME = "model.safetensors"
 VAE_CONFIG_NAME = "vae_config.json"
 CONFIG_NAMES = {"tokenizer": "config.json", "prior": "config.yaml"}
 PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-# The header lists names and shapes of the tensors; the largest published one is well below a tenth of this.
-MAX_HEADER_BYTES = 8 * 2**20
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Parts of the configuration in the metadata of a single file; every library writes `format`.
 METADATA_SECTIONS = ("vae", "encoder", "decoder", "regularizer", "flow_matching_noise_module", "pipeline")
@@ -31,7 +30,7 @@ class Weights:
     """Tensors of a safetensors file, memory-mapped and read one at a time."""
 
     def __init__(self, path: Path):
-        check_header_length(path)
+        read_header(path)
         self.path = path
         try:
             self.file = safe_open(path, "pt")
@@ -66,23 +65,6 @@ class Weights:
         if not tensor.isfinite().all():
             raise ValueError(f"`{name}` in {str(self.path)!r} holds values that are not finite. Fetch it again.")
         return tensor
-
-
-def check_header_length(path: Path) -> None:
-    """Raise a ValueError if a file cannot be in safetensors format, or its header is too long."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > size - 8:
-        raise ValueError(
-            f"{str(path)!r} is damaged, truncated or not a safetensors file: it has {size:,} bytes, but its header"
-            f" claims {length:,}. Fetch it again."
-        )
-    if length > MAX_HEADER_BYTES:
-        raise ValueError(
-            f"{str(path)!r} has a header of {length:,} bytes, but no checkpoint needs more than {MAX_HEADER_BYTES:,}."
-            " It was not read."
-        )
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,25 @@ import os
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
 
+from ..models.saved_model import (
+    check_folder,
+    check_foreign_model,
+    check_loaded,
+    check_saved_model,
+    lacking,
+    local_folder,
+    plain_errors,
+    weight_names,
+)
 from .prior_settings import TextSettings
 from .references import resolve_reference
 from .settings import shorten_list
 from .source import Checkpoint
+
+
+TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "spiece.model")
 
 
 def load_text_encoder(
@@ -36,24 +49,29 @@ def load_text_encoder(
     if name is None:
         remedy = "Pass a folder or Hub id as `text_encoder`."
         name = resolve_reference(settings.reference, checkpoint, settings.where, remedy)
-    config = AutoConfig.from_pretrained(name, **hub_options)
-    if config.model_type != "t5" or config.d_model != text_hidden_size:
-        raise ValueError(
-            f"the text encoder {str(name)!r} is of type {config.model_type!r} and width"
-            f" {getattr(config, 'd_model', None)}; {checkpoint.name!r} needs a T5 encoder of width {text_hidden_size}."
+    source = f"the text encoder {str(name)!r}"
+    with plain_errors(source, str(name)):
+        names = ["config.json", *TOKENIZER_FILES, *weight_names(T5EncoderModel, None, use_safetensors=True)]
+        folder = local_folder(name, names, **hub_options)
+        config = check_folder(folder).get("config.json")
+        if config is None:
+            raise FileNotFoundError(f"{source} has no `config.json`. Fetch it again, or pass another `text_encoder`.")
+        if config.get("model_type") != "t5" or config.get("d_model") != text_hidden_size:
+            raise ValueError(
+                f"{source} is of type {config.get('model_type')!r} and width {config.get('d_model')};"
+                f" {checkpoint.name!r} needs a T5 encoder of width {text_hidden_size}."
+            )
+        check_foreign_model(folder, T5EncoderModel, check_saved_model(folder, T5EncoderModel, None, True))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        if settings.max_length is not None:
+            tokenizer.model_max_length = settings.max_length
+        model, report = T5EncoderModel.from_pretrained(
+            folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
         )
-    tokenizer = AutoTokenizer.from_pretrained(name, **hub_options)
-    if settings.max_length is not None:
-        tokenizer.model_max_length = settings.max_length
-    model, report = T5EncoderModel.from_pretrained(
-        name, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **hub_options
-    )
-    if report["missing_keys"]:
-        missing = shorten_list(sorted(report["missing_keys"]))
-        raise ValueError(f"the text encoder {str(name)!r} lacks weights: {missing}. Fetch it again.")
+        if report["missing_keys"]:
+            raise lacking(T5EncoderModel, folder, sorted(report["missing_keys"]))
+        check_loaded(model, source)
     broken = [name for name, tensor in model.named_parameters() if not tensor.isfinite().all()]
     if broken:
-        raise ValueError(
-            f"the text encoder {str(name)!r} holds values that are not finite: {shorten_list(broken)}. Fetch it again."
-        )
+        raise ValueError(f"{source} holds values that are not finite: {shorten_list(broken)}. Fetch it again.")
     return model.eval(), tokenizer

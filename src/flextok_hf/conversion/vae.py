@@ -7,6 +7,7 @@ from typing import Any
 from diffusers import AutoencoderKL
 from huggingface_hub import hf_hub_download
 
+from ..models.settings_checks import check_vae_settings
 from .components import Component, Recipe, build
 from .references import resolve_reference
 from .settings import Section, parse_settings
@@ -53,6 +54,7 @@ def read_vae(settings: Section, checkpoint: Checkpoint, notes: list[str], **hub_
             f"{settings.describe('scaling_factor')} is missing, and no VAE configuration specifies it. Without it,"
             " the scale of the latents is unknown."
         )
+    check_vae_settings(config, lambda name: f"`vae_config.{name}` of {checkpoint.name!r}")
     if settings.flag("sample_posterior", True):
         notes.append(
             "The official code samples latents from the VAE's posterior (`sample_posterior` is true); here they are"
@@ -97,7 +99,6 @@ def check_architecture(section: Section) -> dict[str, Any]:
             raise ValueError(f"{section.describe(key)} must be a list of {known!r}.")
     if section.count("layers_per_block", 1) > MAX_LAYERS:
         raise ValueError(f"{section.describe('layers_per_block')} must be at most {MAX_LAYERS}.")
-    section.counts("block_out_channels")
     section.number("scaling_factor", None)
     section.skip(*KNOWN_SETTINGS)
     section.close()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from .vae_settings import check_vae_settings
+from .settings_checks import check_types, check_vae_settings, describe_in, refuse
 
 
 Shapes = dict[str, tuple[int, ...]]
@@ -37,25 +37,23 @@ def plain_errors(source: str, name: str) -> Iterator[None]:
 
     Args:
         source: what is loaded, in words.
-        name: its folder or Hub id; library errors that mention it are kept.
+        name: its folder or Hub id; errors of these types that mention it are kept.
     """
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        frames = [frame for frame, _ in walk_tb(error.__traceback__)]
-        is_ours = frames[-1].f_globals.get("__name__", "").startswith("flextok_hf")
-        if isinstance(error, ValueError | OSError) and (is_ours or name in str(error)):
+        if isinstance(error, ValueError | OSError) and name in str(error):
             raise
         # the loop of Diffusers over the components of a pipeline does not say which one failed
-        parts = [frame.f_locals.get("name") for frame in frames if frame.f_code.co_name == "load_sub_model"]
-        part = f"`{parts[0]}` of " if parts else ""
-        reason = " ".join(str(error).split())[:300]
+        frames = [frame for frame, _ in walk_tb(error.__traceback__) if frame.f_code.co_name == "load_sub_model"]
+        part = f"`{frames[0].f_locals.get('name')}` of " if frames else ""
+        reason = " ".join(str(error).split())[:600]
         kind = OSError if isinstance(error, OSError | SafetensorError) else ValueError
         raise kind(
-            f"{part}{source} cannot be loaded ({type(error).__name__}: {reason}). A file is damaged, has settings that"
-            f" are not valid, or comes from another version. {REMEDY}"
+            f"{part}{source} cannot be loaded ({type(error).__name__}: {reason}). Check the arguments of the call; if"
+            " they are right, fetch or save the files again."
         ) from error
 
 
@@ -86,7 +84,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
     try:
         values = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is not a JSON file with settings: {error}. {REMEDY}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{str(path)!r} must hold a group of settings, got a {type(values).__name__}. {REMEDY}")
@@ -122,14 +120,22 @@ def read_header(path: Path) -> bytes:
         return file.read(length)
 
 
-def read_shapes(path: Path) -> Shapes:
+def read_shapes(path: Path, is_quantized: bool = False) -> Shapes:
     """Read the names and shapes of the tensors of a weight file from its header, which must account for every byte."""
     try:
         text = read_header(path)
+    except ValueError as error:
+        raise OSError(f"The checkpoint file {error}") from error
+    except OSError as error:
+        raise OSError(f"The checkpoint file {str(path)!r} cannot be read ({error}). {REMEDY}") from error
+    try:
         header = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
         size = 8 + len(text) + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if size != path.stat().st_size:
             raise ValueError(f"it has {path.stat().st_size:,} bytes, but its header accounts for {size:,}")
+        for name, entry in header.items():  # positions are whole numbers in some models
+            if "F" not in entry["dtype"] and not is_quantized and not name.endswith("_ids"):
+                raise ValueError(f"{name!r} is stored as {entry['dtype']}, but weights are floating point numbers")
         return {name: tuple(entry["shape"]) for name, entry in header.items()}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise OSError(f"The checkpoint file {str(path)!r} cannot be read ({error}). {REMEDY}") from error
@@ -181,31 +187,34 @@ def local_folder(name: str | os.PathLike, file_names: Sequence[str], **hub_optio
     return Path(snapshot_download(name, allow_patterns=list(file_names), **options))
 
 
-def read_weights(folder: Path, kind: type, variant: str | None, use_safetensors: bool) -> Shapes | None:
+def read_weights(
+    folder: Path, kind: type, variant: str | None, use_safetensors: bool, is_quantized: bool
+) -> Shapes | None:
     """Read the shapes of the tensors that a class would load from a folder; `None` for pickle files."""
     single, index = (folder / name for name in weight_names(kind, variant, use_safetensors)[:2])
     ending = single.suffix
     if index.is_file() and (issubclass(kind, ModelMixin) or not single.is_file()):  # which of both the library reads
         shapes: Shapes = {}
         for shard, names in read_index(index, ending).items():
-            found = read_shapes(folder / shard) if use_safetensors else {}
+            found = read_shapes(folder / shard, is_quantized) if use_safetensors else {}
             missing = sorted(set(names) - set(found)) if use_safetensors else []
             if missing:
                 raise lacking(kind, folder / shard, missing)
             shapes.update(found)
     elif single.is_file():
-        shapes = read_shapes(single) if use_safetensors else {}
+        shapes = read_shapes(single, is_quantized) if use_safetensors else {}
     else:
         pickles = sorted(path.name for path in folder.glob("*.bin")) if use_safetensors else []
-        hint = " Pickle files can run code and are read with `use_safetensors=False` only." if pickles else REMEDY
+        hint = "Pickle files can run code and are read with `use_safetensors=False` only." if pickles else REMEDY
         raise FileNotFoundError(f"{str(folder)!r} has no `{single.name}`, the weights of {kind.__name__}. {hint}")
     return shapes if use_safetensors else None
 
 
 def lacking(kind: type, place: str | Path, names: list[str]) -> ValueError:
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return ValueError(
-        f"The checkpoint file of {kind.__name__} in {str(place)!r} lacks weights: {', '.join(names)}. Fetch or save it"
-        " again, and check that its config.json matches these weights."
+        f"The checkpoint file of {kind.__name__} in {str(place)!r} lacks weights: {', '.join(names[:8])}{more}. Fetch"
+        " or save it again, and check that its config.json matches these weights."
     )
 
 
@@ -271,21 +280,31 @@ def check_saved_model(folder: Path, kind: type, variant: str | None, use_safeten
     place, settings = folder / "config.json", check_folder(folder).get("config.json")
     if settings is None:
         raise FileNotFoundError(f"{str(folder)!r} has no `config.json`, the settings of {kind.__name__}. {REMEDY}")
-    stored = read_weights(folder, kind, variant, use_safetensors)
+    is_quantized = "quantization_config" in settings
+    stored = read_weights(folder, kind, variant, use_safetensors, is_quantized)
     check_sizes(settings, max(MAX_LAYERS if stored is None else len(stored), 100), place)
+    for name in ("dtype", "torch_dtype"):
+        value = settings.get(name)
+        if value is not None and not isinstance(getattr(torch, str(value), None), torch.dtype):
+            refuse(f"`{name}` in {str(place)!r}", "a data type of PyTorch", value)
+    if not isinstance(settings.get("model_type", ""), str):
+        refuse(f"`model_type` in {str(place)!r}", "a string", settings["model_type"])
+    if issubclass(kind, ModelMixin):
+        check_types(kind, settings, describe_in(place))
     if issubclass(kind, AutoencoderKL):
-        check_vae_settings(settings, lambda name: f"`{name}` in {str(place)!r}")
-    return None if "quantization_config" in settings else stored
+        check_vae_settings(settings, describe_in(place))
+    return None if is_quantized else stored
 
 
-def check_foreign_model(folder: Path, kind: type[PreTrainedModel], stored: Shapes) -> None:
+def check_foreign_model(folder: Path, kind: type[PreTrainedModel], stored: Shapes | None) -> None:
     """Compare the weights of a model of Transformers, which would fill the memory before it compares them itself."""
     place = folder / "config.json"
     with plain_errors(f"the configuration {str(place)!r} of {kind.__name__}", str(folder)):
         with torch.device("meta"), no_init_weights():
             model = kind(kind.config_class.from_dict(read_settings(place)))
         model.tie_weights()
-    check_shapes(model, stored, folder)
+    if stored is not None:
+        check_shapes(model, stored, folder)
 
 
 def check_loaded(model: nn.Module, source: str) -> None:

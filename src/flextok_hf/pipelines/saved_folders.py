@@ -16,6 +16,7 @@ from ..models.modeling_decoder import FlexTokFlowDecoder
 from ..models.modeling_encoder import FlexTokEncoder
 from ..models.modeling_prior import FlexTokPriorForCausalLM
 from ..models.saved_model import (
+    MAX_LAYERS,
     REMEDY,
     Shapes,
     check_files,
@@ -23,11 +24,13 @@ from ..models.saved_model import (
     check_foreign_model,
     check_loaded,
     check_saved_model,
+    check_sizes,
     lacking,
     missing_names,
     plain_errors,
     read_settings,
 )
+from ..models.settings_checks import check_types, describe_in
 from ..models.whole_weights import WholeWeightsMixin
 from ..utils.numbers import is_finite_number
 
@@ -109,7 +112,11 @@ def check_saved_pipeline(folder: Path, options: dict[str, Any]) -> dict[str, Sav
         kind = find_class(entry, f"`{name}` in {str(place)!r}", expected)
         part = folder / name if (folder / name).is_dir() else folder
         if not issubclass(kind, ModelMixin | PreTrainedModel):
-            check_folder(part)
+            settings = check_folder(part)
+            if issubclass(kind, SchedulerMixin):
+                path = part / "scheduler_config.json"
+                check_types(kind, settings.get(path.name, {}), describe_in(path))
+                check_sizes(settings.get(path.name, {}), MAX_LAYERS, path)
         elif not issubclass(kind, WholeWeightsMixin):
             saved[name] = check_model(part, kind, options)
     return saved
@@ -135,7 +142,7 @@ def check_model(folder: Path, kind: type, options: dict[str, Any]) -> SavedModel
     if variant is not None and not any(folder.glob(f"*.{glob.escape(variant)}.*")):
         variant = None  # not every component has it
     stored = check_saved_model(folder, kind, variant, options["use_safetensors"])
-    if stored is not None and issubclass(kind, PreTrainedModel):
+    if issubclass(kind, PreTrainedModel):
         check_foreign_model(folder, kind, stored)
     return SavedModel(kind, folder, variant, stored)
 
