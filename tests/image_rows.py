@@ -20,7 +20,7 @@ def png(shade, size=(R, R)):
 
 def write_parquet(path, num_rows=10, damaged=(), **columns):
     """Write rows whose images have the row number as shade; rows in `damaged` hold junk bytes instead."""
-    images = [{"bytes": b"junk" if row in damaged else png(row), "path": None} for row in range(num_rows)]
+    images = [{"bytes": b"jk%02d" % row if row in damaged else png(row), "path": None} for row in range(num_rows)]
     features = datasets.Dataset.from_dict({name: values[:num_rows] for name, values in columns.items()}).features
     features["image"] = datasets.Image()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from image_rows import write_parquet
 from paths import SCRIPTS
 from safetensors.torch import load_file
 from training_processes import SMALL_DATA, SMALL_TOKENIZER, assert_same_state, errors, free_port, run, start
@@ -139,6 +140,21 @@ def test_sharded_weights_have_the_loss_curve_of_whole_ones_and_are_saved_whole(t
     assert [[entry.get(name) for name in names] for entry in again] == [
         [entry.get(name) for name in names] for entry in straight
     ]
+
+
+# Unreadable rows
+
+
+@pytest.mark.parametrize("data", [{}, {"streaming": True, "shuffle_buffer": 5}, {"cache_in_memory": True}], ids=str)
+def test_two_processes_over_several_epochs_count_an_unreadable_row_once(tmp_path, data):
+    paths = [write_parquet(tmp_path / f"{row}.parquet", 8, damaged=(row,)) for row in range(4)]
+    options = {"train_data": [str(path) for path in paths], "max_train_samples": None, "max_train_steps": 12, **data}
+    arguments = arguments_for(tmp_path / "run", **options)
+    assert run(lambda: train_tokenizer(arguments), tmp_path / "run", 2) == [0, 0], errors(tmp_path / "run")
+    assert curve(tmp_path / "run")[-1]["unreadable_rows"] == 4
+    report = json.loads((tmp_path / "run" / "unreadable_rows.json").read_text())
+    assert len(report) == 4 and all("not an image" in reason for reason in report.values())
+    assert not list((tmp_path / "run").glob("unreadable_rows_*"))
 
 
 # Kills
