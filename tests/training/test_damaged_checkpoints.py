@@ -10,7 +10,7 @@ import pytest
 from training_processes import SMALL_DATA, SMALL_TOKENIZER, assert_same_state
 
 from flextok_hf.training.arguments import TokenizerArguments
-from flextok_hf.training.checkpoints import find_whole_checkpoint, list_checkpoints
+from flextok_hf.training.checkpoints import CheckpointDamaged, find_whole_checkpoint, list_checkpoints
 from flextok_hf.training.stages import train_tokenizer
 
 
@@ -100,7 +100,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_latest_and_refused_by_name(copy,
     damage(folder / "checkpoint-3" / name)
     # with the checksums of another checkpoint, all files seem to be damaged
     culprit = "differs from its checksum" if (name, damage) == ("checksums.json", swap) else name
-    with pytest.raises((ValueError, FileNotFoundError), match=f"checkpoint-3.*{culprit}"):
+    with pytest.raises(OSError, match=f"checkpoint-3.*{culprit}"):
         find_whole_checkpoint(replace(copy, resume_from_checkpoint=str(folder / "checkpoint-3")))
     assert len(list_checkpoints(folder)) == 3
 
@@ -127,7 +127,9 @@ def test_going_on_from_an_older_checkpoint_gives_bitwise_the_same_result(run, co
 def test_a_run_does_not_start_over_when_all_its_checkpoints_are_damaged(copy):
     for number in (1, 2, 3):
         empty(Path(copy.output_dir) / f"checkpoint-{number}" / "optimizer.bin")
-    with pytest.raises(ValueError, match="'latest' finds no whole checkpoint: in .*checkpoint-3, optimizer.bin .*"):
+    with pytest.raises(
+        CheckpointDamaged, match="'latest' finds no whole checkpoint: in .*checkpoint-3, optimizer.bin"
+    ):
         train_tokenizer(copy)
     assert len(list_checkpoints(copy.output_dir)) == 3
 
@@ -167,10 +169,10 @@ def test_a_damaged_checkpoint_of_an_earlier_version_is_refused_in_words(copy, na
     (folder / "checksums.json").unlink()
     damage(folder / name)
     reason = "cannot be loaded: .* damaged" if damage is Path.unlink else f"{name} is damaged: "
-    with pytest.raises(ValueError, match=f"checkpoint-3.*{reason}"):
+    with pytest.raises(CheckpointDamaged, match=f"checkpoint-3.*{reason}"):
         train_tokenizer(replace(copy, resume_from_checkpoint=str(folder)))
 
 
 def test_a_checkpoint_of_a_model_of_another_size_is_refused_in_words(copy):
-    with pytest.raises(ValueError, match="checkpoint-3 cannot be loaded: it is of a model with other sizes"):
+    with pytest.raises(CheckpointDamaged, match="checkpoint-3 cannot be loaded: it is of a model with other sizes"):
         train_tokenizer(replace(copy, encoder_num_layers=2))

@@ -39,6 +39,10 @@ class CheckpointNotWritten(OSError):
     """A checkpoint could not be written; earlier ones are untouched."""
 
 
+class CheckpointDamaged(OSError, ValueError):
+    """A checkpoint cannot be resumed from: its files are damaged, or of another model."""
+
+
 def unfinished_name(folder: Path) -> Path:
     """Return the temporary name under which `folder` is filled."""
     return folder.with_name(folder.name + UNFINISHED)
@@ -138,7 +142,7 @@ def find_whole_checkpoint(arguments: TrainingArguments) -> Path | None:
     """Return what `find_checkpoint` does, after reading all its files; `latest` renames and passes over damaged ones.
 
     Raises:
-        ValueError: the checkpoint that the options name is damaged, or all of them are.
+        CheckpointDamaged: the checkpoint that the options name is damaged, or all of them are.
     """
     named = find_checkpoint(arguments)
     if named is None:
@@ -151,7 +155,7 @@ def find_whole_checkpoint(arguments: TrainingArguments) -> Path | None:
             break
         damages[folder] = damage
     else:
-        raise ValueError(
+        raise CheckpointDamaged(
             f"`resume_from_checkpoint` {arguments.resume_from_checkpoint!r} finds no whole checkpoint: "
             + "; ".join(f"in {folder}, {damage}" for folder, damage in damages.items())
             + ". Restore the file, pass another checkpoint, or start a new run in another `output_dir`."
@@ -180,15 +184,18 @@ def read_state(folder: Path) -> dict[str, Any]:
     """Read the step, options and number of processes of a checkpoint.
 
     Raises:
-        ValueError: the file is damaged.
+        CheckpointDamaged: the file is.
     """
-    state = read_json(folder / STATE_FILE)
+    try:
+        state = read_json(folder / STATE_FILE)
+    except ValueError as error:
+        raise CheckpointDamaged(str(error)) from error
     kinds = {"step": int, "num_processes": int, "arguments": dict}
     for name, kind in kinds.items():
         if not isinstance(state, dict) or not isinstance(state.get(name), kind):
-            raise ValueError(f"{folder / STATE_FILE} is damaged: it has no valid `{name}`.")
+            raise CheckpointDamaged(f"{folder / STATE_FILE} is damaged: it has no valid `{name}`.")
     if step_of(folder) not in (None, state["step"]):
-        raise ValueError(f"{folder / STATE_FILE} is of step {state['step']}, unlike its folder.")
+        raise CheckpointDamaged(f"{folder / STATE_FILE} is of step {state['step']}, unlike its folder.")
     return state
 
 

@@ -324,7 +324,7 @@ class Trainer:
             self.accelerator.load_state(str(folder))
             self.average.load(folder, state["step"])
         except LOAD_ERRORS as error:
-            raise ValueError(
+            raise checkpoints.CheckpointDamaged(
                 f"{folder} cannot be loaded: it is of a model with other sizes or parts, or damaged ({error})"
             ) from error
         self.accelerator.step = 0  # its micro-batch counter, which follows the previous split of a step
