@@ -63,6 +63,30 @@ pipe.save_pretrained("again", push_to_hub=True, repo_id="user/pushed", token="hf
 """
 
 
+PARTS = """
+import json
+from flextok_hf import FlexTokEncoder, FlexTokFlowDecoder, FlexTokPipeline, FlexTokPriorForCausalLM
+
+parts = {"encoder": FlexTokEncoder, "decoder": FlexTokFlowDecoder, "prior": FlexTokPriorForCausalLM}
+sums, names = [], []
+for name, kind in parts.items():
+    for options in ({}, {"revision": "older"}):
+        model = kind.from_pretrained("user/tiny", subfolder=name, **options)
+        sums.append(round(sum(one.double().sum().item() for one in model.parameters()), 6))
+        names.append(model.config["_name_or_path"] if name == "decoder" else model.name_or_path)
+names.append(FlexTokPipeline.from_pretrained("user/tiny").config._name_or_path)
+errors = []
+decoder = lambda name: FlexTokFlowDecoder.from_pretrained(name, subfolder="decoder")
+for load in (decoder, FlexTokPipeline.from_pretrained):
+    for name in ("user/index", "user/lacking", "user/sizes"):
+        try:
+            load(name)
+        except (ValueError, OSError) as error:
+            errors.append(str(error))
+print(json.dumps([sums, names, errors]))
+"""
+
+
 class HubHandler(http.server.BaseHTTPRequestHandler):
     """Mimics the Hub for `server.repositories`: names -> revisions -> folders; there is always a `main`."""
 
@@ -259,6 +283,39 @@ def test_pipelines_and_official_checkpoints_load_by_name_from_the_hub_and_then_o
 
     num_requests = len(hub.requests)
     assert run_program(LOADS, tmp_path, endpoint, HF_HUB_OFFLINE="1") == online
+    assert len(hub.requests) == num_requests
+
+
+@pytest.mark.slow
+def test_models_on_the_hub_are_checked_like_folders(hub, tiny_pipeline, tmp_path):
+    older = make_pipeline_with_other_weights(tiny_pipeline)
+    for name, pipe in (("main", tiny_pipeline), ("older", older)):
+        pipe.save_pretrained(tmp_path / "tiny" / name)
+    for name in ("index", "lacking", "sizes"):
+        shutil.copytree(tmp_path / "tiny" / "main", tmp_path / name)
+    weights = load_file(tmp_path / "lacking" / "decoder" / WEIGHTS)
+    del weights["mask_token"]
+    save_file(weights, tmp_path / "lacking" / "decoder" / WEIGHTS, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "sizes" / "decoder" / "config.json").read_text())
+    (tmp_path / "sizes" / "decoder" / "config.json").write_text(json.dumps({**config, "num_registers": 2 * 10**7}))
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, f"../../{WEIGHTS}")}
+    shard = WEIGHTS.replace(".", "-00001-of-00001.")
+    (tmp_path / "index" / "decoder" / WEIGHTS).rename(tmp_path / "index" / "decoder" / shard)
+    (tmp_path / "index" / "decoder" / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    hub.repositories = {"user/tiny": {name: tmp_path / "tiny" / name for name in ("main", "older")}}
+    hub.repositories |= {f"user/{name}": {"main": tmp_path / name} for name in ("index", "lacking", "sizes")}
+
+    endpoint = f"http://127.0.0.1:{hub.server_port}"
+    online = run_program(PARTS, tmp_path, endpoint)
+    sums, names, errors = json.loads(online)
+    parts = [getattr(pipe, name) for name in ("encoder", "decoder", "prior") for pipe in (tiny_pipeline, older)]
+    expected = [sum(one.double().sum().item() for one in part.parameters()) for part in parts]
+    assert sums == pytest.approx(expected, abs=1e-5) and set(names) == {"user/tiny"}
+    assert len(errors) == 6
+    for error, word in zip(errors, 2 * [f"../../{WEIGHTS}", "lacks weights: mask_token", "num_registers"]):
+        assert word in error
+    num_requests = len(hub.requests)
+    assert run_program(PARTS, tmp_path, endpoint, HF_HUB_OFFLINE="1") == online
     assert len(hub.requests) == num_requests
 
 

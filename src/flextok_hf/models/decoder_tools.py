@@ -5,6 +5,7 @@ Where Diffusers would go on with a wrong result, these methods do the right thin
 
 import os
 import tempfile
+from functools import wraps
 
 from diffusers import FirstBlockCacheConfig, MagCacheConfig
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
@@ -12,6 +13,7 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.modeling_utils import ModelMixin
 
 
 WORKING_CACHES = (FirstBlockCacheConfig, MagCacheConfig)
@@ -93,6 +95,8 @@ class DecoderToolsMixin(AttentionMixin, CacheMixin, PeftAdapterMixin):
             )
         super().set_adapters(adapter_names, weights)
 
+    # Pipelines pass only those options that they find in the signature
+    @wraps(ModelMixin.save_pretrained, assigned=())
     def save_pretrained(self, save_directory, *args, **options) -> None:
         """Save weights and configuration, as in Diffusers; raises `ValueError` while there are adapters."""
         if getattr(self, "peft_config", None):
