@@ -39,13 +39,16 @@ def time_limit(seconds: int = TIME_LIMIT):
         signal.signal(signal.SIGALRM, previous)
 
 
-def judge(call: Callable[[], Any], names: Sequence[str], errors: tuple[type[Exception], ...]) -> str | None:
+def judge(
+    call: Callable[[], Any], names: Sequence[str], errors: tuple[type[Exception], ...], passes_on: bool = False
+) -> str | None:
     """Run a call; returns what is wrong with its outcome, or `None`.
 
     Args:
         call: the call, with its input.
         names: an error has to mention one of these: arguments or files.
         errors: allowed types of errors; subclasses too.
+        passes_on: whether values that are not finite, or the id -1 for them, are no fault.
     """
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
@@ -54,13 +57,14 @@ def judge(call: Callable[[], Any], names: Sequence[str], errors: tuple[type[Exce
     except TookTooLong:
         return f"takes over {TIME_LIMIT} s"
     except errors as error:
-        if not any(name in str(error) for name in names):
+        is_named = any(name in str(error) for name in names) or getattr(error, "filename", None)
+        if not is_named:
             return f"{type(error).__name__} names none of {', '.join(names)}: {shorten(error)}"
     except Exception as error:
         return f"{type(error).__name__} instead of {' or '.join(kind.__name__ for kind in errors)}: {shorten(error)}"
     else:
         problem = next(iter(faults_of(result)), None)
-        if problem:
+        if problem and not passes_on:
             return f"returns {problem}"
     added = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     return f"takes {added / 2**30:.1f} GiB" if added > MEMORY_LIMIT else None

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from outcomes import judge
 from PIL import Image
 from tiny_models import CODEBOOK_SIZE, FSQ_LEVELS, NUM_REGISTERS, SHAPES, make_decoder, make_encoder, make_prior
@@ -95,6 +96,8 @@ class Call:
         fixed: arguments to leave alone.
         aliases: further names by which an error may call an argument.
         errors: allowed types; files that cannot be read are OSErrors.
+        passes_on: whether values that are not finite may come out where they went in: models run on accelerators,
+            where looking at every value would stall them.
     """
 
     run: Callable[..., Any]
@@ -102,6 +105,7 @@ class Call:
     fixed: dict[str, Any] = field(default_factory=dict)
     aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
     errors: tuple[type[Exception], ...] = (ValueError, TypeError)
+    passes_on: bool = False
 
     def judge(self, values: dict[str, str]) -> str | None:
         """Return what is wrong when these arguments are replaced by these values, or `None`."""
@@ -112,7 +116,7 @@ class Call:
             torch.manual_seed(0)
             return self.run(**arguments)
 
-        return judge(run, names, self.errors)
+        return judge(run, names, self.errors, self.passes_on)
 
 
 def public_calls(text: FlexTokPipeline, classes: FlexTokPipeline) -> dict[str, Call]:
@@ -143,7 +147,12 @@ def pipeline_calls(text: FlexTokPipeline, classes: FlexTokPipeline) -> dict[str,
             aliases=read,
         ),
         "tokenize": Call(text.tokenize, {"images": image, "max_tokens": 2}, errors=files),
-        "tokenize_pixels": Call(text.tokenize_pixels, {"pixels": image[None], "max_tokens": 2}),
+        "tokenize_pixels": Call(
+            text.tokenize_pixels,
+            {"pixels": image[None], "max_tokens": 2},
+            aliases={"pixels": ("latents",)},
+            passes_on=True,
+        ),
         "detokenize": Call(
             text.detokenize,
             {"token_ids": ids, **decoding, "generator": generator, "latents": noise, "callback_on_step_end": None},
@@ -170,11 +179,13 @@ def model_calls(text: FlexTokPipeline, classes: FlexTokPipeline) -> dict[str, Ca
     options = {"max_new_tokens": 2, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     options |= {"guidance_scale": 1.0, "generator": None, "return_log_probs": False}
     return {
-        "encoder": Call(encoder, {"latents": latents, "num_tokens": 2}),
+        "encoder": Call(encoder, {"latents": latents, "num_tokens": 2}, passes_on=True),
         "decoder": Call(
             decoder,
             {"noisy_latents": latents, "sigma": torch.tensor([0.5, 0.1]), "codes": codes, "num_tokens": None}
             | {"is_unconditional": None},
+            aliases={"noisy_latents": ("latents", "codes", "sigma")},  # the other arguments have its batch size
+            passes_on=True,
         ),
         "prior(text)": Call(
             prior,
@@ -185,25 +196,28 @@ def model_calls(text: FlexTokPipeline, classes: FlexTokPipeline) -> dict[str, Ca
         "prior.generate(text)": Call(
             prior.generate,
             {"inputs": ids[:, :1], "encoder_hidden_states": states, **options},
-            aliases={"inputs": ("input_ids",)},
+            aliases={"inputs": ("input_ids", "encoder_hidden_states"), "guidance_scale": ("negative_encoder",)},
         ),
         "prior.generate(classes)": Call(
             class_prior.generate,
             {"inputs": ids[:, :1], "class_labels": torch.tensor([0, 2]), **options},
-            aliases={"inputs": ("input_ids",)},
+            aliases={"inputs": ("input_ids", "class_labels")},
         ),
-        "quantizer": Call(FiniteScalarQuantizer(FSQ_LEVELS), {"features": torch.zeros(1, 2, len(FSQ_LEVELS))}),
+        "quantizer": Call(
+            FiniteScalarQuantizer(FSQ_LEVELS), {"features": torch.zeros(1, 2, len(FSQ_LEVELS))}, passes_on=True
+        ),
     }
 
 
 def configurations() -> dict[str, Call]:
     encoder = {**SHAPES, "num_hidden_layers": 1, "num_registers": NUM_REGISTERS, "fsq_levels": FSQ_LEVELS}
     decoder = {**SHAPES, "num_layers": 1, "num_registers": NUM_REGISTERS, "code_dim": len(FSQ_LEVELS)}
+    strict = (ValueError, TypeError, StrictDataclassError)  # the last as in all configurations of Transformers
     prior = make_prior(text_hidden_size=32).config.to_diff_dict()
     prior = {name: value for name, value in prior.items() if name in FlexTokPriorConfig.__annotations__}
     return {
-        "FlexTokEncoderConfig": Call(FlexTokEncoderConfig, {**encoder, "token_layout": "registers"}),
-        "FlexTokPriorConfig": Call(FlexTokPriorConfig, prior),
+        "FlexTokEncoderConfig": Call(FlexTokEncoderConfig, {**encoder, "token_layout": "registers"}, errors=strict),
+        "FlexTokPriorConfig": Call(FlexTokPriorConfig, prior, errors=strict),
         "FlexTokFlowDecoder": Call(FlexTokFlowDecoder, {**decoder, "token_layout": "registers"}),
         "FiniteScalarQuantizer": Call(FiniteScalarQuantizer, {"levels": FSQ_LEVELS}),
     }

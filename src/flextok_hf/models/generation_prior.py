@@ -86,6 +86,7 @@ class PriorGenerationMixin(GenerationMixin):
         options.guidance_scale = 1.0  # applied here: Transformers' own guidance drops the conditions
         negative = (negative_encoder_hidden_states, negative_encoder_attention_mask)
         check_generator(generator)
+        check_options({"return_log_probs": return_log_probs})
         check_generate_inputs(self.config, inputs, conditions, guidance_scale, negative, options.class_zero_guidance)
         text = conditions.get("encoder_hidden_states")
         if text is not None and text.dtype != self.dtype and not torch.is_autocast_enabled(self.device.type):

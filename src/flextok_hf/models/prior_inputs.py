@@ -159,10 +159,15 @@ def check_targets(shift_labels: Tensor | None, logits_to_keep: Any, inputs: Prio
     """Raise an error unless `logits_to_keep` says which logits (B, L, V) to compute, and `shift_labels` are theirs."""
     check_tensors(shift_labels=shift_labels)
     is_count = is_whole_number(logits_to_keep) and logits_to_keep >= 0
-    if not is_count and not (isinstance(logits_to_keep, Tensor) and is_integer(logits_to_keep)):
+    is_positions = isinstance(logits_to_keep, Tensor) and is_integer(logits_to_keep) and logits_to_keep.ndim == 1
+    if not is_count and not is_positions:
         raise TypeError(
-            f"`logits_to_keep` must be a whole number of 0 or more, or positions in a tensor, got {logits_to_keep!r}."
+            "`logits_to_keep` must be a whole number of 0 or more, or positions in a 1-D tensor, got"
+            f" {logits_to_keep!r}."
         )
+    if is_positions and logits_to_keep.device.type == "cpu" and not torch.compiler.is_compiling():
+        last = inputs.length - 1
+        check_ranges([("logits_to_keep", logits_to_keep, -last - 1, last, "Negative ones count from the end.")])
     has_targets = inputs.labels is not None or shift_labels is not None
     if has_targets and not (is_count and logits_to_keep == 0):
         raise ValueError("`logits_to_keep` cannot be combined with `labels`, whose loss is over all positions.")

@@ -22,6 +22,7 @@ from .prior_inputs import (
 )
 
 
+MAX_GUIDANCE_SCALE = 1e6  # larger ones leave no precision
 LEAST_COUNTS = {"max_new_tokens": 1, "max_length": 1, "min_new_tokens": 0, "min_length": 0, "top_k": 0}
 TRAINING_INPUTS = ("labels", "shift_labels", "num_items_in_batch", "position_ids")
 LEAST_COUNTS |= {"num_beams": 1, "num_return_sequences": 1}  # smallest value of each option of `generate`
@@ -57,8 +58,9 @@ def check_generate_inputs(
             "`class_zero_guidance` is for models with classes and without text, the only ones ever sampled with it."
             " Leave it out."
         )
-    if not is_finite_number(guidance_scale):
-        raise TypeError(f"`guidance_scale` must be a finite number, got {guidance_scale!r}.")
+    if not is_finite_number(guidance_scale) or abs(guidance_scale) > MAX_GUIDANCE_SCALE:
+        limit = f"from {-MAX_GUIDANCE_SCALE:g} to {MAX_GUIDANCE_SCALE:g}"
+        raise TypeError(f"`guidance_scale` must be a number {limit}, got {guidance_scale!r}.")
     if guidance_scale != 1.0 and text is None and labels is None:
         raise ValueError(f"`guidance_scale` is {guidance_scale}, but this model is unconditional. Use 1.")
     if guidance_scale != 1.0 and text is not None:
@@ -122,6 +124,10 @@ def check_options(options: dict) -> None:
         value = options.get(name)
         if value is not None and not (is_finite_number(value) and 0 <= value <= most):
             raise ValueError(f"`{name}` must be a finite number {what}, got {value!r}.")
+    for name in ("do_sample", "return_log_probs", "return_dict_in_generate", "use_cache"):
+        value = options.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise TypeError(f"`{name}` must be True or False, got {value!r}.")
     for name in ("assistant_early_exit", "prefill_chunk_size"):
         if options.get(name) is not None:
             raise ValueError(f"`{name}` does not work with the prior: leave it out. `assistant_model` takes a prior.")

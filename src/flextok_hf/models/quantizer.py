@@ -10,6 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..utils.numbers import is_whole_number
+from .argument_checks import MAX_SIZE, check_tensor
+
 
 BOUND_MARGIN = 1e-3  # widens tanh slightly, so that finite features reach the outermost levels
 
@@ -22,8 +25,9 @@ class FiniteScalarQuantizer(nn.Module):
 
     def __init__(self, levels: Sequence[int]):
         super().__init__()
-        if not levels or any(level < 2 for level in levels):
-            raise ValueError(f"`levels` must list 2 or more levels per code dimension, got {list(levels)}.")
+        is_list = isinstance(levels, list | tuple) and len(levels) > 0
+        if not is_list or not all(is_whole_number(level) and 2 <= level <= MAX_SIZE for level in levels):
+            raise ValueError(f"`levels` must be a list of whole numbers of 2 or more, got {str(levels)[:80]}.")
         self.levels = list(levels)
         self.half_widths = [level // 2 for level in levels]
         self.place_values = [math.prod(levels[:i]) for i in range(len(levels))]
@@ -49,6 +53,7 @@ class FiniteScalarQuantizer(nn.Module):
         Returns:
             Codes, (B, K, Q) float32 in [-1, 1].
         """
+        check_tensor("features", features, "floats", "B", "K", len(self.levels))
         bounded = self.bound(features)
         rounded = bounded + (bounded.round() - bounded).detach()  # straight-through estimator
         if is_rounded is not None:

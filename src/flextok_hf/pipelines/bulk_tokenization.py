@@ -79,12 +79,18 @@ def tokenize_batches(
         Token ids of each batch, (B, k) int64 on the CPU.
 
     Raises:
-        ValueError: if the VAE or the encoder computes NaN or infinity.
+        TypeError: if `batches` does not give tensors.
+        ValueError: if a shape does not fit, or the VAE or the encoder computes NaN or infinity.
     """
     device = pipe._execution_device
     copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    if not isinstance(batches, Iterable) or (isinstance(batches, Tensor) and batches.ndim == 0):
+        raise TypeError(f"`batches` must give batches of pixels one by one, got {type(batches).__name__}.")
+
     def upload(pixels: Tensor) -> tuple[Tensor, "torch.cuda.Event | None"]:
+        if not isinstance(pixels, Tensor):
+            raise TypeError(f"`batches` must give tensors of pixels, got {type(pixels).__name__}.")
         if copies is None or pixels.device.type != "cpu":  # only memory of the host can be pinned
             return pixels.to(device), None
         with torch.cuda.stream(copies):

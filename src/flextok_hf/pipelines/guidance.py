@@ -11,7 +11,7 @@ GUIDANCE_METHODS = ("apg", "cfg")
 
 def check_guidance(method: str) -> None:
     """Raise a ValueError if `method` is not a known guidance method."""
-    if method not in GUIDANCE_METHODS:
+    if not isinstance(method, str) or method not in GUIDANCE_METHODS:
         raise ValueError(f"`guidance` must be one of {', '.join(GUIDANCE_METHODS)}, got {method!r}.")
 
 

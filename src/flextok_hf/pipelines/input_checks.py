@@ -68,7 +68,7 @@ def find_class(name: str, config: FlexTokPriorConfig) -> int:
         if known == name:
             return number
     if not names:
-        raise ValueError(f"The classes of this prior have no names, so {name!r} is unknown. Pass numbers.")
+        raise ValueError(f"`class_labels` contains {name!r}, but this prior's classes have no names. Pass numbers.")
     similar = difflib.get_close_matches(name, names.values()) or list(names.values())[:10]
     raise ValueError(
         f"`class_labels` contains {name!r}, not one of the {len(names)} classes, such as {', '.join(similar)}."

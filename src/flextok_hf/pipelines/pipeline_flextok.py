@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cards.model_card import CardMixin
+from ..models.argument_checks import check_tensor
 from ..models.latents import check_token_ids, decode_latents, encode_latents
 from ..models.modeling_decoder import FlexTokFlowDecoder
 from ..models.modeling_encoder import FlexTokEncoder
@@ -490,7 +491,9 @@ class FlexTokPipeline(CardMixin, OffloadingMixin, PriorHalf, DecoderHalf):
         Both refuse the ids -1, which stand for features that are not finite; this does not wait for the device.
         """
         num_tokens = tokens.resolve_count(max_tokens, "max_tokens", self.num_registers)
-        pixel_values = pixels_to_values(pixels) if pixels.dtype == torch.uint8 else pixels
+        is_bytes = isinstance(pixels, Tensor) and pixels.dtype == torch.uint8
+        check_tensor("pixels", pixels, "integers" if is_bytes else "floats", "B", 3, "h", "w")
+        pixel_values = pixels_to_values(pixels) if is_bytes else pixels
         latents = encode_latents(self.vae, pixel_values)  # (B, C, h, w)
         return self.encoder(latents.to(self.encoder.dtype), num_tokens).token_ids
 

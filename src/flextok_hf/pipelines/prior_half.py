@@ -20,6 +20,9 @@ from .conditions import GivenTexts, TextParts, encode_condition
 from .token_writer import TokenWriter
 
 
+MAX_IMAGES = 2**16  # of one prompt
+
+
 class PriorHalf(DiffusionPipeline):
     """What a pipeline with a prior does with it."""
 
@@ -80,9 +83,9 @@ class PriorHalf(DiffusionPipeline):
                 "This pipeline has no prior, so it cannot generate from a prompt or class. Use `tokenize`,"
                 " `detokenize` and `reconstruct`, or pass `prior=FlexTokPriorForCausalLM.from_pretrained(...)`."
             )
-        if not is_whole_number(num_images_per_prompt) or num_images_per_prompt < 1:
+        if not is_whole_number(num_images_per_prompt) or not 1 <= num_images_per_prompt <= MAX_IMAGES:
             got = inputs.brief(num_images_per_prompt)
-            raise ValueError(f"`num_images_per_prompt` must be a whole number of 1 or more, got {got}.")
+            raise ValueError(f"`num_images_per_prompt` must be a whole number from 1 to {MAX_IMAGES}, got {got}.")
         parts = TextParts(self.text_encoder, self.tokenizer, self._execution_device)
         return encode_condition(prompt, class_labels, int(num_images_per_prompt), self.prior, parts, texts)
 
