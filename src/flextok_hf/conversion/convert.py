@@ -9,7 +9,7 @@ import torch
 
 from ..cards.model_card import write_model_card
 from ..cards.sections import ORIGINAL_FILE
-from ..models.saved_model import plain_errors
+from ..models.saved_model import named_errors
 from ..pipelines.pipeline_flextok import FlexTokPipeline
 from ..utils.files import check_output_folder
 from .original import Original, read_original
@@ -53,7 +53,7 @@ def convert_checkpoint(
         OSError: if files are missing, the Hub cannot be reached, or the disk is too full.
     """
     output = check_output_folder(Path(output).expanduser())
-    with plain_errors(f"the checkpoint {str(tokenizer or prior)!r}", ""):
+    with named_errors(f"the checkpoint {str(tokenizer or prior)!r}", ""):
         original = read_original(tokenizer, prior, text_encoder, dtype=dtype, **options)
         text_encoder_model = original.others.get("text_encoder")
         needed = 0 if text_encoder_model is None else sum(one.nbytes for one in text_encoder_model.parameters())

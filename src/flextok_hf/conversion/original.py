@@ -9,7 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging
 
-from ..models.saved_model import plain_errors
+from ..models.saved_model import named_errors
 from .components import Component
 from .prior import Prior, read_prior
 from .prior_settings import TextSettings
@@ -64,7 +64,7 @@ def load_original(
     **options: Any,
 ) -> dict[str, Any]:
     """Load official checkpoints and return the arguments of `FlexTokPipeline` (see its `from_original`)."""
-    with plain_errors(f"the checkpoint {str(tokenizer)!r}" + f" or its prior {str(prior)!r}" * bool(prior), ""):
+    with named_errors(f"the checkpoint {str(tokenizer)!r}" + f" or its prior {str(prior)!r}" * bool(prior), ""):
         original = read_original(tokenizer, prior, text_encoder, dtype=dtype, **options)
         for note in original.notes:
             logger.warning(note)

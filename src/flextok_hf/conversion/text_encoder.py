@@ -13,7 +13,7 @@ from ..models.saved_model import (
     check_saved_model,
     lacking,
     local_folder,
-    plain_errors,
+    named_errors,
     weight_names,
 )
 from .prior_settings import TextSettings
@@ -50,7 +50,7 @@ def load_text_encoder(
         remedy = "Pass a folder or Hub id as `text_encoder`."
         name = resolve_reference(settings.reference, checkpoint, settings.where, remedy)
     source = f"the text encoder {str(name)!r}"
-    with plain_errors(source, str(name)):
+    with named_errors(source, str(name)):
         names = ["config.json", *TOKENIZER_FILES, *weight_names(T5EncoderModel, None, use_safetensors=True)]
         folder = local_folder(name, names, **hub_options)
         config = check_folder(folder).get("config.json")

@@ -32,7 +32,7 @@ NOT_SETTINGS = ("tokenizer.json", "vocab.json")  # large, and read by libraries 
 
 
 @contextmanager
-def plain_errors(source: str, name: str) -> Iterator[None]:
+def named_errors(source: str, name: str) -> Iterator[None]:
     """Turn what the libraries raise for bad files into a ValueError or OSError that names them; only done here.
 
     Args:
@@ -299,7 +299,7 @@ def check_saved_model(folder: Path, kind: type, variant: str | None, use_safeten
 def check_foreign_model(folder: Path, kind: type[PreTrainedModel], stored: Shapes | None) -> None:
     """Compare the weights of a model of Transformers, which would fill the memory before it compares them itself."""
     place = folder / "config.json"
-    with plain_errors(f"the configuration {str(place)!r} of {kind.__name__}", str(folder)):
+    with named_errors(f"the configuration {str(place)!r} of {kind.__name__}", str(folder)):
         with torch.device("meta"), no_init_weights():
             model = kind(kind.config_class.from_dict(read_settings(place)))
         model.tie_weights()

@@ -14,7 +14,7 @@ from .saved_model import (
     check_shapes,
     lacking,
     local_folder,
-    plain_errors,
+    named_errors,
     weight_names,
 )
 
@@ -42,7 +42,7 @@ class WholeWeightsMixin:
         with_report = kwargs.pop("output_loading_info", False)
         name = pretrained_model_name_or_path
         source = f"{cls.__name__} in {str(name)!r}"
-        with plain_errors(source, str(name)):
+        with named_errors(source, str(name)):
             folder, stored = name, None
             if name is not None and kwargs.get("state_dict") is None:  # otherwise there are no files
                 folder, stored = _check(cls, name, kwargs)

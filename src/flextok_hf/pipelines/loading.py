@@ -23,7 +23,7 @@ def load_pipeline(
     name = resolve_model(model)
     try:
         pipe = FlexTokPipeline.from_pretrained(name, dtype=dtype)
-    except Exception as error:  # the libraries below may raise almost anything for a missing or damaged file
+    except (ValueError, OSError) as error:
         raise ValueError(f"`model` {name!r} cannot be loaded; download or save it again: {error}") from error
     return pipe.to(chosen)
 

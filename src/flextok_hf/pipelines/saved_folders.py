@@ -27,7 +27,7 @@ from ..models.saved_model import (
     check_sizes,
     lacking,
     missing_names,
-    plain_errors,
+    named_errors,
     read_settings,
 )
 from ..models.settings_checks import check_types, describe_in
@@ -74,7 +74,7 @@ def load_checked(
     if options.get("use_safetensors") is None:
         options["use_safetensors"] = True  # pickle files can run code: only on request
     source = f"the pipeline {str(name)!r}"
-    with plain_errors(source, str(name)):
+    with named_errors(source, str(name)):
         folder = name if os.path.isdir(name) else cls.download(name, **options)
         saved = check_saved_pipeline(Path(folder), options)
         pipe = load(folder, **options)
