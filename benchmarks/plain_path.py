@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flextok_hf import FlexTokEncoder, FlexTokFlowDecoder, FlexTokPipeline, FlexTokPriorForCausalLM
-from flextok_hf.models.layers import Attention, layer_norm, unpatchify
+from flextok_hf.models.layers import Attention, layer_norm
+from flextok_hf.models.patches import unpatchify
 from flextok_hf.pipelines.guidance import Guidance
 
 

@@ -9,16 +9,13 @@ from flextok_hf.models.layers import (
     MASK_BACKENDS,
     Attention,
     GatedMLP,
-    PatchEmbedding,
     TimestepEmbedder,
     attend,
     attend_with_matmuls,
     check_backend,
     layer_norm,
-    patchify,
-    sincos_position_table,
-    unpatchify,
 )
+from flextok_hf.models.patches import PatchEmbedding, patchify, sincos_position_table, unpatchify
 
 
 def seeded(seed=0):

@@ -1,6 +1,6 @@
 """Building blocks shared by the encoder, the flow decoder and the prior.
 
-Letters: B batch, L sequence, N patches, K registers, D hidden size, G side of the position grid.
+Letters: B batch, L sequence, N patches, S slots for registers, D hidden size.
 """
 
 import math
@@ -158,6 +158,31 @@ def layer_norm(hidden_states: Tensor, scale: Tensor | None = None, shift: Tensor
     return F.layer_norm(hidden_states, hidden_states.shape[-1:], scale, shift, LAYER_NORM_EPS).type_as(hidden_states)
 
 
+# The next two functions process patches, then registers: a modulation vector per position would be larger than the
+# states. Without registers, there is only one modulation vector per sample.
+
+
+def norm_and_modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor, num_patches: int) -> Tensor:
+    """Normalize (B, N + S, D), then scale and shift; (B or 1, 2, D) holds vectors for patches and for registers."""
+    parts = (hidden_states[:, :num_patches], hidden_states[:, num_patches:])[: scale.shape[1]]
+    if scale.shape[0] == 1:  # one noise level for the batch: fused into the layer norm
+        outputs = [layer_norm(part, 1 + scale[0, kind], shift[0, kind]) for kind, part in enumerate(parts)]
+    else:
+        outputs = [
+            layer_norm(part) * (1 + scale[:, kind, None]) + shift[:, kind, None] for kind, part in enumerate(parts)
+        ]
+    return torch.cat(outputs, dim=1)
+
+
+def add_gated(hidden_states: Tensor, update: Tensor, gate: Tensor, num_patches: int) -> Tensor:
+    """Add an update (B, N + S, D) times its gate; (B or 1, 2, D) holds one for patches and one for registers."""
+    parts = (slice(num_patches), slice(num_patches, None))[: gate.shape[1]]
+    outputs = [
+        torch.addcmul(hidden_states[:, part], gate[:, kind, None], update[:, part]) for kind, part in enumerate(parts)
+    ]
+    return torch.cat(outputs, dim=1)
+
+
 class AttentionProcessor:
     """Holds the attention backend that Diffusers' `set_attention_backend` selects for a module."""
 
@@ -283,61 +308,3 @@ class TimestepEmbedder(nn.Module):
         angles = sigma.float()[:, None] * frequencies  # (B, frequency_embedding_size / 2)
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return self.linear_2(F.silu(self.linear_1(features.to(dtype))))
-
-
-def sincos_position_table(hidden_size: int, grid_size: int) -> Tensor:
-    """Sine-cosine positions of a square grid, (G, G, D): a quarter each of sin(row), cos(row), sin(col), cos(col)."""
-    quarter = hidden_size // 4
-    # float64, rounded once at the end: the table is a constant stored in the checkpoint
-    frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
-    angles = torch.arange(grid_size, dtype=torch.float64, device="cpu")[:, None] * frequencies  # (G, D / 4)
-    line = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (G, D / 2)
-    rows = line[:, None].expand(-1, grid_size, -1)
-    columns = line[None, :].expand(grid_size, -1, -1)
-    return torch.cat([rows, columns], dim=-1).float()  # (G, G, D)
-
-
-class PatchEmbedding(nn.Module):
-    """Latents (B, C, h, w) -> patch tokens (B, N, D): linear projection plus a crop of fixed 2D positions."""
-
-    def __init__(self, in_channels: int, patch_size: int, grid_size: int, hidden_size: int):
-        super().__init__()
-        self.patch_size = patch_size
-        self.proj = nn.Linear(in_channels * patch_size**2, hidden_size)
-        # persistent: the table belongs to the checkpoint, and Transformers does not rebuild unsaved buffers on load
-        self.register_buffer("positions", sincos_position_table(hidden_size, grid_size))  # (G, G, D)
-
-    def forward(self, latents: Tensor) -> Tensor:
-        """Embed latents; raises `ValueError` unless the sides are multiples of the patch size and fit the table."""
-        rows, columns = (side // self.patch_size for side in latents.shape[-2:])
-        limit = self.positions.shape[0]
-        if latents.shape[-2] % self.patch_size or latents.shape[-1] % self.patch_size or max(rows, columns) > limit:
-            raise ValueError(
-                f"`latents` of {latents.shape[-2]} x {latents.shape[-1]} do not fit: each side must be a multiple of"
-                f" the patch size {self.patch_size} and at most {limit * self.patch_size} (`grid_size` {limit})."
-                " Resize or crop the image first."
-            )
-        if torch.compiler.is_compiling():  # the strides of a view would make compiled code depend on the width
-            row, column = (torch.arange(count, device=latents.device) for count in (rows, columns))
-            positions = self.positions.flatten(0, 1)[(row[:, None] * limit + column).flatten()]  # (N, D)
-        else:
-            positions = self.positions[:rows, :columns].flatten(0, 1)  # (N, D)
-        # Transformers may load the table in a different dtype than the weights.
-        return (self.proj(patchify(latents, self.patch_size)) + positions).to(latents.dtype)
-
-
-def patchify(latents: Tensor, patch_size: int) -> Tensor:
-    """Cut latents (B, C, h, w) into row-major patches (B, N, p * p * C), each as rows, columns, channels."""
-    batch_size, channels, height, width = latents.shape
-    patches = latents.reshape(
-        batch_size, channels, height // patch_size, patch_size, width // patch_size, patch_size
-    ).permute(0, 2, 4, 3, 5, 1)  # (B, rows, columns, p, p, C)
-    return patches.flatten(3).flatten(1, 2)
-
-
-def unpatchify(patches: Tensor, patch_size: int, height: int, width: int) -> Tensor:
-    """Reassemble patches (B, N, p * p * C) into latents (B, C, height, width); the inverse of `patchify`."""
-    batch_size, _, patch_dim = patches.shape
-    rows, columns, channels = height // patch_size, width // patch_size, patch_dim // patch_size**2
-    latents = patches.reshape(batch_size, rows, columns, patch_size, patch_size, channels)
-    return latents.permute(0, 5, 1, 3, 2, 4).reshape(batch_size, channels, height, width)

@@ -14,10 +14,13 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
+from ..utils.numbers import is_finite_number
+from .argument_checks import check_sizes, check_tensor
 from .configuration_encoder import check_token_layout
 from .decoder_tools import DecoderToolsMixin
-from .layers import Attention, GatedMLP, PatchEmbedding, TimestepEmbedder, layer_norm, unpatchify
+from .layers import Attention, GatedMLP, TimestepEmbedder, add_gated, layer_norm, norm_and_modulate
 from .nested_dropout import count_kept, mask_tail, merged_tail_bias
+from .patches import PatchEmbedding, check_positions, shape_features, unpatchify
 from .whole_weights import WholeWeightsMixin
 
 
@@ -71,31 +74,6 @@ class DecoderBlock(nn.Module):
         return add_gated(hidden_states, update, gate_mlp, num_patches)
 
 
-# The next two functions process patches, then registers: a modulation vector per position would be larger than the
-# states. Without registers, there is only one modulation vector per sample.
-
-
-def norm_and_modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor, num_patches: int) -> Tensor:
-    """Normalize (B, N + S, D), then scale and shift; (B or 1, 2, D) holds vectors for patches and for registers."""
-    parts = (hidden_states[:, :num_patches], hidden_states[:, num_patches:])[: scale.shape[1]]
-    if scale.shape[0] == 1:  # one noise level for the batch: fused into the layer norm
-        outputs = [layer_norm(part, 1 + scale[0, kind], shift[0, kind]) for kind, part in enumerate(parts)]
-    else:
-        outputs = [
-            layer_norm(part) * (1 + scale[:, kind, None]) + shift[:, kind, None] for kind, part in enumerate(parts)
-        ]
-    return torch.cat(outputs, dim=1)
-
-
-def add_gated(hidden_states: Tensor, update: Tensor, gate: Tensor, num_patches: int) -> Tensor:
-    """Add an update (B, N + S, D) times its gate; (B or 1, 2, D) holds one for patches and one for registers."""
-    parts = (slice(num_patches), slice(num_patches, None))[: gate.shape[1]]
-    outputs = [
-        torch.addcmul(hidden_states[:, part], gate[:, kind, None], update[:, part]) for kind, part in enumerate(parts)
-    ]
-    return torch.cat(outputs, dim=1)
-
-
 class FlexTokFlowDecoder(WholeWeightsMixin, DecoderToolsMixin, ModelMixin, ConfigMixin):
     """Rectified-flow decoder for any prefix of a token sequence (Bachmann et al., 2025, arXiv 2502.13967).
 
@@ -114,12 +92,14 @@ class FlexTokFlowDecoder(WholeWeightsMixin, DecoderToolsMixin, ModelMixin, Confi
         max_timestep: scale of these features; read it from the checkpoint, never assume it.
         remove_dropped: remove dropped registers; published models replace each with a mask token instead.
         default_guidance_scale: used by pipelines for calls that do not pass one.
+        positions: of other shapes than the trained square, "crop" or "stretch", as in the encoder.
+        shape_conditioning: whether the noise level comes with size and proportions of the image; with "stretch".
     """
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DecoderBlock"]
     _repeated_blocks = ["DecoderBlock"]
-    _skip_layerwise_casting_patterns = ["patch_embedding", "code_proj", "time_embedder", "modulation", "velocity_proj"]
+    _skip_layerwise_casting_patterns = ["patch_embedding", "time_embedder", "modulation", "(code|shape|velocity)_proj"]
 
     @register_to_config
     def __init__(
@@ -138,11 +118,19 @@ class FlexTokFlowDecoder(WholeWeightsMixin, DecoderToolsMixin, ModelMixin, Confi
         max_timestep: float = 1.0,
         remove_dropped: bool = False,
         default_guidance_scale: float | None = None,
+        positions: str = "crop",
+        shape_conditioning: bool = False,
     ):
         super().__init__()
+        check_sizes(in_channels=in_channels, patch_size=patch_size, grid_size=grid_size, hidden_size=hidden_size)
+        check_sizes(num_layers=num_layers, head_dim=head_dim, num_registers=num_registers, code_dim=code_dim)
+        check_sizes(frequency_embedding_size=frequency_embedding_size)
+        if not is_finite_number(max_timestep) or max_timestep <= 0:
+            raise ValueError(f"`max_timestep` must be a finite number above 0, got {max_timestep!r}.")
         if hidden_size % head_dim or hidden_size % 4:
             raise ValueError(f"`hidden_size` ({hidden_size}) must be a multiple of `head_dim` ({head_dim}) and of 4.")
         check_token_layout(token_layout, num_registers, grid_size)
+        check_positions(positions, shape_conditioning, token_layout)
         has_registers = token_layout == "registers"
         if has_registers and not nested_dropout:
             raise ValueError("`nested_dropout` must be True for registers; only a grid can do without it.")
@@ -152,8 +140,10 @@ class FlexTokFlowDecoder(WholeWeightsMixin, DecoderToolsMixin, ModelMixin, Confi
         if nested_dropout:
             self.mask_token = nn.Parameter(torch.empty(hidden_size))  # (D,)
         self.null_token = nn.Parameter(torch.empty(hidden_size))  # (D,)
-        self.patch_embedding = PatchEmbedding(in_channels, patch_size, grid_size, hidden_size)
+        self.patch_embedding = PatchEmbedding(in_channels, patch_size, grid_size, hidden_size, positions)
         self.time_embedder = TimestepEmbedder(hidden_size, frequency_embedding_size, max_timestep)
+        if shape_conditioning:
+            self.shape_proj = nn.Linear(2, hidden_size, bias=False)
         self.transformer_blocks = nn.ModuleList(
             DecoderBlock(hidden_size, head_dim, has_registers) for _ in range(num_layers)
         )
@@ -174,17 +164,27 @@ class FlexTokFlowDecoder(WholeWeightsMixin, DecoderToolsMixin, ModelMixin, Confi
         for layer in self.modulation_layers():
             nn.init.zeros_(layer.weight)
         nn.init.zeros_(self.velocity_proj.weight)
+        if self.config.shape_conditioning:
+            nn.init.zeros_(self.shape_proj.weight)
 
-    def compute_modulation(self, sigma: Tensor) -> Tensor:
-        """Compute everything that depends only on the noise levels (B,), as (B, M); it uses half of the weights.
+    def embed_condition(self, sigma: Tensor, latent_shape: Sequence[int] | None) -> Tensor:
+        """Embed noise levels (B,) as (B, D), with the shape of the latents if the model knows it."""
+        temb = self.time_embedder(sigma, self.dtype)
+        if self.config.shape_conditioning:
+            temb = temb + self.shape_proj(shape_features(latent_shape, self.config, temb))
+        return temb
+
+    def compute_modulation(self, sigma: Tensor, latent_shape: Sequence[int] | None = None) -> Tensor:
+        """Compute everything that depends only on noise levels (B,) and shape, (B, M); it uses half of the weights.
 
         A sampler knows its noise levels in advance, so it computes all rows in one go and passes one to each call.
-        Raises `ValueError` while groups of blocks are offloaded: their weights are there during `forward` only.
+        `latent_shape` ends with height and width; `None` is the trained square. Raises `ValueError` while groups of
+        blocks are offloaded: their weights are there during `forward` only.
         """
         hooks = getattr(self.transformer_blocks[0], "_diffusers_hook", None)
         if hooks is not None and hooks.get_hook("group_offloading") is not None:
             raise ValueError("With blocks offloaded, `compute_modulation` has no weights. Pass `sigma` to each call.")
-        temb = F.silu(self.time_embedder(sigma, self.dtype))  # (B, D)
+        temb = F.silu(self.embed_condition(sigma, latent_shape))  # (B, D)
         return torch.cat([layer(temb) for layer in self.modulation_layers()], dim=-1)
 
     def modulation_layers(self) -> list[nn.Module]:
@@ -288,14 +288,25 @@ class FlexTokFlowDecoder(WholeWeightsMixin, DecoderToolsMixin, ModelMixin, Confi
             num_tokens: how many codes to use per sample, (B,) in [0, k]; `None` uses all.
             is_unconditional: (B,) boolean, true where the codes are ignored (for guidance).
             return_dict: return a `FlexTokFlowDecoderOutput` rather than a tuple.
-            modulation: `compute_modulation(sigma)`, (B or 1, M), if already computed.
+            modulation: `compute_modulation(sigma, noisy_latents.shape)`, (B or 1, M), if already computed.
 
         Returns:
             The velocity, (B, C, h, w).
 
         Raises:
-            ValueError: if there are more codes than registers, or than patches of a grid.
+            TypeError: if an argument is not a tensor of the right kind.
+            ValueError: if a shape does not fit, or there are more codes than registers or patches of a grid.
         """
+        check_tensor("noisy_latents", noisy_latents, "floats", "B", self.config.in_channels, "h", "w")
+        batch_size = noisy_latents.shape[0]
+        check_tensor("codes", codes, "floats", batch_size, "k", self.config.code_dim)
+        if modulation is None:
+            is_shared = isinstance(sigma, Tensor) and sigma.shape == (1,)
+            check_tensor("sigma", sigma, "floats", 1 if is_shared else batch_size)
+        if num_tokens is not None:
+            check_tensor("num_tokens", num_tokens, "integers", batch_size)
+        if is_unconditional is not None:
+            check_tensor("is_unconditional", is_unconditional, "booleans", batch_size)
         patches = self.patch_embedding(noisy_latents)  # (B, N, D)
         num_patches, key_bias = patches.shape[1], None
         if self.config.token_layout == "grid":
@@ -305,7 +316,7 @@ class FlexTokFlowDecoder(WholeWeightsMixin, DecoderToolsMixin, ModelMixin, Confi
             hidden_states = torch.cat([patches, registers.to(patches.dtype)], dim=1)  # (B, N + S, D)
             key_bias = self.bias_of_merged(codes, num_tokens, is_unconditional, num_patches)
 
-        temb = self.time_embedder(sigma, self.dtype) if modulation is None else None  # (B, D)
+        temb = self.embed_condition(sigma, noisy_latents.shape) if modulation is None else None  # (B, D)
         *block_modulations, head_modulation = self.split_modulation(modulation)
         for block, block_modulation in zip(self.transformer_blocks, block_modulations, strict=True):
             arguments = (hidden_states, temb, num_patches, key_bias, block_modulation)

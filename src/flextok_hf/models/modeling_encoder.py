@@ -14,8 +14,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput, can_return_tuple
 
 from ..utils.numbers import is_whole_number
+from .argument_checks import check_tensor
 from .configuration_encoder import FlexTokEncoderConfig
-from .layers import Attention, GatedMLP, PatchEmbedding, layer_norm, sincos_position_table
+from .layers import Attention, GatedMLP, layer_norm
+from .patches import PatchEmbedding, shape_features, sincos_position_table
 from .prior_layers import attend_eagerly
 from .quantizer import FiniteScalarQuantizer
 from .whole_weights import WholeWeightsMixin
@@ -140,10 +142,12 @@ class FlexTokEncoder(WholeWeightsMixin, PreTrainedModel):
     def __init__(self, config: FlexTokEncoderConfig):
         super().__init__(config)
         self.patch_embedding = PatchEmbedding(
-            config.in_channels, config.patch_size, config.grid_size, config.hidden_size
+            config.in_channels, config.patch_size, config.grid_size, config.hidden_size, config.positions
         )
         if config.token_layout == "registers":
             self.register_tokens = nn.Parameter(torch.empty(config.num_registers, config.hidden_size))  # (K, D)
+        if config.shape_conditioning:
+            self.shape_proj = nn.Linear(2, config.hidden_size, bias=False)
         self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.num_hidden_layers))
         self.feature_proj = nn.Linear(config.hidden_size, len(config.fsq_levels))
         self.quantizer = FiniteScalarQuantizer(config.fsq_levels)
@@ -160,6 +164,8 @@ class FlexTokEncoder(WholeWeightsMixin, PreTrainedModel):
         elif module is self and self.config.token_layout == "registers":
             # std 1, not the usual 0.02: registers that start nearly identical give every image the same few codes
             init.normal_(self.register_tokens, std=1.0)
+            if self.config.shape_conditioning:
+                init.zeros_(self.shape_proj.weight)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         if requested_attention is not None and requested_attention.startswith("paged|"):
@@ -186,12 +192,16 @@ class FlexTokEncoder(WholeWeightsMixin, PreTrainedModel):
         self, latents: Tensor, num_tokens: int | None, keeps_states: bool = False, keeps_weights: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
         """Return normalized states (B, K, D); all hidden states and attention weights if they are to be kept."""
+        check_tensor("latents", latents, "floats", "B", self.config.in_channels, "h", "w")
         num_tokens = self.check_num_tokens(num_tokens)
         hidden_states = patches = self.patch_embedding(latents)  # (B, N, D)
         num_patches = patches.shape[1]
         register_mask = None
         if self.config.token_layout == "registers":
-            registers = self.register_tokens[:num_tokens].expand(latents.shape[0], -1, -1)  # (B, K, D)
+            registers = self.register_tokens[:num_tokens]  # (K, D)
+            if self.config.shape_conditioning:
+                registers = registers + self.shape_proj(shape_features(latents.shape, self.config, registers))
+            registers = registers.expand(latents.shape[0], -1, -1)  # (B, K, D)
             hidden_states = torch.cat([patches, registers.to(patches.dtype)], dim=1)  # (B, N + K, D)
             register_mask = prefix_causal_mask(num_patches, num_tokens, latents.device)  # (K, N + K)
         states, attentions = [], []
@@ -225,7 +235,8 @@ class FlexTokEncoder(WholeWeightsMixin, PreTrainedModel):
             Features, codes and token ids; with `return_dict=False`, a tuple of what there is.
 
         Raises:
-            ValueError: if `num_tokens` is not a whole number of 1 or more.
+            TypeError: if `latents` is not a tensor of floats.
+            ValueError: if their shape does not fit, or `num_tokens` is not a whole number of 1 or more.
         """
         keeps_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         keeps_weights = self.config.output_attentions if output_attentions is None else output_attentions

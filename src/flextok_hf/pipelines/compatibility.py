@@ -25,6 +25,7 @@ SAME = [
     (setting("encoder", "num_registers"), setting("decoder", "num_registers")),
     (setting("encoder", "in_channels"), setting("decoder", "in_channels")),
     (latent_side("encoder"), latent_side("decoder")),
+    (setting("encoder", "positions"), setting("decoder", "positions")),
     (CODE_DIM, setting("decoder", "code_dim")),
     (setting("vae", "latent_channels"), setting("encoder", "in_channels")),
     (setting("vae", "latent_channels"), setting("decoder", "in_channels")),

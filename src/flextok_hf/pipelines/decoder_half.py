@@ -103,7 +103,7 @@ class DecoderHalf(DiffusionPipeline):
         sigmas = set_noise_levels(run.scheduler, num_inference_steps, latents.device)
         timesteps = run.scheduler.timesteps
         run._num_timesteps = len(timesteps)
-        velocity_at = GuidedVelocity(self.decoder, sigmas, codes, num_tokens, guidance_scale, guidance)
+        velocity_at = GuidedVelocity(self.decoder, sigmas, codes, num_tokens, guidance_scale, guidance, latents.shape)
         loop = packed_weights(self.decoder, num_calls=len(timesteps) * latents.shape[0])
         with loop, self.progress_bar(total=len(timesteps)) as progress_bar:
             for step, timestep in enumerate(timesteps):

@@ -3,7 +3,7 @@
 Letters: B batch, C latent channels, h w latent grid, k codes, Q code dimensions, T noise levels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ class GuidedVelocity:
         num_tokens: number of codes to use per sample, (B,) in [1, k]; on the CPU, where it is read.
         guidance_scale: weight of the conditional velocity, 1 is no guidance; or a function of sigma.
         guidance: "apg" or "cfg".
+        latent_shape: of the latents, of which height and width count; `None` is the trained square.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class GuidedVelocity:
         num_tokens: Tensor,
         guidance_scale: GuidanceScale = 1.0,
         guidance: str = "apg",
+        latent_shape: Sequence[int] | None = None,
     ):
         if decoder.is_cache_enabled:
             decoder._reset_stateful_cache()  # clear what an interrupted run left
@@ -49,7 +51,7 @@ class GuidedVelocity:
         self.guide = Guidance(guidance)
         self.groups = {is_guided: self.group_rows(is_guided) for is_guided in {scale != 1 for scale in self.scales}}
         # Depends only on the noise level: computed once, unless offloading loads the weights only during a call.
-        self.modulation = None if is_offloaded(decoder) else decoder.compute_modulation(self.sigmas)
+        self.modulation = None if is_offloaded(decoder) else decoder.compute_modulation(self.sigmas, latent_shape)
 
     def group_rows(self, is_guided: bool) -> LengthGroups:
         """Split a step's rows into decoder calls: the samples and, with guidance, the same samples without tokens."""
