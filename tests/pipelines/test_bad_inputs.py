@@ -18,7 +18,7 @@ CALLS = {
     "half a token": (lambda pipe: pipe("a", max_tokens=1.5), ValueError, "`max_tokens`", "whole number"),
     "too few lengths": (lambda pipe: pipe(["a", "b"], max_tokens=[1]), ValueError, "`max_tokens`", "one each"),
     "no images of a prompt": (
-        lambda pipe: pipe("a", num_images_per_prompt=0), ValueError, "`num_images_per_prompt`", "1 or more"
+        lambda pipe: pipe("a", num_images_per_prompt=0), ValueError, "`num_images_per_prompt`", "from 1 to"
     ),
     "no steps": (lambda pipe: pipe("a", num_inference_steps=0), ValueError, "`num_inference_steps`", "from 1 to 1000"),
     "a misspelled guidance": (lambda pipe: pipe("a", guidance="agp"), ValueError, "`guidance`", "apg, cfg"),
