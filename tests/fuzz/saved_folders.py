@@ -136,16 +136,16 @@ def change_file(path: Path, draw: random.Random) -> str:
     return f"{path.name}: {kind}"
 
 
-def damage(folder: Path, draw: random.Random) -> str:
-    """Damage one file of a folder; returns what was done, with the file's path."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md")
+def damage(folder: Path, draw: random.Random, spare: Path | None = None) -> tuple[Path, str]:
+    """Damage one file of a folder, but not `spare`; returns its path and what was done."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md" and path != spare)
     path = draw.choice(files)
     kinds: list[Callable[[Path, random.Random], str]] = [change_bytes, change_file]
     if path.suffix in (".json", ".yaml"):
         kinds += [change_setting] * 6
     if path.suffix == ".safetensors":
         kinds += [change_tensors] * 4 + [change_header] * 2
-    return f"{path.parent.relative_to(folder)}/{draw.choice(kinds)(path, draw)}"
+    return path, f"{path.parent.relative_to(folder)}/{draw.choice(kinds)(path, draw)}"
 
 
 def judge_folder(original: Path, scratch: Path, load: Callable[[Path], FlexTokPipeline], seed: int) -> tuple[str, str]:
@@ -156,9 +156,9 @@ def judge_folder(original: Path, scratch: Path, load: Callable[[Path], FlexTokPi
     copy = scratch / f"model{seed}"
     shutil.copytree(original, copy)
     draw = random.Random(seed)
-    done = damage(copy, draw)
+    path, done = damage(copy, draw)
     if draw.random() < 0.2:
-        done += f", {damage(copy, draw)}"
+        done += f", {damage(copy, draw, spare=path)[1]}"
 
     def use() -> list:
         pipe = load(copy)

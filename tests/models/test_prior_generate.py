@@ -449,3 +449,11 @@ def test_shifted_labels_give_the_loss_of_labels(prior):
     expected = prior(ids, **condition, labels=ids).loss
     torch.testing.assert_close(prior(ids, **condition, shift_labels=shifted).loss, expected)
     torch.testing.assert_close(prior(ids, **condition, labels=ids.roll(1), shift_labels=shifted).loss, expected)
+
+
+def test_logits_that_are_not_finite_are_an_error(tiny_pipeline):
+    prior = copy.deepcopy(tiny_pipeline.prior)
+    prior.norm.weight.data[0] = torch.nan
+    states = torch.zeros(1, 2, 32)
+    with pytest.raises(ValueError, match="The prior computes NaN"):
+        prior.generate(encoder_hidden_states=states, do_sample=True, generator=torch.Generator())

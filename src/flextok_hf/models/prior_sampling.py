@@ -116,9 +116,16 @@ def choose(scores: Tensor, do_sample: bool, generator: torch.Generator | list[to
 
 def draw(probs: Tensor, generator: torch.Generator | None) -> Tensor:
     """Draw one id per row of probabilities (B, V), on the generator's device: CPU seeds draw the same anywhere."""
-    if generator is None:
-        return torch.multinomial(probs, 1)
-    return torch.multinomial(probs.to(generator.device), 1, generator=generator).to(probs.device)
+    device = probs.device if generator is None else generator.device
+    try:
+        return torch.multinomial(probs.to(device), 1, generator=generator).to(probs.device)
+    except RuntimeError as error:
+        if probs.isfinite().all():
+            raise
+        raise ValueError(
+            "The prior computes NaN or infinity. If its weights contain none, use a `dtype` with a wider range,"
+            " bfloat16 or float32, or a smaller guidance scale."
+        ) from error
 
 
 def pad_texts(
