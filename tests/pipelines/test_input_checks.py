@@ -1,7 +1,9 @@
 import itertools
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 from flextok_hf.pipelines.token_checks import pad_token_ids
 
@@ -47,3 +49,29 @@ def test_the_rows_passed_in_are_left_unchanged():
     pad_token_ids(rows, CODEBOOK_SIZE, NUM_REGISTERS)[0].add_(1)
     pad_token_ids(rows[3:], CODEBOOK_SIZE, NUM_REGISTERS)[0].add_(1)
     assert all(torch.equal(row, before) and row.dtype == before.dtype for row, before in zip(rows, ROWS, strict=True))
+
+
+EQUAL, RAGGED = [[1, 2], [3, 63_999]], [[1, 2], [63_999]]
+FORMS = {
+    "lists": lambda rows: rows,
+    "tuples": lambda rows: tuple(map(tuple, rows)),
+    "arrays": lambda rows: [np.array(row, dtype=np.uint16) for row in rows],
+    "lists of NumPy numbers": lambda rows: [list(np.array(row)) for row in rows],
+    "lists of tensors without dimensions": lambda rows: [list(torch.tensor(row)) for row in rows],
+    "an array of arrays": lambda rows: np.array([np.array(row) for row in rows] + [None], dtype=object)[:-1],
+    "a column of a dataset": lambda rows: Dataset.from_dict({"token_ids": rows})["token_ids"],
+    "a column in NumPy format": lambda rows: Dataset.from_dict({"token_ids": rows}).with_format("numpy")["token_ids"],
+    "rows of a dataset in PyTorch format": lambda rows: Dataset.from_dict({"a": rows}).with_format("torch")[:]["a"],
+}
+
+
+@pytest.mark.parametrize("rows", [EQUAL, RAGGED], ids=["equal", "ragged"])
+@pytest.mark.parametrize("form", FORMS)
+def test_ids_are_the_same_in_every_form(form, rows):
+    padded_ids, lengths = pad_token_ids(FORMS[form](rows), CODEBOOK_SIZE, NUM_REGISTERS)
+    assert [row[:length].tolist() for row, length in zip(padded_ids, lengths, strict=True)] == rows
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int32, np.uint64])
+def test_arrays_of_any_integer_type_are_ids(dtype):
+    assert pad_token_ids(np.array([[1, 2]], dtype=dtype), CODEBOOK_SIZE, NUM_REGISTERS)[0].tolist() == [[1, 2]]

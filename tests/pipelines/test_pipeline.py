@@ -393,13 +393,39 @@ def test_a_class_name_is_refused_if_classes_have_no_names(tiny_class_pipeline):
         (torch.zeros(0, 3, dtype=torch.long), ValueError),
         (torch.tensor([1, 2]), ValueError),
         ([], ValueError),
-        ([[1, 2]], TypeError),
+        ([1, 2], ValueError),
+        ([[]], ValueError),
+        ([[1, V]], ValueError),
+        ([[1, 10**40]], ValueError),
+        ([[1, None]], TypeError),
+        ([[1, True]], TypeError),
+        ([[1, 2.0]], TypeError),
+        ([["1", "2"]], TypeError),
+        ([[[1, 2]]], TypeError),
+        (["12"], TypeError),
+        ("12", TypeError),
+        ({"token_ids": [1]}, TypeError),
+        (np.array([1, 2]), ValueError),
+        (np.array([[1, -1]]), ValueError),
+        (np.array([[2**64 - 1]], dtype=np.uint64), ValueError),
+        (np.array([[1.0, 2.0]]), TypeError),
         (7, TypeError),
     ],
 )
 def test_the_error_names_wrong_token_ids(tiny_tokenizer_pipeline, token_ids, error):
     with pytest.raises(error, match="`token_ids"):
         tiny_tokenizer_pipeline.detokenize(token_ids, num_inference_steps=1)
+
+
+@pytest.mark.parametrize("rows", [[[1, 2], [3, 4]], [[1, 2], [3]]], ids=["equal", "ragged"])
+@pytest.mark.parametrize("form", [list, lambda rows: [np.array(row) for row in rows]], ids=["lists", "arrays"])
+def test_lists_and_arrays_of_ids_decode_like_tensors(tiny_tokenizer_pipeline, rows, form):
+    tensors = [torch.tensor(row) for row in rows]
+    expected = tiny_tokenizer_pipeline.detokenize(tensors, generator=seeded(0), **FAST)
+    output = tiny_tokenizer_pipeline.detokenize(form(rows), generator=seeded(0), **FAST)
+    assert torch.equal(output.images, expected.images)
+    assert [row.tolist() for row in output.token_ids] == rows
+    assert isinstance(output.token_ids, torch.Tensor) == (len(rows[0]) == len(rows[1]))
 
 
 @pytest.mark.parametrize("max_tokens", [0, -1, 1.5, [1, 2]])

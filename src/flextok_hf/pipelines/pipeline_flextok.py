@@ -500,7 +500,7 @@ class FlexTokPipeline(CardMixin, OffloadingMixin, PriorHalf, DecoderHalf):
     @torch.no_grad()
     def detokenize(
         self,
-        token_ids: Tensor | Sequence[Tensor],
+        token_ids: Tensor | np.ndarray | Sequence,
         num_inference_steps: int = NUM_INFERENCE_STEPS,
         guidance_scale: GuidanceScale | None = None,
         guidance: str = "apg",
@@ -514,7 +514,7 @@ class FlexTokPipeline(CardMixin, OffloadingMixin, PriorHalf, DecoderHalf):
         """Turn token ids into images; any prefix of a sequence gives a complete image.
 
         Args:
-            token_ids: (B, k) integers, or a list of one-dimensional tensors of different lengths.
+            token_ids: (B, k) integers as a tensor, an array or lists; rows of a list may differ in length.
             num_inference_steps, guidance_scale, guidance, generator, latents, output_type, callback_on_step_end,
                 callback_on_step_end_tensor_inputs, return_dict: as when calling the pipeline.
 
@@ -523,7 +523,7 @@ class FlexTokPipeline(CardMixin, OffloadingMixin, PriorHalf, DecoderHalf):
 
         Raises:
             ValueError: if an id lies outside the codebook, or another argument is invalid.
-            TypeError: if the ids are not integer tensors.
+            TypeError: if the ids are not rows of integers.
         """
         # 1. Check inputs
         decoding = self.check_decoding(num_inference_steps, guidance_scale, guidance, output_type)
@@ -542,6 +542,9 @@ class FlexTokPipeline(CardMixin, OffloadingMixin, PriorHalf, DecoderHalf):
         # 4. Latents -> images
         images = latents if output_type == "latent" else to_output(decode_latents(self.vae, latents), output_type)
         self.maybe_free_model_hooks()
+        if not all(isinstance(row, Tensor) for row in token_ids):  # lists or arrays
+            rows = [row[:count] for row, count in zip(padded_ids, counts)]
+            token_ids = padded_ids if len(set(counts)) == 1 else rows
         output = FlexTokPipelineOutput(images=images, token_ids=token_ids)
         return output if return_dict else output.to_tuple()
 

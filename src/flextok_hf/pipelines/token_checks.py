@@ -130,55 +130,58 @@ def check_prefix_fits(prefix: Tensor, num_conditions: int, counts: Sequence[int]
         )
 
 
-def pad_token_ids(
-    token_ids: Tensor | Sequence[Tensor], codebook_size: int, num_registers: int
-) -> tuple[Tensor, list[int]]:
+def pad_token_ids(token_ids: Any, codebook_size: int, num_registers: int) -> tuple[Tensor, list[int]]:
     """Combine sequences of equal or different lengths into one tensor.
 
     Args:
-        token_ids: (B, k) integers, or B one-dimensional tensors of different lengths.
+        token_ids: (B, k) integers as a tensor, an array or lists; or B such rows of different lengths, also as a
+            column of `datasets`.
         codebook_size: ids must be below it.
         num_registers: maximum sequence length.
 
     Returns:
-        Ids (B, longest), int64, padded with 0, and the length of each sequence.
+        Ids (B, longest), int64, on the CPU, padded with 0, and the length of each sequence.
 
     Raises:
-        TypeError: if they are not integer tensors.
-        ValueError: if there are none, one is empty or too long, or an id is out of range.
+        TypeError: if they are not rows of integers.
+        ValueError: if there are none, a row is empty or too long, or an id is out of range.
     """
-    if isinstance(token_ids, Tensor):
-        sequences = list(token_ids) if token_ids.ndim == 2 else [token_ids]
-        if token_ids.ndim != 2 or token_ids.shape[0] == 0:
-            raise ValueError(
-                f"`token_ids` must have the shape (batch, num_tokens), got {tuple(token_ids.shape)}. For one image,"
-                " add the batch dimension with `token_ids[None]`."
-            )
-    elif isinstance(token_ids, list | tuple):
-        sequences = list(token_ids)
-    else:
-        raise TypeError(f"`token_ids` must be a tensor or a list of tensors, got {type(token_ids).__name__}.")
-    if not sequences:
-        raise ValueError("`token_ids` is empty. Pass at least one sequence.")
-    for index, sequence in enumerate(sequences):
-        check_sequence(sequence, f"`token_ids[{index}]`", codebook_size, num_registers)
-    rows = [sequence.long() for sequence in sequences]  # padding would cast all rows to the first one's data type
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), [len(row) for row in rows]
-
-
-def check_sequence(sequence: Any, name: str, codebook_size: int, num_registers: int) -> None:
-    """Raise a TypeError or ValueError that starts with `name` unless `sequence` is a decodable (k,) tensor."""
-    if not isinstance(sequence, Tensor) or sequence.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-        kind = sequence.dtype if isinstance(sequence, Tensor) else type(sequence).__name__
-        raise TypeError(f"{name} must be a tensor of integers, got {kind}. Pass ids as `tokenize` returns them.")
-    if sequence.ndim != 1 or not 1 <= len(sequence) <= num_registers:
-        raise ValueError(
-            f"{name} must contain 1 to {num_registers} ids in one dimension, got the shape {tuple(sequence.shape)}."
-            " Truncate longer sequences with `token_ids[:, :n]`; never pad shorter ones."
+    if not isinstance(token_ids, Tensor | np.ndarray | Sequence) or isinstance(token_ids, str | bytes):
+        raise TypeError(
+            f"`token_ids` must be a tensor, an array or a list of rows of integers, got {type(token_ids).__name__}."
         )
-    low, high = int(sequence.min()), int(sequence.max())
+    rows = [token_ids] if getattr(token_ids, "ndim", 1) == 0 else list(token_ids)
+    if not rows:
+        raise ValueError("`token_ids` is empty. Pass at least one sequence.")
+    if any(is_whole_number(row) or getattr(row, "ndim", 1) == 0 for row in rows):
+        raise ValueError(
+            "`token_ids` must have the shape (batch, num_tokens), but has no batch dimension. For one image, pass"
+            " `token_ids[None]` of a tensor or an array, or `[token_ids]` of a list."
+        )
+    sequences = [
+        check_sequence(row, f"`token_ids[{index}]`", codebook_size, num_registers) for index, row in enumerate(rows)
+    ]
+    padded_ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in sequences], batch_first=True)
+    return padded_ids, [len(ids) for ids in sequences]
+
+
+def check_sequence(row: Any, name: str, codebook_size: int, num_registers: int) -> list[int]:
+    """Return a row of ids as numbers; raise a TypeError or ValueError that starts with `name` if it is no such row."""
+    ids = as_list(row)
+    wrong = [row] if ids is None else [entry for entry in ids if not is_whole_number(entry)]
+    if ids is None or wrong:
+        raise TypeError(
+            f"{name} must be a row of integers, got {brief(wrong[0])}. Pass ids as `tokenize` returns them."
+        )
+    if not 1 <= len(ids) <= num_registers:
+        raise ValueError(
+            f"{name} must contain 1 to {num_registers} ids, got {len(ids)}. Truncate longer sequences with"
+            " `token_ids[:, :n]`; never pad shorter ones."
+        )
+    low, high = min(ids), max(ids)
     if low < 0 or high >= codebook_size:
         raise ValueError(
-            f"{name} must lie in [0, {codebook_size}), the codebook, but ranges from {low} to {high}. The ids may come"
-            " from another model, or still include a start token."
+            f"{name} must lie in [0, {codebook_size}), the codebook, but ranges from {brief(low)} to {brief(high)}."
+            " The ids may come from another model, or still include a start token."
         )
+    return [int(token_id) for token_id in ids]
