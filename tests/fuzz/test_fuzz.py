@@ -1,8 +1,13 @@
 """Hostile input at the three doors: the right result, or an error of the right type that names its cause."""
 
 import pytest
-from doors import make_class_pipeline, make_text_pipeline
-from public_calls import VALUES, public_calls
+import torch
+from doors import faults, make_class_pipeline, make_text_pipeline
+from public_calls import TWINS, VALUES, public_calls
+
+
+NAMES = sorted(public_calls(make_text_pipeline(), make_class_pipeline()))
+INPUTS = {"calls": 600, "folders": 150, "images": 300}  # `make fuzz` tries thousands
 
 
 @pytest.fixture(scope="module")
@@ -10,8 +15,37 @@ def calls():
     return public_calls(make_text_pipeline(), make_class_pipeline())
 
 
-@pytest.mark.parametrize("name", sorted(public_calls(make_text_pipeline(), make_class_pipeline())))
+@pytest.mark.parametrize("name", NAMES)
 def test_every_argument_takes_every_kind_of_value_or_refuses_it_by_name(calls, name):
     call = calls[name]
     problems = {(key, value): call.judge({key: value}) for key in call.valid for value in VALUES}
     assert not {key: problem for key, problem in problems.items() if problem}
+
+
+@pytest.mark.parametrize("value", TWINS)
+@pytest.mark.parametrize("name", ["pipe(prompt)", "generate_tokens", "detokenize", "reconstruct", "tokenize"])
+@torch.no_grad()
+def test_numbers_of_numpy_mean_what_they_are(calls, name, value):
+    """Where the plain number is right, so is its twin, and the result is the same."""
+    call = calls[name]
+
+    def run(key, number):
+        torch.manual_seed(0)
+        arguments = {**call.valid, "generator": None} if "generator" in call.valid else call.valid
+        result = call.run(**{**arguments, key: number})
+        return result.images if hasattr(result, "images") else torch.stack([*result]).float()
+
+    compared = []
+    for key in call.valid.keys() & {"max_tokens", "num_inference_steps", "guidance_scale", "temperature", "top_k"}:
+        try:
+            expected = run(key, TWINS[value])
+        except (ValueError, TypeError):
+            continue
+        assert run(key, VALUES[value]()).equal(expected), key
+        compared.append(key)
+    assert compared or value in ("np.float32(0.5)", "np.array([1, 2])")
+
+
+@pytest.mark.parametrize("door", INPUTS)
+def test_random_inputs_have_no_wrong_outcome(door):
+    assert list(faults(door, range(INPUTS[door]))) == []
