@@ -57,10 +57,12 @@ def test_the_size_of_a_call_or_of_loading_wins(tmp_path):
     assert processor(IMAGES["PIL"], return_tensors="pt").pixel_values.shape == (1, 3, 8, 8)
     values = processor(IMAGES["PIL"], return_tensors="pt", size={"height": 4, "width": 4}).pixel_values
     assert values.equal(prepare_images(IMAGES["PIL"], 4))
+    values = processor(IMAGES["PIL"], return_tensors="pt", size={"height": 4, "width": 12}).pixel_values
+    assert values.equal(prepare_images(IMAGES["PIL"], (4, 12)))
 
 
 @pytest.mark.parametrize(
-    "size", [0, -1, 1.5, True, "16", None, [16], {"height": 8, "width": 16}, {"shortest_edge": 16}, {"height": 16}]
+    "size", [0, -1, 1.5, True, "16", None, [16], {"height": 8, "width": 0}, {"shortest_edge": 16}, {"height": 16}]
 )
 def test_other_sizes_are_refused(size):
     with pytest.raises(ValueError, match="`size` must be a whole number R of 1 or more"):

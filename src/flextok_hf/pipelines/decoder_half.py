@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from . import input_checks as inputs
 from .flow import set_noise_levels
 from .guided_velocity import GuidanceScale, GuidedVelocity
 from .images import OUTPUT_TYPES
+from .sizes import Size, SizeRules, check_latents
 
 
 StepCallback = Callable[[Any, int, Tensor, dict], dict | None]
@@ -27,6 +28,7 @@ class DecoderHalf(DiffusionPipeline):
     """What a pipeline with a flow decoder and a scheduler does with them."""
 
     decoder: FlexTokFlowDecoder
+    vae: AutoencoderKL | None
     scheduler: SchedulerMixin
     _callback_tensor_inputs = ["latents"]
     # of a run; each has a copy of the pipeline with values of its own
@@ -47,6 +49,12 @@ class DecoderHalf(DiffusionPipeline):
     def latent_size(self) -> int:
         """Side length of the square latents."""
         return self.decoder.config.grid_size * self.decoder.config.patch_size
+
+    @property
+    def resolution(self) -> int:
+        """Side length of the square images, in pixels."""
+        factor = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.latent_size * factor
 
     def check_decoding(
         self, num_inference_steps: int, guidance_scale: GuidanceScale | None, guidance: str, output_type: str
@@ -74,17 +82,40 @@ class DecoderHalf(DiffusionPipeline):
         self,
         batch_size: int,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: Tensor | None = None,
-    ) -> Tensor:
-        """Draw the initial noise, (B, C, h, w) float32, or check the one that was passed."""
-        channels, side = self.decoder.config.in_channels, self.latent_size
-        device = self._execution_device
-        if latents is None:
-            # a single generator also draws image by image, so that a batch starts with the noise that one image gets
-            generators = [generator] * batch_size if isinstance(generator, torch.Generator) else generator
-            return randn_tensor((batch_size, channels, side, side), generators, device, torch.float32)
-        patch_size = self.decoder.config.patch_size
-        return inputs.check_latents(latents, batch_size, channels, patch_size, side).to(device, torch.float32)
+        latents: Tensor | Sequence[Tensor] | None = None,
+        sizes: Sequence[Size] | None = None,
+    ) -> Tensor | list[Tensor]:
+        """Draw the initial noise, float32, or check the one that was passed.
+
+        Args:
+            batch_size: number of images B.
+            generator: one for all, or one per image.
+            latents: noise to use, (B, C, h, w) or a list of (C, h, w).
+            sizes: height and width of the images in pixels, one for all or one each; by default those of `latents`,
+                otherwise the square.
+
+        Returns:
+            Noise (B, C, h, w); a list of (C, h, w) if the sizes differ.
+        """
+        config, device = self.decoder.config, self._execution_device
+        factor = self.resolution // self.latent_size  # pixels per latent cell
+        square = (self.latent_size, self.latent_size)
+        shapes = [square] if sizes is None else [(height // factor, width // factor) for height, width in sizes]
+        if latents is not None:
+            rules = SizeRules(config.patch_size, self.latent_size, config.positions == "stretch")
+            wanted = None if sizes is None else shapes * (batch_size // len(shapes))
+            checked = check_latents(latents, batch_size, config.in_channels, rules, wanted)
+            move = {"device": device, "dtype": torch.float32}
+            return checked.to(**move) if isinstance(checked, Tensor) else [noise.to(**move) for noise in checked]
+        # a single generator also draws image by image, so that a batch starts with the noise that one image gets
+        generators = [generator] * batch_size if isinstance(generator, torch.Generator) else generator
+        if len(set(shapes)) == 1:
+            return randn_tensor((batch_size, config.in_channels, *shapes[0]), generators, device, torch.float32)
+        own = [None] * batch_size if generators is None else generators
+        return [
+            randn_tensor((config.in_channels, *shape), generator, device, torch.float32)
+            for shape, generator in zip(shapes, own, strict=True)
+        ]
 
     def integrate_flow(
         self,

@@ -11,18 +11,18 @@ from .images import prepare_images
 
 
 class FlexTokImageProcessor(BaseImageProcessor):
-    """Crops images to squares, resizes them and maps them to [-1, 1], exactly as `FlexTokPipeline.tokenize` does.
+    """Crops and resizes images to one size and maps them to [-1, 1], exactly as `FlexTokPipeline.tokenize` does.
 
     Args:
-        size: side R of the square, as a number or {"height": R, "width": R}; the pipeline's `resolution`.
+        size: side R of a square, the pipeline's `resolution`; or {"height": H, "width": W}.
     """
 
     model_input_names = ["pixel_values"]
 
     def __init__(self, size: int | dict[str, int] = 256, **kwargs):
         super().__init__(**kwargs)
-        side = resolve_size(size)
-        self.size = {"height": side, "width": side}
+        height, width = resolve_size(size)
+        self.size = {"height": height, "width": width}
 
     def preprocess(  # type: ignore[override]
         self,
@@ -31,7 +31,7 @@ class FlexTokImageProcessor(BaseImageProcessor):
         size: int | dict[str, int] | None = None,
         device: torch.device | str | None = None,
     ) -> BatchFeature:
-        """Turn images into `pixel_values`, (B, 3, R, R) float32 in [-1, 1]; also by calling the processor.
+        """Turn images into `pixel_values`, (B, 3, H, W) float32 in [-1, 1]; also by calling the processor.
 
         Args:
             images: an image or a list of images: path, PIL, numpy or torch, any size (see `prepare_images`).
@@ -49,9 +49,10 @@ class FlexTokImageProcessor(BaseImageProcessor):
         return BatchFeature(data, tensor_type=return_tensors)
 
 
-def resolve_size(size: Any) -> int:
-    """Return the side of a square size, a number or {"height": R, "width": R}."""
-    sides = list(size.values()) if isinstance(size, dict) and size.keys() == {"height", "width"} else [size]
-    if not all(is_whole_number(side) and side == sides[0] >= 1 for side in sides):
-        raise ValueError(f'`size` must be a whole number R of 1 or more or {{"height": R, "width": R}}, got {size!r}.')
-    return int(sides[0])
+def resolve_size(size: Any) -> tuple[int, int]:
+    """Return height and width of a size, a number or {"height": H, "width": W}."""
+    is_pair = isinstance(size, dict) and size.keys() == {"height", "width"}
+    sides = (size["height"], size["width"]) if is_pair else (size, size)
+    if not all(is_whole_number(side) and side >= 1 for side in sides):
+        raise ValueError(f'`size` must be a whole number R of 1 or more or {{"height": H, "width": W}}, got {size!r}.')
+    return int(sides[0]), int(sides[1])

@@ -1,16 +1,16 @@
 """Images of any kind -> `pixel_values` (B, 3, R, R) in [-1, 1], and back to PIL, numpy or torch.
 
-Letters: B batch, R resolution (side of the square image), H W input height and width.
+Letters: B batch, R resolution (side of the square image), H W height and width.
 """
 
 import errno
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from ..utils.image_formats import RASTER_FORMATS, open_image
 
+
+Result = TypeVar("Result")
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 WHITE = (255, 255, 255)
@@ -52,6 +54,21 @@ def load_image(source: str | Path | bytes) -> Image.Image:
         ValueError: if the file is not an image of one of `RASTER_FORMATS`, is truncated or damaged, is too large to
             decode safely, or has values out of range.
     """
+    return _read_file(source, to_rgb)
+
+
+def image_size(source: str | Path | bytes) -> tuple[int, int]:
+    """Return height and width of an image file, upright, from its header; raises the errors of `load_image`."""
+
+    def read(image: Image.Image) -> tuple[int, int]:
+        is_turned = read_orientation(image) in (5, 6, 7, 8)
+        return image.size if is_turned else image.size[::-1]
+
+    return _read_file(source, read)
+
+
+def _read_file(source: str | Path | bytes, read: Callable[[Image.Image], Result]) -> Result:
+    """Return what `read` makes of an image file."""
     file: str | Path | BytesIO
     if isinstance(source, (str, Path)):
         name, file = f"'{source}'", source
@@ -64,7 +81,7 @@ def load_image(source: str | Path | bytes) -> Image.Image:
         name, file = f"a file of {len(source)} bytes", BytesIO(source)
     try:
         with open_image(file) as image:
-            return to_rgb(image)
+            return read(image)
     except Image.UnidentifiedImageError as error:
         formats = ", ".join(RASTER_FORMATS)
         raise ValueError(
@@ -121,34 +138,43 @@ def read_orientation(image: Image.Image) -> Any:
     return None
 
 
-def resize_and_crop(image: Image.Image, resolution: int) -> Image.Image:
-    """Resize the shorter side to `resolution` (Lanczos, antialiased), then center-crop to a square."""
-    if image.size == (resolution, resolution):
+def resize_and_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
+    """Resize until `size`, a side or height and width, is covered (Lanczos, antialiased), then crop the center."""
+    height, width = (size, size) if isinstance(size, int) else size
+    if image.size == (width, height):
         return image
-    width, height = image.size
-    side = min(width, height)
+    box_width = min(image.width, image.height * width / height)
+    box_height = min(image.height, image.width * height / width)
     # One call does both, so that only the region that is kept is resampled.
-    left, top = (width - side) / 2, (height - side) / 2
-    box = (left, top, left + side, top + side)
-    return image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+    left, top = (image.width - box_width) / 2, (image.height - box_height) / 2
+    box = (left, top, left + box_width, top + box_height)
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
 
 
-def prepare_images(images: Any, resolution: int, device: torch.device | str | None = None) -> Tensor:
+def prepare_images(images: Any, resolution: int | tuple[int, int], device: torch.device | str | None = None) -> Tensor:
     """Convert one or more images to `pixel_values` (B, 3, R, R), float32 in [-1, 1].
 
     Args:
         images: an image or a list of images of any mix of sizes and types. An image is a path, a PIL image, an
             array (H, W) or (H, W, 1 | 3), or a tensor (H, W) or (1 | 3, H, W); uint8 in 0..255 or float in [0, 1].
             Batches (B, H, W, 1 | 3) of numpy and (B, 1 | 3, H, W) of torch are accepted too.
-        resolution: R. Tensors and arrays of exactly this size are not resampled.
+        resolution: R, or height and width. Tensors and arrays of exactly this size are not resampled.
         device: device of the result, the CPU by default.
 
     Raises:
         TypeError: if an image has a type or data type not listed above.
         ValueError: if an image is damaged, empty, out of range, not finite, or has an unsupported number of channels.
     """
-    if isinstance(resolution, bool) or not isinstance(resolution, int) or resolution < 1:
+    size = resolution if isinstance(resolution, tuple) else (resolution, resolution)
+    if len(size) != 2 or not all(type(side) is int and side >= 1 for side in size):
         raise ValueError(f"`resolution` must be a whole number of 1 or more, got {resolution!r}.")
+    return torch.stack(prepare_each(images, lambda height, width: size, device))
+
+
+def prepare_each(
+    images: Any, choose_size: Callable[[int, int], tuple[int, int]], device: torch.device | str | None = None
+) -> list[Tensor]:
+    """Convert images as `prepare_images` does, each to the size that `choose_size` returns for its own."""
     if isinstance(images, (list, tuple)):
         items: Sequence[Any] = images
     elif isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4:
@@ -163,7 +189,7 @@ def prepare_images(images: Any, resolution: int, device: torch.device | str | No
         raise ValueError(f"`device` {device!r} is not known to PyTorch: {error}") from error
     is_single = items is not images and len(items) == 1
     names = ["`images`"] if is_single else [f"`images[{index}]`" for index in range(len(items))]
-    return torch.stack([_prepare_one(*pair, resolution).to(target) for pair in zip(items, names, strict=True)])
+    return [_prepare_one(*pair, choose_size).to(target) for pair in zip(items, names, strict=True)]
 
 
 def pixels_to_values(pixels: Tensor) -> Tensor:
@@ -196,8 +222,8 @@ def to_output(images: Tensor, output_type: str = "pil") -> list[Image.Image] | n
     return VaeImageProcessor().postprocess(images.detach().float(), output_type=output_type)
 
 
-def _prepare_one(image: Any, name: str, resolution: int) -> Tensor:
-    """Convert one image of any accepted type to (3, R, R), float32 in [-1, 1]."""
+def _prepare_one(image: Any, name: str, choose_size: Callable[[int, int], tuple[int, int]]) -> Tensor:
+    """Convert one image of any accepted type to (3, H, W) of the chosen size, float32 in [-1, 1]."""
     if isinstance(image, (str, Path)):
         image = load_image(image)
     if isinstance(image, Image.Image):
@@ -214,7 +240,7 @@ def _prepare_one(image: Any, name: str, resolution: int) -> Tensor:
                 f"{name}, a PIL image of mode {image.mode}, cannot be decoded ({error})."
                 " Load or save the file again, or convert the image to RGB."
             ) from error
-        return pixels_to_values(image_to_pixels(resize_and_crop(rgb, resolution)))
+        return pixels_to_values(image_to_pixels(resize_and_crop(rgb, choose_size(rgb.height, rgb.width))))
     if isinstance(image, np.ndarray):
         _check_shape(image.shape, ("H, W", "H, W, 1", "H, W, 3"), -1, name, "array")
         pixels = _array_to_tensor(image, name)
@@ -229,8 +255,9 @@ def _prepare_one(image: Any, name: str, resolution: int) -> Tensor:
             " a flat list of them."
         )
     pixels = _check_values(pixels, name).expand(3, -1, -1)
-    if pixels.shape[-2:] != (resolution, resolution):
-        pixels = _resize_tensor(pixels.cpu(), resolution)
+    size = choose_size(*pixels.shape[-2:])
+    if pixels.shape[-2:] != size:
+        pixels = _resize_tensor(pixels.cpu(), size)
     return pixels_to_values(pixels) if pixels.dtype == torch.uint8 else pixels.float() * 2 - 1
 
 
@@ -276,13 +303,13 @@ def _check_values(pixels: Tensor, name: str) -> Tensor:
     raise ValueError(f"{name} has floats from {low:.6g} to {high:.6g}; floats must lie in [0, 1]. {remedy}")
 
 
-def _resize_tensor(pixels: Tensor, resolution: int) -> Tensor:
+def _resize_tensor(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize and crop (3, H, W): uint8 as a PIL image, floats channel by channel, without rounding to 8 bits."""
     if pixels.dtype == torch.uint8:
         image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-        return image_to_pixels(resize_and_crop(image, resolution))
+        return image_to_pixels(resize_and_crop(image, size))
     channels = [Image.fromarray(channel) for channel in pixels.float().contiguous().numpy()]
-    resized = np.stack([np.array(resize_and_crop(channel, resolution)) for channel in channels])
+    resized = np.stack([np.array(resize_and_crop(channel, size)) for channel in channels])
     return torch.from_numpy(resized).clamp(0, 1)  # Lanczos overshoots at edges; 8-bit resizing clips it too
 
 

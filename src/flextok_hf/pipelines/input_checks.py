@@ -202,27 +202,6 @@ def apply_changes(changes: Any, latents: Tensor) -> Tensor:
     return changed.to(latents)
 
 
-def check_latents(latents: Any, batch_size: int, channels: int, patch_size: int, max_side: int) -> Tensor:
-    """Return initial noise (B, C, h, w).
-
-    Raises:
-        TypeError: if it is not a tensor of floats.
-        ValueError: if the shape does not fit, or values are not finite.
-    """
-    if not isinstance(latents, Tensor) or not latents.is_floating_point():
-        kind = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
-        raise TypeError(f"`latents` must be noise, a tensor of floats, got {kind}.")
-    fits = latents.ndim == 4 and latents.shape[:2] == (batch_size, channels)
-    if not fits or any(side % patch_size or not 0 < side <= max_side for side in latents.shape[2:]):
-        raise ValueError(
-            f"`latents` must be noise of the shape ({batch_size}, {channels}, height, width), height and width"
-            f" multiples of {patch_size} up to {max_side}, got {tuple(latents.shape)}."
-        )
-    if not latents.isfinite().all():
-        raise ValueError("`latents` contains values that are not finite. Draw them again, as standard normal noise.")
-    return latents
-
-
 def check_prompt_embeds(
     prompt_embeds: Any, attention_mask: Any, hidden_size: int, prefix: str = ""
 ) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 Letters: B batch, C latent channels, h w latent grid, K registers, Q code dimensions.
 """
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines import pipeline_loading_utils
 from diffusers.utils import BaseOutput
-from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,11 +28,12 @@ from .compatibility import check_components
 from .conditions import GivenTexts
 from .decoder_half import DecoderHalf, StepCallback
 from .guided_velocity import GuidanceScale
-from .images import pixels_to_values, prepare_images, to_output
+from .images import pixels_to_values, prepare_each, to_output
 from .input_checks import spread_generators
 from .offloading import OffloadingMixin
 from .prior_half import PriorHalf
 from .saved_folders import load_checked
+from .sizes import FlexTokTokenizerOutput, Size, SizeRules, in_groups
 
 
 # Diffusers looks up a component's save and load methods by its package. Without these entries, a model index refers to
@@ -52,11 +53,12 @@ class FlexTokPipelineOutput(BaseOutput):
     """Images and the tokens they were generated from.
 
     Attributes:
-        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): format as selected by `output_type`.
+        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`): format as selected by `output_type`; a list
+            if the sizes differ.
         token_ids (`torch.LongTensor` of shape `(B, k)`): a list of `(k,)` tensors if the lengths differ.
     """
 
-    images: list[Image.Image] | np.ndarray | Tensor
+    images: list | np.ndarray | Tensor
     token_ids: Tensor | list[Tensor]
 
 
@@ -208,10 +210,11 @@ class FlexTokPipeline(CardMixin, OffloadingMixin, PriorHalf, DecoderHalf):
         return self.encoder.quantizer.codebook_size
 
     @property
-    def resolution(self) -> int:
-        """Side length of the square images, in pixels."""
-        factor = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return self.latent_size * factor
+    def size_rules(self) -> SizeRules:
+        """Which sizes of images the model accepts."""
+        patch_size = math.lcm(self.encoder.config.patch_size, self.decoder.config.patch_size)
+        step = patch_size * (self.resolution // self.latent_size)
+        return SizeRules(step, self.resolution, self.decoder.config.positions == "stretch")
 
     def enable_compile(self, with_vae: bool = False, with_text_encoder: bool = False, **options) -> None:
         """Compile encoder, decoder and prior in place, for accelerators; the first calls afterwards are slow.
@@ -263,6 +266,8 @@ class FlexTokPipeline(CardMixin, OffloadingMixin, PriorHalf, DecoderHalf):
         negative_prompt: str | list[str] | None = None,
         negative_prompt_embeds: Tensor | None = None,
         negative_prompt_attention_mask: Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -297,6 +302,8 @@ class FlexTokPipeline(CardMixin, OffloadingMixin, PriorHalf, DecoderHalf):
                 text_hidden_size) and (prompts, M), 1 for text and 0 for padding; `None` for no padding.
             negative_prompt: what the prior's guidance steers away from, for all or per prompt; no text by default.
             negative_prompt_embeds, negative_prompt_attention_mask: the same, encoded.
+            height, width: of the images, and of an `image` to vary, in pixels; the model's square by default. See
+                `size_rules` for what is allowed.
             output_type: "pil", "np" or "pt" ([0, 1]), or "latent".
             callback_on_step_end: called as `callback(pipe, step, timestep, {"latents": latents})` after each step of
                 the decoder; may return a dictionary with new latents. Its `pipe` is a copy for this call, with
@@ -314,7 +321,8 @@ class FlexTokPipeline(CardMixin, OffloadingMixin, PriorHalf, DecoderHalf):
         # 1. Check inputs, encode the condition
         decoding = self.check_decoding(num_inference_steps, guidance_scale, guidance, output_type)
         decoding |= self.check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        prefix = self.encode_prefix(image, token_ids, keep_tokens)  # (1 or prompts, p)
+        size = self.size_rules.check_each(height, width, 1)
+        prefix = self.encode_prefix(image, token_ids, keep_tokens, size)  # (1 or prompts, p)
         sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
         texts = GivenTexts(
             prompt_embeds,
@@ -334,7 +342,7 @@ class FlexTokPipeline(CardMixin, OffloadingMixin, PriorHalf, DecoderHalf):
             **sampling,
         )
         # Drawn first, so that a sample's generator gives the same noise however many tokens its batch needs.
-        latents = self.prepare_latents(len(writer.counts), generator, latents)  # (B, C, h, w)
+        latents = self.prepare_latents(len(writer.counts), generator, latents, size)  # (B, C, h, w)
         # 2. Condition -> token ids
         token_ids = writer.write_all()  # (B, k), or B of different lengths
         # 3. Token ids -> images
@@ -361,6 +369,8 @@ class FlexTokPipeline(CardMixin, OffloadingMixin, PriorHalf, DecoderHalf):
         negative_prompt: str | list[str] | None = None,
         negative_prompt_embeds: Tensor | None = None,
         negative_prompt_attention_mask: Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ) -> Tensor | list[Tensor]:
         """Generate token ids for prompts or classes without decoding them; arguments as when calling the pipeline.
 
@@ -368,7 +378,8 @@ class FlexTokPipeline(CardMixin, OffloadingMixin, PriorHalf, DecoderHalf):
             Token ids, (B, k) int64, the same as calling the pipeline with the same generator; a list of (k,) tensors
             if the lengths differ.
         """
-        prefix = self.encode_prefix(image, token_ids, keep_tokens)  # (1 or prompts, p)
+        size = self.size_rules.check_each(height, width, 1)
+        prefix = self.encode_prefix(image, token_ids, keep_tokens, size)  # (1 or prompts, p)
         sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
         texts = GivenTexts(
             prompt_embeds,
@@ -387,7 +398,7 @@ class FlexTokPipeline(CardMixin, OffloadingMixin, PriorHalf, DecoderHalf):
             texts=texts,
             **sampling,
         )
-        self.prepare_latents(len(writer.counts), generator)  # unused: keeps generators in step with the call
+        self.prepare_latents(len(writer.counts), generator, sizes=size)  # unused: keeps generators in step
         token_ids = writer.write_all()
         self.maybe_free_model_hooks()
         return token_ids
@@ -415,6 +426,8 @@ class FlexTokPipeline(CardMixin, OffloadingMixin, PriorHalf, DecoderHalf):
         negative_prompt: str | list[str] | None = None,
         negative_prompt_embeds: Tensor | None = None,
         negative_prompt_attention_mask: Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
         output_type: str = "pil",
     ) -> Iterator[tuple[int, Any]]:
         """Generate one image, and show it at several token counts while its tokens are generated.
@@ -430,7 +443,8 @@ class FlexTokPipeline(CardMixin, OffloadingMixin, PriorHalf, DecoderHalf):
             class_labels: one class instead of a prompt, as a number or name.
             num_inference_steps, guidance_scale, prior_guidance_scale, temperature, top_k, top_p, guidance, generator,
                 latents, image, token_ids, keep_tokens, prompt_embeds, prompt_attention_mask, negative_prompt,
-                negative_prompt_embeds, negative_prompt_attention_mask, output_type: as when calling the pipeline.
+                negative_prompt_embeds, negative_prompt_attention_mask, height, width, output_type: as when calling
+                the pipeline.
 
         Returns:
             An iterator over (number of tokens, image).
@@ -441,7 +455,8 @@ class FlexTokPipeline(CardMixin, OffloadingMixin, PriorHalf, DecoderHalf):
         """
         decoding = self.check_decoding(num_inference_steps, guidance_scale, guidance, output_type)
         counts = tokens.check_token_counts(token_counts, self.num_registers)
-        prefix = self.encode_prefix(image, token_ids, keep_tokens)  # (1, p)
+        size = self.size_rules.check_each(height, width, 1)
+        prefix = self.encode_prefix(image, token_ids, keep_tokens, size)  # (1, p)
         sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
         texts = GivenTexts(
             prompt_embeds,
@@ -457,35 +472,46 @@ class FlexTokPipeline(CardMixin, OffloadingMixin, PriorHalf, DecoderHalf):
             raise ValueError(
                 f"`stream` generates one image, got {len(writer.counts)} prompts or classes. Call it once for each."
             )
-        decoding["latents"] = self.prepare_latents(1, generator, latents)  # (1, C, h, w)
+        decoding["latents"] = self.prepare_latents(1, generator, latents, size)  # (1, C, h, w)
         return ((count, self.detokenize(writer.write(count), **decoding).images[0]) for count in counts)
 
     @torch.no_grad()
-    def tokenize(self, images: Any, max_tokens: int | None = None) -> Tensor:
+    def tokenize(
+        self, images: Any, max_tokens: int | None = None, size: str | Size | None = None, return_dict: bool = False
+    ) -> Tensor | FlexTokTokenizerOutput:
         """Turn images into token ids; the same image always gives the same ids.
 
         Args:
             images: an image or a list of images: path, PIL, numpy or torch, any size (see `prepare_images`).
             max_tokens: maximum number of tokens, the same for all images; fewer are faster and equal the start of all.
+            size: `None` for the model's square; "keep" for the proportions of each image, up to 4 to 1, at about the
+                same number of patches; or (height, width). Images are resized to cover it, and the center is cropped.
+            return_dict: return a `FlexTokTokenizerOutput`, with the sizes that `detokenize` needs for "keep".
 
         Returns:
             Token ids, (B, k) int64 in [0, codebook_size), coarsest first.
 
         Raises:
-            ValueError: if an image is damaged or has invalid values, `max_tokens` is below 1, or the VAE or encoder
-                computes NaN or infinity.
+            ValueError: if an image is damaged or has invalid values, the model does not accept the size, `max_tokens`
+                is below 1, or the VAE or encoder computes NaN or infinity.
             TypeError: if an image has the wrong type; see `prepare_images`.
             FileNotFoundError: if a path is not an existing file.
         """
-        pixel_values = prepare_images(images, self.resolution, self._execution_device)  # (B, 3, R, R)
-        token_ids = self.tokenize_pixels(pixel_values, max_tokens)
-        check_token_ids(token_ids, pixel_values, self.encoder, self.vae)
+        pixels = prepare_each(images, self.size_rules.chooser(size), self._execution_device)  # B of (3, H, W)
+
+        def run(pixel_values: Tensor, rows: list[int]) -> Tensor:
+            token_ids = self.tokenize_pixels(pixel_values, max_tokens)
+            check_token_ids(token_ids, pixel_values, self.encoder, self.vae)
+            return token_ids
+
+        token_ids = torch.stack(in_groups(pixels, run))  # (B, k)
         self.maybe_free_model_hooks()
-        return token_ids
+        sizes = [(image.shape[1], image.shape[2]) for image in pixels]
+        return FlexTokTokenizerOutput(token_ids=token_ids, sizes=sizes) if return_dict else token_ids
 
     @torch.no_grad()
     def tokenize_pixels(self, pixels: Tensor, max_tokens: int | None = None) -> Tensor:
-        """Turn pixels (B, 3, R, R), uint8 or float32 in [-1, 1], on the pipeline's device into ids (B, k).
+        """Turn pixels (B, 3, H, W), uint8 or float32 in [-1, 1], on the pipeline's device into ids (B, k).
 
         `tokenize` calls this after reading images; `bulk_tokenization.tokenize_batches` is faster for many batches.
         Both refuse the ids -1, which stand for features that are not finite; this does not wait for the device.
@@ -510,13 +536,18 @@ class FlexTokPipeline(CardMixin, OffloadingMixin, PriorHalf, DecoderHalf):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
+        height: int | Sequence[int] | None = None,
+        width: int | Sequence[int] | None = None,
     ) -> FlexTokPipelineOutput | tuple:
         """Turn token ids into images; any prefix of a sequence gives a complete image.
 
         Args:
             token_ids: (B, k) integers as a tensor, an array or lists; rows of a list may differ in length.
             num_inference_steps, guidance_scale, guidance, generator, latents, output_type, callback_on_step_end,
-                callback_on_step_end_tensor_inputs, return_dict: as when calling the pipeline.
+                callback_on_step_end_tensor_inputs, return_dict: as when calling the pipeline. For images of several
+                sizes, `latents` is a list with noise for each, and a callback is called for each size in turn.
+            height, width: of the images, in pixels, for all or as lists with one each; the model's square by default.
+                Tokens do not belong to a size, so the same ones give an image of any.
 
         Returns:
             Images and the token ids.
@@ -534,13 +565,18 @@ class FlexTokPipeline(CardMixin, OffloadingMixin, PriorHalf, DecoderHalf):
         device = self._execution_device
         codes = self.encoder.quantizer.ids_to_codes(padded_ids.to(device).long())  # (B, longest, Q)
         num_tokens = torch.tensor(counts)  # (B,)
-        # 3. Noise -> latents, along the straight paths of rectified flow
-        latents = self.prepare_latents(len(counts), generator, latents)  # (B, C, h, w)
-        latents = self.integrate_flow(
-            latents, codes, num_tokens, num_inference_steps, decoding["guidance_scale"], guidance, **callback
-        )
-        # 4. Latents -> images
-        images = latents if output_type == "latent" else to_output(decode_latents(self.vae, latents), output_type)
+        # 3. Noise -> latents, along the straight paths of rectified flow -> images
+        sizes = self.size_rules.check_each(height, width, len(counts))
+        noise = self.prepare_latents(len(counts), generator, latents, sizes)  # (B, C, h, w), or B of (C, h, w)
+
+        def run(noise: Tensor, rows: Any) -> Any:
+            scale = decoding["guidance_scale"]
+            latents = self.integrate_flow(
+                noise, codes[rows], num_tokens[rows], num_inference_steps, scale, guidance, **callback
+            )
+            return latents if output_type == "latent" else to_output(decode_latents(self.vae, latents), output_type)
+
+        images = run(noise, slice(None)) if isinstance(noise, Tensor) else in_groups(noise, run)
         self.maybe_free_model_hooks()
         if not all(isinstance(row, Tensor) for row in token_ids):  # lists or arrays
             rows = [row[:count] for row, count in zip(padded_ids, counts)]
@@ -559,6 +595,7 @@ class FlexTokPipeline(CardMixin, OffloadingMixin, PriorHalf, DecoderHalf):
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = False,
+        size: str | Size | None = None,
     ) -> list | FlexTokPipelineOutput:
         """Tokenize images and reconstruct them from prefixes of different lengths, all from the same noise.
 
@@ -567,25 +604,29 @@ class FlexTokPipeline(CardMixin, OffloadingMixin, PriorHalf, DecoderHalf):
             max_tokens: lengths of the prefixes; `None` means 1, 2, 4, ... up to all tokens.
             num_inference_steps, guidance_scale, guidance, generator, output_type: as in `detokenize`.
             return_dict: return a `FlexTokPipelineOutput` with these batches as `images`, and all `token_ids`.
+            size: as in `tokenize`.
 
         Returns:
             A batch of images for each length.
         """
         decoding = self.check_decoding(num_inference_steps, guidance_scale, guidance, output_type)
         lengths = tokens.resolve_counts(max_tokens, "max_tokens", self.num_registers)
-        token_ids = self.tokenize(images, max(lengths))  # (B, longest)
+        read = self.tokenize(images, max(lengths), size, return_dict=True)
+        token_ids = read.token_ids  # (B, longest)
         generator = spread_generators(generator, token_ids.shape[0])
-        noise = self.prepare_latents(token_ids.shape[0], generator)
+        noise = self.prepare_latents(token_ids.shape[0], generator, sizes=read.sizes)
         batches = [self.detokenize(token_ids[:, :count], latents=noise, **decoding).images for count in lengths]
         return FlexTokPipelineOutput(images=batches, token_ids=token_ids) if return_dict else batches
 
-    def encode_prefix(self, image: Any, token_ids: Tensor | None, keep_tokens: int | None) -> Tensor:
+    def encode_prefix(
+        self, image: Any, token_ids: Tensor | None, keep_tokens: int | None, sizes: list[Size] | None = None
+    ) -> Tensor:
         """Return the tokens that new images start with, (1 or prompts, p) int64; p is 0 if there are none."""
         if image is not None and token_ids is not None:
             raise ValueError("Pass either `image` or `token_ids` to continue from, not both.")
         if image is not None:
             tokens.check_keep_tokens(keep_tokens, self.num_registers, "the model's number of registers")
-            return self.tokenize(image, keep_tokens)
+            return self.tokenize(image, keep_tokens, sizes[0] if sizes else None)
         if token_ids is not None:
             prefix = tokens.check_prefix_ids(token_ids, keep_tokens, self.codebook_size, self.num_registers)
             return prefix.to(self._execution_device).long()
