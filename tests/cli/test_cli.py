@@ -33,7 +33,7 @@ from flextok_hf import (
     cli,
     embedded,
 )
-from flextok_hf.cli.token_files import parse_token_ids, write_token_file
+from flextok_hf.cli.token_files import parse_token_file, write_token_file
 from flextok_hf.utils.files import check_output_path, numbered_paths, read_json, write_atomically
 from flextok_hf.utils.sheets import contact_sheet
 
@@ -256,11 +256,22 @@ def test_traceback_flag_shows_where_an_error_comes_from(tmp_path):
         ("12", "no token ids"),
         ({"format": "flextok-token-ids", "codebook_size": 64000, "images": [{"token_ids": [1]}]}, "64000"),
         ({"format": "flextok-token-ids", "codebook_size": 1000, "images": [{"file": "a.png"}]}, "integers"),
+        *(
+            (
+                {
+                    "format": "flextok-token-ids",
+                    "codebook_size": 1000,
+                    "images": [{"token_ids": [1], "height": height, "width": width}],
+                },
+                "'ids.json' has an image of .*expected whole numbers",
+            )
+            for height, width in ((8, None), (0, 8), (8.0, 8), (True, 8), ("8", 8), (10**20, 8))
+        ),
     ],
 )
 def test_token_files_with_wrong_content_are_refused(content, word):
     with pytest.raises(ValueError, match=word):
-        parse_token_ids(content, "ids.json", codebook_size=1000, num_registers=16)
+        parse_token_file(content, "ids.json", codebook_size=1000, num_registers=16)
 
 
 OLD_FILE = {"format": "flextok-token-ids", "version": 1, "codebook_size": 1000, "pictures": [{"token_ids": [4]}]}
@@ -268,14 +279,16 @@ OLD_FILE = {"format": "flextok-token-ids", "version": 1, "codebook_size": 1000, 
 
 @pytest.mark.parametrize("content, expected", [([1, 2], [[1, 2]]), ([[1, 2], [3]], [[1, 2], [3]]), (OLD_FILE, [[4]])])
 def test_plain_lists_and_files_of_version_1_are_accepted_as_token_files(content, expected):
-    assert parse_token_ids(content, "ids.json", codebook_size=1000, num_registers=16) == expected
+    sequences, sizes = parse_token_file(content, "ids.json", codebook_size=1000, num_registers=16)
+    assert sequences == expected and sizes == [None] * len(expected)
 
 
 def test_token_files_survive_a_round_trip(tmp_path):
-    images = [{"file": "a.png", "token_ids": [1, 2]}, {"file": "b.png", "token_ids": [999]}]
+    images = [{"file": "a.png", "token_ids": [1, 2]}, {"file": "b.png", "height": 8, "width": 32, "token_ids": [999]}]
     write_token_file(tmp_path / "ids.json", images, codebook_size=1000, num_registers=16)
     content = read_json(str(tmp_path / "ids.json"))
-    assert parse_token_ids(content, "ids.json", codebook_size=1000, num_registers=16) == [[1, 2], [999]]
+    expected = [[1, 2], [999]], [None, (8, 32)]
+    assert parse_token_file(content, "ids.json", codebook_size=1000, num_registers=16) == expected
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -149,6 +149,19 @@ def probability(text: str) -> float:
     return _bounded(float, text, "a number above 0 and up to 1", lambda value: 0 < value <= 1)
 
 
+def size(text: str) -> tuple[int, int]:
+    """Parse the side of a square, or height and width with an x between them."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and 0 < int(side) < 2**31 for side in sides):
+        raise argparse.ArgumentTypeError(f"expected a side, such as 128, or HxW, such as 96x160, got {text!r}")
+    return int(sides[0]), int(sides[-1])
+
+
+def size_or_keep(text: str) -> str | tuple[int, int]:
+    """Parse `keep`, or a size."""
+    return text if text == "keep" else size(text)
+
+
 def _bounded(kind, text: str, allowed: str, is_allowed):
     try:
         value = kind(text)
@@ -185,6 +198,14 @@ def _add_verbosity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
 
 
+def _add_size(parser: argparse.ArgumentParser, of_photos: bool) -> None:
+    if of_photos:
+        help_text = "keep: each photo's proportions; or a side, or HxW (the model's square)"
+        parser.add_argument("--size", type=size_or_keep, metavar="SIZE", help=help_text)
+    else:
+        parser.add_argument("--size", type=size, metavar="SIZE", help="a side, or HxW, in pixels (the model's square)")
+
+
 def _add_decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-inference-steps", type=positive_int, default=20, metavar="N", help="decoder steps (20)")
     parser.add_argument(
@@ -203,6 +224,7 @@ def _add_generate(commands) -> None:
     parser.add_argument("--num-images", type=positive_int, default=1, metavar="N", help="number of images (1)")
     parser.add_argument("--image", metavar="PHOTO", help="photo to vary")
     parser.add_argument("--keep-tokens", type=positive_int, metavar="K", help="keep the first K tokens of PHOTO")
+    _add_size(parser, of_photos=False)
     _add_prior(parser)
     _add_decoding(parser)
     _add_shared(parser)
@@ -217,6 +239,7 @@ def _add_stream(commands) -> None:
     parser.add_argument(
         "--token-counts", type=positive_int, nargs="+", metavar="N", help="counts to show, increasing (1 2 4 ... all)"
     )
+    _add_size(parser, of_photos=False)
     parser.add_argument("--frame-ms", type=positive_int, metavar="N", help="milliseconds per frame of a .webp (700)")
     _add_prior(parser)
     _add_decoding(parser)
@@ -246,6 +269,7 @@ def _add_tokenize(commands) -> None:
     parser.add_argument("photos", nargs="+", metavar="PHOTO", help="image files of any size and mode")
     parser.add_argument("--output", required=True, metavar="FILE", help="JSON file for the ids")
     parser.add_argument("--max-tokens", type=positive_int, metavar="N", help="maximum number of tokens (all)")
+    _add_size(parser, of_photos=True)
     _add_shared(parser, has_seed=False)
 
 
@@ -254,6 +278,7 @@ def _add_detokenize(commands) -> None:
     parser.add_argument("ids", metavar="IDS", help="JSON file from `flextok tokenize`, or a plain list of ids")
     parser.add_argument("--output", required=True, metavar="FILE", help="image file; several are numbered: cat-1.png")
     parser.add_argument("--max-tokens", type=positive_int, metavar="N", help="use only the first N tokens (all)")
+    parser.add_argument("--size", type=size, metavar="SIZE", help="a side, or HxW (as in IDS, or the square)")
     _add_decoding(parser)
     _add_shared(parser)
 
@@ -269,6 +294,7 @@ def _add_reconstruct(commands) -> None:
         metavar="N",
         help="token counts, one column each (1 2 4 ... all)",
     )
+    _add_size(parser, of_photos=True)
     _add_decoding(parser)
     _add_shared(parser)
 

@@ -1,6 +1,7 @@
 """The commands of the command line; `arguments.py` parses and checks their arguments."""
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,13 +16,13 @@ from transformers.utils import logging as transformers_logging
 
 from ..embedded import embedded_model
 from ..pipelines.bulk_tokenization import tokenize_batches
-from ..pipelines.images import load_image, prepare_images, resize_and_crop
+from ..pipelines.images import load_image, prepare_each, resize_and_crop
 from ..pipelines.loading import load_pipeline
 from ..pipelines.pipeline_flextok import FlexTokPipeline
 from ..pipelines.token_checks import check_token_counts
 from ..utils.files import ANIMATED, numbered_paths, read_json, save_animation, save_image
 from ..utils.sheets import contact_sheet, token_count_title
-from .token_files import parse_token_ids, write_token_file
+from .token_files import parse_token_file, write_token_file
 
 
 # Maximum number of images in memory at a time; more are processed in batches.
@@ -84,18 +85,30 @@ def condition(pipe: FlexTokPipeline, prompt: str) -> dict[str, Any]:
 def sampling(options: argparse.Namespace) -> dict[str, Any]:
     """Return the sampling options of prior and decoder, under the names of the pipeline's call."""
     names = ("num_inference_steps", "guidance_scale", "prior_guidance_scale", "temperature", "top_k", "top_p")
-    return {name: getattr(options, name) for name in names}
+    height, width = options.size or (None, None)
+    return {"height": height, "width": width, **{name: getattr(options, name) for name in names}}
 
 
 def tokenize(options: argparse.Namespace) -> None:
     """Turn photos into a JSON file of token ids."""
     pipe = open_pipeline(options)
     start = time.perf_counter()
-    batched = batches(options.photos, options, "photos", pipe)
-    pixels = (prepare_images([load_image(path) for path in batch], pipe.resolution) for _, batch in batched)
-    rows = [ids for batch in tokenize_batches(pipe, pixels, options.max_tokens) for ids in batch.tolist()]
+    choose_size = pipe.size_rules.chooser(options.size)
+    sizes: list[tuple[int, int]] = []
+
+    def read() -> Iterator[torch.Tensor]:  # in batches of one size
+        for _, batch in batches(options.photos, options, "photos", pipe):
+            pixels = prepare_each([load_image(path) for path in batch], choose_size)
+            sizes.extend((image.shape[1], image.shape[2]) for image in pixels)
+            for _, group in itertools.groupby(pixels, key=lambda image: image.shape):
+                yield torch.stack(list(group))
+
+    rows = [ids for batch in tokenize_batches(pipe, read(), options.max_tokens) for ids in batch.tolist()]
     speed = len(rows) / (time.perf_counter() - start)
-    images = [{"file": path, "token_ids": ids} for path, ids in zip(options.photos, rows, strict=True)]
+    images = [
+        {"file": path, "height": height, "width": width, "token_ids": ids}
+        for path, (height, width), ids in zip(options.photos, sizes, rows, strict=True)
+    ]
     write_token_file(options.output, images, pipe.codebook_size, pipe.num_registers)
     report(options, f"{options.output}: {len(rows)} x {token_count_title(len(rows[0]))}, {speed:.1f} photos/s")
 
@@ -104,13 +117,18 @@ def detokenize(options: argparse.Namespace) -> None:
     """Turn a file of token ids back into images."""
     content = read_json(options.ids)
     pipe = open_pipeline(options)
-    sequences = parse_token_ids(content, options.ids, pipe.codebook_size, pipe.num_registers)
+    sequences, sizes = parse_token_file(content, options.ids, pipe.codebook_size, pipe.num_registers)
+    if options.size is not None:
+        sizes = [options.size] * len(sequences)
     sequences = [sequence[: options.max_tokens] for sequence in sequences]
     paths = numbered_paths(options.output, len(sequences))
     start_s = time.perf_counter()
     for start, batch in batches(paths, options, "images", pipe):
+        rows = slice(start, start + len(batch))
         images = pipe.detokenize(
-            [torch.tensor(sequence) for sequence in sequences[start : start + len(batch)]],
+            [torch.tensor(sequence) for sequence in sequences[rows]],
+            height=[None if size is None else size[0] for size in sizes[rows]],
+            width=[None if size is None else size[1] for size in sizes[rows]],
             num_inference_steps=options.num_inference_steps,
             guidance_scale=options.guidance_scale,
             generator=[seeded(options.seed + start + number) for number in range(len(batch))],
@@ -125,7 +143,7 @@ def reconstruct(options: argparse.Namespace) -> None:
     """Save a contact sheet: a row per photo, a column per token count."""
     pipe = open_pipeline(options)
     counts = check_token_counts(options.max_tokens, pipe.num_registers)
-    cell_size = max(128, pipe.resolution)
+    choose_size = pipe.size_rules.chooser(options.size)
     rows: list[list[Image.Image]] = []
     for start, batch in batches(options.photos, options, "photos", pipe):
         photos = [load_image(path) for path in batch]
@@ -135,13 +153,21 @@ def reconstruct(options: argparse.Namespace) -> None:
             num_inference_steps=options.num_inference_steps,
             guidance_scale=options.guidance_scale,
             generator=[seeded(options.seed + start + number) for number in range(len(batch))],
+            size=options.size,
         )
-        originals = [resize_and_crop(photo, cell_size) for photo in photos]
+        sizes = [choose_size(photo.height, photo.width) for photo in photos]
+        originals = [fit_original(photo, size) for photo, size in zip(photos, sizes, strict=True)]
         rows += [list(row) for row in zip(originals, *columns)]
     titles = ["original", *map(token_count_title, counts)]
-    sheet = contact_sheet(rows, titles, cell_size=cell_size)
+    sheet = contact_sheet(rows, titles)
     save_image(sheet, options.output)
     report(options, f"{options.output}: {len(rows)} row{'s'[: len(rows) > 1]}, {', '.join(titles)}")
+
+
+def fit_original(photo: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Crop a photo to the proportions of a size, at least 128 pixels long, to show what the model sees."""
+    scale = max(1, 128 / max(size))
+    return resize_and_crop(photo, (max(1, round(size[0] * scale)), max(1, round(size[1] * scale))))
 
 
 def demo(options: argparse.Namespace) -> None:

@@ -17,13 +17,13 @@ def write_token_file(
 
     Args:
         path: output file.
-        images: one entry per image, with its `file` and `token_ids`.
+        images: one entry per image, with its `file`, `height`, `width` and `token_ids`.
         codebook_size: number of codes of the model that made the ids; checked on reading.
         num_registers: maximum sequence length of that model.
     """
     content = {
         "format": TOKEN_FILE_FORMAT,
-        "version": 2,
+        "version": 3,
         "codebook_size": codebook_size,
         "num_registers": num_registers,
         "images": images,
@@ -31,8 +31,10 @@ def write_token_file(
     write_text(path, json.dumps(content) + "\n")
 
 
-def parse_token_ids(content: Any, path: str, codebook_size: int, num_registers: int) -> list[list[int]]:
-    """Return the token sequences in a JSON file, after checking them.
+def parse_token_file(
+    content: Any, path: str, codebook_size: int, num_registers: int
+) -> tuple[list[list[int]], list[tuple[int, int] | None]]:
+    """Return the token sequences in a JSON file, after checking them, and height and width of each image if there.
 
     Args:
         content: what `flextok tokenize` writes, or one list of ids, or a list of such lists; lengths may differ.
@@ -43,6 +45,7 @@ def parse_token_ids(content: Any, path: str, codebook_size: int, num_registers: 
     Raises:
         ValueError: if the content is something else, or was made for another model.
     """
+    entries: Any = None
     if isinstance(content, dict):
         entries = content.get("images", content.get("pictures"))  # their key in files of version 1
         if content.get("format") != TOKEN_FILE_FORMAT or not isinstance(entries, list):
@@ -67,4 +70,14 @@ def parse_token_ids(content: Any, path: str, codebook_size: int, num_registers: 
         wrong = next((token_id for token_id in sequence if not 0 <= token_id < codebook_size), None)
         if wrong is not None:
             raise ValueError(f"{path!r}, sequence {number}: id {wrong} is outside 0 to {codebook_size - 1}")
-    return content
+    return content, [read_size(entry, path) for entry in entries or content]
+
+
+def read_size(entry: Any, path: str) -> tuple[int, int] | None:
+    """Return height and width of an entry of a token file; `None` if it has neither, as before version 3."""
+    height, width = (entry.get(name) if isinstance(entry, dict) else None for name in ("height", "width"))
+    if height is None and width is None:
+        return None
+    if not all(type(side) is int and 0 < side < 2**31 for side in (height, width)):
+        raise ValueError(f"{path!r} has an image of {str(height)[:20]} x {str(width)[:20]}; expected whole numbers")
+    return height, width

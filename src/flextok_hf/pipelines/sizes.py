@@ -73,6 +73,7 @@ class SizeRules:
     def keep(self, height: int, width: int) -> Size:
         """Return the size of about the trained area with the proportions of an image, in whole patches."""
         patches = self.side // self.step  # of a side of the square
+        height, width = min(height, MAX_ASPECT * width), min(width, MAX_ASPECT * height)
         rows = max(1, round(patches * (height / width) ** 0.5))
         columns = max(1, round(patches * (width / height) ** 0.5))
         return min(rows, MAX_ASPECT * columns) * self.step, min(columns, MAX_ASPECT * rows) * self.step
