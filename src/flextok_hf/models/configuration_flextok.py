@@ -43,5 +43,5 @@ class FlexTokConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
-        output["encoder_config"].pop("_name_or_path", None)  # where it was loaded from is nobody else's business
+        output["encoder_config"]["_name_or_path"] = ""  # where it was loaded from is nobody else's business
         return output

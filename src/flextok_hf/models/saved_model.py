@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from .argument_checks import MAX_SIZE
 from .settings_checks import check_types, check_vae_settings, describe_in, refuse
 
 
@@ -25,7 +26,7 @@ Shapes = dict[str, tuple[int, ...]]
 REMEDY = "Fetch or save it again."
 # Limits that no model reaches; the largest tokenizers, of many languages, have about half of it
 MAX_HEADER_BYTES, MAX_JSON_BYTES, MAX_TEXT_BYTES = 8 * 2**20, 4 * 2**20, 64 * 2**20
-MAX_SIZE, MAX_LAYERS = 2**24, 1000
+MAX_LAYERS = 1000
 TEXT_ENDINGS = (".json", ".txt", ".model", ".jinja")
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 NOT_SETTINGS = ("tokenizer.json", "vocab.json")  # large, and read by libraries that check them
@@ -46,6 +47,8 @@ def named_errors(source: str, name: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, ValueError | OSError) and name in str(error):
             raise
+        if isinstance(error, RuntimeError) and torch.get_default_device().type == "meta":
+            raise  # about the call, not about files
         # the loop of Diffusers over the components of a pipeline does not say which one failed
         frames = [frame for frame, _ in walk_tb(error.__traceback__) if frame.f_code.co_name == "load_sub_model"]
         part = f"`{frames[0].f_locals.get('name')}` of " if frames else ""

@@ -9,13 +9,14 @@ from diffusers import AutoencoderKL
 from diffusers.models.activations import ACT2CLS
 
 from ..utils.numbers import is_finite_number
+from .argument_checks import MAX_SIZE
 
 
 Describe = Callable[[str], str]  # a setting by name -> the setting and its file, for messages
 # By the type of the default value: what is allowed, in words and as a check
 TYPES: dict[type, tuple[str, Callable[[Any], bool]]] = {
     bool: ("true or false", lambda value: isinstance(value, bool)),
-    int: ("a whole number of 1 or more", lambda value: type(value) is int and value >= 1),
+    int: (f"a whole number from 1 to {MAX_SIZE}", lambda value: type(value) is int and 1 <= value <= MAX_SIZE),
     float: ("a finite number", is_finite_number),
     str: ("a string", lambda value: isinstance(value, str)),
     tuple: ("a list", lambda value: isinstance(value, list | tuple) and len(value) > 0),
@@ -38,7 +39,7 @@ def check_types(kind: type, settings: dict[str, Any], describe: Describe) -> Non
     """Raise a ValueError if a setting does not have the type of its default value in the class."""
     for name, parameter in inspect.signature(kind).parameters.items():
         default, value = parameter.default, settings.get(name)
-        of_type = float if default is None and "float | None" in str(parameter.annotation) else type(default)
+        of_type = float if default is None and "float" in str(parameter.annotation) else type(default)
         is_optional = name not in settings or (default is None and value is None)
         if is_optional or of_type not in TYPES or (name == "sample_size" and isinstance(value, list)):
             continue
@@ -61,8 +62,8 @@ def check_vae_settings(settings: dict[str, Any], describe: Describe) -> None:
     defaults = {name: one.default for name, one in inspect.signature(AutoencoderKL).parameters.items()}
     values = {**defaults, **settings}
     channels, groups = values["block_out_channels"], values["norm_num_groups"]
-    if not all(type(one) is int and one >= 1 and one % groups == 0 for one in channels):
-        allowed = f"whole numbers, each a multiple of `norm_num_groups` ({groups})"
+    if not all(type(one) is int and 1 <= one <= MAX_SIZE and one % groups == 0 for one in channels):
+        allowed = f"whole numbers up to {MAX_SIZE}, each a multiple of `norm_num_groups` ({groups})"
         refuse(describe("block_out_channels"), allowed, channels)
     for name, known in BLOCKS.items():
         if not all(isinstance(one, str) and one in known for one in values[name]):

@@ -123,7 +123,8 @@ def encode_prompts(
     limit = tokenizer.model_max_length
     with TOKENIZER_IN_USE:
         lengths = [len(ids) for ids in tokenizer(prompts, verbose=False).input_ids]
-        batch = tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(device)
+        options = {"return_attention_mask": True, "return_tensors": "pt"}
+        batch = tokenizer(prompts, padding=True, truncation=True, **options).to(device)
     for prompt, length in zip(prompts, lengths, strict=True):
         if length > limit:
             logger.warning("The prompt %r has %d tokens; only the first %d are used.", prompt, length, limit)
