@@ -3,10 +3,10 @@
     python scripts/tokenize_dataset.py --train_data FOLDER_OR_NAME --output tokens --caption_column text --crops 4
     accelerate launch scripts/tokenize_dataset.py ...        (several processes, one device each)
 
-Writes parquet shards with one row per image: `token_ids` as a list of crops, coarsest token first, and the caption
-and class columns unchanged. The first crop is the center of the image, the others are random squares. A shard appears
-when it is complete; a rerun with the same options creates only the missing shards. Unreadable images are skipped and
-listed in the JSON file next to their shard.
+Writes parquet shards with one row per image: `token_ids` as a list of crops, coarsest token first, their `height` and
+`width` in pixels, and the caption and class columns unchanged. The first crop is the center of the image, the others
+are random. A shard appears when it is complete; a rerun with the same options creates only the missing shards.
+Unreadable images are skipped and listed in the JSON file next to their shard.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from flextok_hf import FlexTokPipeline, embedded_model
+from flextok_hf.cli.arguments import size_or_keep
 from flextok_hf.data.columns import Columns
 from flextok_hf.data.image_dataset import ImageDataset
 from flextok_hf.data.samples import ImageTransform, read_image
@@ -34,6 +35,7 @@ from flextok_hf.data.seeds import draw_seed
 from flextok_hf.data.skipped_rows import UnreadableRow
 from flextok_hf.data.training_dataset import load_training_dataset
 from flextok_hf.pipelines.bulk_tokenization import tokenize_batches
+from flextok_hf.pipelines.sizes import SizeRules
 from flextok_hf.utils.files import read_json, write_atomically, write_text
 from flextok_hf.utils.measures import weights_hash
 from flextok_hf.utils.plain_errors import plain_errors
@@ -41,12 +43,15 @@ from flextok_hf.utils.plain_errors import plain_errors
 
 logger = logging.getLogger(__name__)
 
+COLUMNS = ["token_ids", "height", "width"]
+
 
 class ImageCrops(Dataset):
-    """Rows of a dataset: (row, uint8 crops (crops, 3, R, R) or `None`, values to keep, reason if no crops)."""
+    """Rows of a dataset: (row, uint8 crops (crops, 3, H, W) or `None`, values to keep, reason if no crops)."""
 
-    def __init__(self, dataset: ImageDataset, rows: list[int], options: argparse.Namespace):
+    def __init__(self, dataset: ImageDataset, rows: list[int], options: argparse.Namespace, rules: SizeRules):
         self.dataset = dataset
+        self.rules, self.size = rules, options.size
         self.rows = rows
         self.num_crops = options.crops
         self.seed = options.seed
@@ -68,10 +73,12 @@ class ImageCrops(Dataset):
                     raise UnreadableRow(f"its '{name}' is empty")
         except UnreadableRow as error:
             return row, None, values, str(error)
-        crops = [self.center.to_pixels(image)]
+        size = self.rules.chooser(self.size)(image.height, image.width)
+        values["height"], values["width"] = size
+        crops = [self.center.to_pixels(image, shape=size)]
         for number in range(1, self.num_crops):
             generator = torch.Generator().manual_seed(draw_seed(self.seed, row, number))
-            pixels = self.random.to_pixels(image, generator)
+            pixels = self.random.to_pixels(image, generator, size)
             is_flipped = self.random_flip and torch.rand((), generator=generator).item() < 0.5
             crops.append(pixels.flip(-1) if is_flipped else pixels)
         return row, torch.stack(crops), values, ""
@@ -85,7 +92,8 @@ class ShardWriter:
         self.num_rows = len(dataset)
         id_type = Value("uint16" if codebook_size <= 2**16 else "uint32")
         kept = {name: dataset.rows.features[name] for name in (options.caption_column, options.class_column) if name}
-        self.features = datasets.Features({"token_ids": Sequence(Sequence(id_type)), **kept})
+        sides = {name: Value("int32") for name in ("height", "width")}
+        self.features = datasets.Features({"token_ids": Sequence(Sequence(id_type)), **sides, **kept})
         self.rows: dict[str, list] = {name: [] for name in self.features}
         self.skipped: dict[int, str] = {}
 
@@ -139,6 +147,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--class_column", help="column to keep: class labels")
     parser.add_argument("--max_train_samples", type=int, help="use only the first rows")
     parser.add_argument("--crops", type=int, default=1, help="crops per image; the first is the center (1)")
+    parser.add_argument(
+        "--size", type=size_or_keep, help="keep: the proportions of each image; or a side, or HxW (the model's square)"
+    )
     parser.add_argument("--random_flip", action="store_true", help="flip half of the crops except the first")
     parser.add_argument("--max_tokens", type=int, help="tokens to keep per image (all)")
     parser.add_argument("--seed", type=int, default=0)
@@ -151,6 +162,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("crops", "batch_size", "shard_size"):
         if getattr(options, name) < 1:
             parser.error(f"`--{name}` must be 1 or more, got {getattr(options, name)}.")
+    for name in ("caption_column", "class_column"):
+        if getattr(options, name) in COLUMNS:
+            parser.error(f"`--{name}` {getattr(options, name)!r} is a column of the output. Rename it first.")
     return options
 
 
@@ -180,6 +194,8 @@ def describe(options: argparse.Namespace, pipe: FlexTokPipeline, num_rows: int) 
     modules = {name: getattr(pipe, name) for name in ("encoder", "vae") if getattr(pipe, name) is not None}
     return {
         **{name: getattr(options, name) for name in (*names, "shard_size", "dtype")},
+        "size": list(options.size) if isinstance(options.size, tuple) else options.size,
+        "columns": COLUMNS,
         "model": options.model or "embedded",
         "weights_sha256": weights_hash(modules),
         "codebook_size": pipe.codebook_size,
@@ -198,25 +214,31 @@ def tokenize_rows(pipe: FlexTokPipeline, crops: ImageCrops, options: argparse.Na
         num_workers=options.dataloader_num_workers,
         collate_fn=list,
     )
-    waiting: deque[list[tuple]] = deque()  # rows that are read but whose ids are not computed yet
+    waiting: deque[tuple[list[tuple], list[list[int]]]] = deque()  # rows read, and groups whose ids are to come
 
     def pixel_batches() -> Iterator[torch.Tensor]:
-        rows: list[tuple] = []
-        for batch in loader:
-            rows += batch
-            pixels = [entry[1] for entry in batch if entry[1] is not None]
-            if pixels:  # otherwise the rows go into the next batch
-                waiting.append(rows)
-                rows = []
-                yield torch.cat(pixels)
-        waiting.append(rows)
+        for rows in loader:
+            groups: dict[torch.Size, list[int]] = {}  # rows of one size
+            for index, (_, pixels, *_) in enumerate(rows):
+                if pixels is not None:
+                    groups.setdefault(pixels.shape, []).append(index)
+            waiting.append((rows, list(groups.values())))
+            for members in groups.values():
+                yield torch.cat([rows[index][1] for index in members])
 
+    def finished() -> Iterator[tuple]:
+        while waiting and not waiting[0][1]:
+            for row, _, values, reason in waiting.popleft()[0]:
+                yield row, found.pop(row, None), values, reason
+
+    found: dict[int, list] = {}
     for token_ids in tokenize_batches(pipe, pixel_batches(), options.max_tokens):
-        of_images = iter(token_ids.split(options.crops))
-        for row, pixels, values, reason in waiting.popleft():
-            yield row, None if pixels is None else next(of_images).tolist(), values, reason
-    for row, _, values, reason in waiting.popleft():
-        yield row, None, values, reason
+        yield from finished()  # rows without a readable image
+        rows, groups = waiting[0]
+        for index, of_image in zip(groups.pop(0), token_ids.split(options.crops), strict=True):
+            found[rows[index][0]] = of_image.tolist()
+        yield from finished()
+    yield from finished()
 
 
 def write_card(options: argparse.Namespace, writer: ShardWriter, facts: dict[str, Any]) -> None:
@@ -235,9 +257,9 @@ def write_card(options: argparse.Namespace, writer: ShardWriter, facts: dict[str
 # Images as FlexTok tokens
 
 {num_rows:,} images as token ids; {num_skipped:,} could not be read and are skipped. `token_ids` holds a list of crops
-per image, the first of which is the center; each crop is a list of {facts["num_tokens"]} ids below
-{facts["codebook_size"]:,}, coarsest first, and any prefix describes the image. Created by
-`scripts/tokenize_dataset.py` of flextok_hf. The ids are only valid for the tokenizer with these weights. The license
+per image, the first of which is the center, and `height` and `width` their size in pixels. Each crop is a list of
+{facts["num_tokens"]} ids below {facts["codebook_size"]:,}, coarsest first, and any prefix describes the image. Created
+by `scripts/tokenize_dataset.py` of flextok_hf. The ids are only valid for the tokenizer with these weights. The license
 terms of the source apply to images and captions.
 
 ```python
@@ -274,7 +296,8 @@ def main(argv: list[str] | None = None) -> None:
     with state.main_process_first():
         check_settings(options, facts)
     writer = ShardWriter(options, dataset, pipe.codebook_size)
-    crops = ImageCrops(dataset, writer.missing_rows(state.process_index, state.num_processes), options)
+    rows = writer.missing_rows(state.process_index, state.num_processes)
+    crops = ImageCrops(dataset, rows, options, pipe.size_rules)
     start, num_images = time.perf_counter(), 0
     with tqdm(total=len(crops), unit=" images", disable=not state.is_main_process) as progress:
         for row, token_ids, values, reason in tokenize_rows(pipe, crops, options):

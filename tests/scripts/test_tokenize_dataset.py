@@ -7,9 +7,12 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Sequence, Value, load_dataset
 from datasets import Image as ImageFeature
+from diffusers import FlowMatchEulerDiscreteScheduler
 from huggingface_hub import DatasetCard
 from PIL import Image
-from tiny_models import CODEBOOK_SIZE, NUM_REGISTERS, make_pipeline
+from tiny_models import CODEBOOK_SIZE, NUM_REGISTERS, make_decoder, make_encoder, make_pipeline
+
+from flextok_hf import FlexTokPipeline
 
 
 tokenize_dataset = import_module("tokenize_dataset")
@@ -82,6 +85,57 @@ def test_ids_captions_and_classes_are_written_and_damaged_images_reported(source
     card = DatasetCard.load(tmp_path / "tokens" / "README.md")
     assert "6 images as token ids; 1 could not be read" in card.text
     assert card.data.configs[0]["data_files"] == [{"split": "train", "path": "train-*.parquet"}]
+
+
+def test_sizes_are_stored_beside_the_ids_and_read_back(source, tmp_path):
+    parts = make_encoder(positions="stretch"), make_decoder(positions="stretch"), FlowMatchEulerDiscreteScheduler()
+    pipe = FlexTokPipeline(*parts)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(tmp_path / "model")
+    kept = [row for row in range(NUM_ROWS) if row != DAMAGED]
+    expected = pipe.tokenize([image(row) for row in kept], size="keep", return_dict=True)
+    for size, sizes in (("keep", expected.sizes), ("32x8", [(32, 8)] * len(kept)), (None, [(16, 16)] * len(kept))):
+        options = [] if size is None else ["--size", size]
+        rows = run(source, tmp_path / "model", tmp_path / f"tokens-{size}", "--crops", 2, *options)
+        assert [(row["height"], row["width"]) for row in rows] == sizes
+        assert [len(crops) for crops in rows["token_ids"]] == [2] * len(kept)
+        given = None if size is None else sizes[0] if size == "32x8" else "keep"
+        ids = pipe.tokenize([image(row) for row in kept], size=given)
+        assert [crops[0] for crops in rows["token_ids"]] == ids.tolist()
+    back = pipe.detokenize(
+        torch.tensor([crops[0] for crops in rows["token_ids"]]),
+        height=rows["height"][:],
+        width=rows["width"][:],
+        num_inference_steps=1,
+    )
+    assert [one.size for one in back.images] == [(16, 16)] * len(kept)
+
+
+def test_images_of_many_shapes_keep_their_order(tmp_path):
+    parts = make_encoder(positions="stretch"), make_decoder(positions="stretch"), FlowMatchEulerDiscreteScheduler()
+    pipe = FlexTokPipeline(*parts)
+    pipe.save_pretrained(tmp_path / "model")
+    shapes = [(10, 40), (20, 20), (40, 10), (20, 20), (10, 40), (30, 40), (20, 21), (12, 40)]
+    generator = torch.Generator().manual_seed(0)
+    images = [
+        Image.fromarray(torch.randint(0, 256, (*shape, 3), dtype=torch.uint8, generator=generator).numpy())
+        for shape in shapes
+    ]
+    Dataset.from_dict(
+        {"image": images, "text": [str(shape) for shape in shapes], "label": [0] * len(shapes)},
+        features=Features({"image": ImageFeature(), "text": Value("string"), "label": ClassLabel(names=["a"])}),
+    ).to_parquet(tmp_path / "images.parquet")
+    rows = run(tmp_path / "images.parquet", tmp_path / "model", tmp_path / "tokens", "--size", "keep")
+    expected = pipe.tokenize(images, size="keep", return_dict=True)
+    assert rows["text"][:] == [str(shape) for shape in shapes]
+    assert [crops[0] for crops in rows["token_ids"]] == expected.token_ids.tolist()
+    assert [(row["height"], row["width"]) for row in rows] == expected.sizes
+
+
+def test_columns_of_the_output_are_no_captions(capsys):
+    with pytest.raises(SystemExit):
+        tokenize_dataset.parse_arguments(["--train_data", "x", "--output", "y", "--caption_column", "height"])
+    assert "`--caption_column` 'height' is a column of the output" in capsys.readouterr().err
 
 
 def test_a_second_run_creates_only_missing_shards_with_the_same_content(source, model, tmp_path):
