@@ -6,11 +6,12 @@
     python scripts/evaluate.py compare first/reconstruction.json second/reconstruction.json
 
 Several processes share the work under `accelerate launch` or `torchrun`. An interrupted measurement resumes when
-started again with the same options. Requires the extra `flextok_hf[eval]`.
+started again with the same options. Its main table is printed at the end. Requires the extra `flextok_hf[eval]`.
 """
 
 import argparse
 import sys
+from pathlib import Path
 
 from flextok_hf.evaluation.complexity import Complexity
 from flextok_hf.evaluation.generation import Generation
@@ -19,7 +20,7 @@ from flextok_hf.evaluation.reconstruction import Reconstruction
 from flextok_hf.evaluation.results import compare_records, read_record
 from flextok_hf.utils.option_parsing import parse_arguments
 from flextok_hf.utils.plain_errors import plain_errors
-from flextok_hf.utils.tables import markdown_table
+from flextok_hf.utils.tables import first_table, markdown_table
 
 
 MEASUREMENTS = {
@@ -50,7 +51,8 @@ def main(argv: list[str]) -> None:
     kind, measurement = MEASUREMENTS[command]
     options = parse_arguments(kind, argv[1:])
     if measurement(options).measure():  # only the main process has a record
-        print(f"Wrote {options.output}/{command}.json")
+        path = Path(options.output) / command
+        print(f"{first_table(path.with_suffix('.md').read_text(encoding='utf-8'))}\n\nWrote {path}.json")
 
 
 if __name__ == "__main__":

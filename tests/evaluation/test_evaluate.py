@@ -205,6 +205,16 @@ def test_reconstruction_is_reported_for_every_token_count(run, tmp_path):
     assert not list(tmp_path.glob(".*begun"))
 
 
+def test_the_main_table_is_printed_at_the_end_in_columns_of_equal_width(run, tmp_path, capsys):
+    run("reconstruction")
+    *table, empty, last = capsys.readouterr().out.splitlines()
+    page = [line for line in (tmp_path / "reconstruction.md").read_text().splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.split("|")] for line in (*table, *page[:4])]
+    assert cells[0] == cells[4] and cells[2:4] == cells[6:]
+    assert len({tuple(at for at, character in enumerate(line) if character == "|") for line in table}) == 1
+    assert (empty, last) == ("", f"Wrote {tmp_path / 'reconstruction.json'}")
+
+
 def test_reconstruction_figures_match_the_images(run, data_folder, model_folder):
     record = run("reconstruction", "--split", "train", "--seed", 3)
     pipe = FlexTokPipeline.from_pretrained(model_folder)

@@ -5,15 +5,23 @@ import resource
 import runpy
 import signal
 import sys
+from contextlib import nullcontext
 
 import pytest
+import torch
 import yaml
+from accelerate import PartialState
+from accelerate.logging import get_logger
+from accelerate.utils.other import clean_state_dict_for_safetensors
+from diffusers.utils import logging as diffusers_logging
 from paths import SCRIPTS
 from safetensors import SafetensorError
 from tiny_models import make_pipeline
 from training_processes import SMALL_DATA, SMALL_TOKENIZER, errors
 from training_processes import run as run_processes
+from transformers.utils import logging as transformers_logging
 
+from flextok_hf.pipelines.pipeline_flextok import FlexTokPipeline
 from flextok_hf.utils.files import write_atomically
 from flextok_hf.utils.plain_errors import plain_errors
 
@@ -80,6 +88,15 @@ def test_a_traceback_can_be_asked_for(monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def test_the_note_about_tied_weights_is_hidden_and_other_warnings_are_not(caplog):
+    weight = torch.zeros(2, 2)
+    with plain_errors():
+        PartialState()
+        clean_state_dict_for_safetensors({"a": weight, "b": weight})
+        get_logger("accelerate.utils.other").warning("something to act on")
+    assert caplog.messages == ["[RANK 0] something to act on"]
+
+
 # Whole programs
 
 
@@ -105,6 +122,19 @@ def command_of(name, folder, output, model):
         return [*words, "--model", model, "--output", output]
     words = ["evaluate.py", "reconstruction", "--data", "synthetic", "--max_images", 20, "--batch_size", 4]
     return [*words, "--model", model, "--output", output, "--num_inference_steps", 1]
+
+
+@pytest.mark.parametrize(("context", "is_shown"), [(nullcontext, True), (plain_errors, False)])
+def test_only_scripts_hide_the_bars_of_loading_a_model(context, is_shown, tmp_path, model):
+    def program():
+        sys.stderr = open(tmp_path / "stderr.txt", "w", buffering=1)
+        transformers_logging.enable_progress_bar()  # earlier tests may have hidden them
+        diffusers_logging.enable_progress_bar()
+        with context():
+            FlexTokPipeline.from_pretrained(model)
+
+    assert run_processes(program, tmp_path) == [0]
+    assert ("Loading" in (tmp_path / "stderr.txt").read_text()) == is_shown
 
 
 def run(name, folder, output, model, limit=resource.RLIM_INFINITY):

@@ -1,10 +1,12 @@
-"""How the scripts end on what is not a fault of the program: a full disk, a missing file, Ctrl-C."""
+"""What the scripts do not say, and how they end on what is no fault of the program: a full disk, Ctrl-C."""
 
 import errno
+import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 
 
 TRACEBACK = "FLEXTOK_TRACEBACK"  # environment variable; if set, errors keep their traceback
@@ -23,9 +25,12 @@ ADVICE = {
 def plain_errors() -> Iterator[None]:
     """Run the main function of a script: errors of files and disks are one line on stderr, without a traceback.
 
+    What libraries say and nobody can act on is hidden from then on; see `quiet_libraries`.
+
     Raises:
         SystemExit: with code 1 for such an error, 130 for Ctrl-C.
     """
+    quiet_libraries()
     try:
         yield
     except KeyboardInterrupt:
@@ -36,6 +41,15 @@ def plain_errors() -> Iterator[None]:
             raise
         print(f"error: {describe(error)}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def quiet_libraries() -> None:
+    """Hide the bars for loading and saving models, and accelerate's note that tied weights are saved once."""
+    for name in ("transformers", "diffusers"):
+        if name in sys.modules:  # the script uses it; importing it takes seconds
+            import_module(f"{name}.utils.logging").disable_progress_bar()
+    note = "Removed shared tensor"
+    logging.getLogger("accelerate.utils.other").addFilter(lambda record: note not in record.getMessage())
 
 
 def describe(error: OSError) -> str:

@@ -1,6 +1,7 @@
 """Markdown tables, and the titles of metrics in them."""
 
 from collections.abc import Sequence
+from itertools import dropwhile, takewhile
 from typing import Any
 
 
@@ -32,3 +33,12 @@ def markdown_table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
     """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def first_table(page: str) -> str:
+    """Return the first table of a Markdown page, its columns padded to equal width for a terminal; "" without one."""
+    lines = dropwhile(lambda line: not line.startswith("|"), page.splitlines())
+    rows = [line[2:-2].split(" | ") for line in takewhile(lambda line: line.startswith("|"), lines)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    padded = [[cell.ljust(width, "-" if cell == "---" else " ") for cell, width in zip(row, widths)] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in padded)
