@@ -141,7 +141,9 @@ def test_an_own_attention_processor_is_used(tiny_decoder):
     assert velocity(tiny_decoder).equal(expected)
 
 
-@pytest.mark.parametrize("processor", [AttnProcessor2_0(), None, print, AttentionProcessor], ids=["other", "None", "function", "class"])
+@pytest.mark.parametrize(
+    "processor", [AttnProcessor2_0(), None, print, AttentionProcessor], ids=["other", "None", "function", "class"]
+)
 def test_attention_processors_of_other_models_are_refused(tiny_decoder, processor):
     with pytest.raises(TypeError, match="`processor` is a .*AttentionProcessor"):
         tiny_decoder.set_attn_processor(processor)
