@@ -259,8 +259,8 @@ def write_card(options: argparse.Namespace, writer: ShardWriter, facts: dict[str
 {num_rows:,} images as token ids; {num_skipped:,} could not be read and are skipped. `token_ids` holds a list of crops
 per image, the first of which is the center, and `height` and `width` their size in pixels. Each crop is a list of
 {facts["num_tokens"]} ids below {facts["codebook_size"]:,}, coarsest first, and any prefix describes the image. Created
-by `scripts/tokenize_dataset.py` of flextok_hf. The ids are only valid for the tokenizer with these weights. The license
-terms of the source apply to images and captions.
+by `scripts/tokenize_dataset.py` of flextok_hf. The ids are only valid for the tokenizer with these weights. The terms
+of the source apply to images and captions.
 
 ```python
 from datasets import load_dataset

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from huggingface_hub import RepoCard
 from paths import ROOT
 from PIL import Image
+from tiny_models import make_decoder, make_encoder
 
+from flextok_hf import FlexTokPipeline
 from flextok_hf.demo.actions import MAX_PHOTO_BYTES, MAX_PROMPT_CHARACTERS, NOT_UPLOADED, DemoActions
 
 
@@ -32,6 +35,25 @@ def test_a_photo_is_reconstructed_with_figures(actions, tiny_pipeline):
     pairs = list(zip(result.original.tobytes(), result.image.tobytes(), strict=True))
     error = sum((a - b) ** 2 for a, b in pairs) / len(pairs)
     assert result.psnr_db == pytest.approx(10 * math.log10(255**2 / error), abs=1e-3)
+
+
+def test_a_photo_keeps_its_proportions_on_request(tmp_path):
+    parts = make_encoder(positions="stretch"), make_decoder(positions="stretch"), FlowMatchEulerDiscreteScheduler()
+    pipe = FlexTokPipeline(*parts)
+    Image.open(PHOTO).resize((160, 90)).save(tmp_path / "wide.png")
+    actions = DemoActions(pipe, str(tmp_path))
+    result = actions.reconstruct(str(tmp_path / "wide.png"), 3, 5, True)
+    assert result.original.size == result.image.size == (20, 12)
+    generator = torch.Generator().manual_seed(5)
+    expected = pipe.reconstruct(str(tmp_path / "wide.png"), [3], generator=generator, size="keep")[0][0]
+    assert result.image.tobytes() == expected.tobytes()
+    assert actions.reconstruct(str(tmp_path / "wide.png"), 3, 5).image.size == (16, 16)
+
+
+@pytest.mark.parametrize("value, words", [(True, "squares only"), (1, "true or false"), ("yes", "true or false")])
+def test_proportions_that_cannot_be_kept_give_a_readable_message(actions, value, words):
+    with pytest.raises(ValueError, match=f"^[A-Z][^`]*{words}[.]$"):
+        actions.reconstruct(PHOTO, 3, 5, value)
 
 
 def test_a_prompt_gives_images_up_to_the_maximum_number_of_tokens(actions, tiny_pipeline):

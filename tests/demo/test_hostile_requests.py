@@ -114,7 +114,7 @@ def test_no_file_outside_the_upload_folder_is_read_and_no_answer_tells_whether_i
     answers = set()
     for path in [*secrets, f"{upload}/../../../{secrets[0]}"]:
         start = time.monotonic()
-        answers |= {visitor.run("reconstruct", [photo, 1, 0]) for photo in photos_of(path)}
+        answers |= {visitor.run("reconstruct", [photo, 1, 0, False]) for photo in photos_of(path)}
         assert time.monotonic() - start < ANSWER_S
     for path in [secrets[0], "/etc/passwd", "/proc/self/environ", "/dev/zero", "\0", "x" * 9999]:
         answers.add(visitor.run("vary", [{"path": path}, 1, "", 0]))
@@ -127,9 +127,9 @@ def test_links_pipes_and_folders_inside_the_upload_folder_are_not_read(visitor, 
     os.symlink(secrets[0], os.path.join(folder, "link.png"))
     os.mkfifo(os.path.join(folder, "pipe.png"))
     for name in ("link.png", "pipe.png", "", "missing.png", f"../{'x' * 300}"):
-        data = [{"path": os.path.join(folder, name), "meta": MARK}, 1, 0]
+        data = [{"path": os.path.join(folder, name), "meta": MARK}, 1, 0, False]
         assert visitor.run("reconstruct", data)[1] in (NOT_UPLOADED, NOT_UNDERSTOOD), name
-    assert visitor.run("reconstruct", [{"path": upload, "meta": MARK}, 1, 0])[0]
+    assert visitor.run("reconstruct", [{"path": upload, "meta": MARK}, 1, 0, False])[0]
 
 
 def test_files_outside_the_upload_folder_are_not_served_and_addresses_are_not_fetched(visitor, secrets):
@@ -145,9 +145,9 @@ def test_files_outside_the_upload_folder_are_not_served_and_addresses_are_not_fe
 @pytest.mark.parametrize(
     "function, data, words",
     [
-        ("reconstruct", [None, 1, 0], "Choose a photo"),
-        ("reconstruct", [], "takes 3 inputs, got 0"),
-        ("reconstruct", [None, 1, 0, 5], "takes 3 inputs, got 4"),
+        ("reconstruct", [None, 1, 0, False], "Choose a photo"),
+        ("reconstruct", [], "takes 4 inputs, got 0"),
+        ("reconstruct", [None, 1, 0, False, 5], "takes 4 inputs, got 5"),
         ("generate", [None] * 5, "Enter a prompt"),
         ("generate", ["a cat", None, 0, 1, 1], "number of tokens"),
         ("generate", ["a cat", "3", 0, 1, 1], "number of tokens"),
@@ -230,7 +230,7 @@ def loop(server, visitor, secrets, count, seed):
     draw = random.Random(seed)
     paths = [*secrets, "/etc/passwd", "/proc/self/environ", "/dev/zero", "http://127.0.0.1:9/x", "..", "\0"]
     photo = visitor.upload()
-    assert visitor.run("reconstruct", [photo, 6, 0])[0]
+    assert visitor.run("reconstruct", [photo, 6, 0, False])[0]
     for _ in range(20):  # warm up: threads and allocators
         hostile_request(visitor, draw, paths)
     before = server.memory_mb()
@@ -244,7 +244,7 @@ def loop(server, visitor, secrets, count, seed):
     print(f"\n{count} hostile requests, memory {growth:+.0f} MB")
     assert growth < MEMORY_GROWTH_MB
     assert "Traceback" not in server.log.read_text(), server.log.read_text()[-3000:]
-    succeeded, (_, image, facts) = visitor.run("reconstruct", [photo, 6, 0])
+    succeeded, (_, image, facts) = visitor.run("reconstruct", [photo, 6, 0, False])
     assert succeeded and "6 tokens" in facts and visitor.http.get(image["url"]).status_code == 200
 
 

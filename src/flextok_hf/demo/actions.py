@@ -115,12 +115,17 @@ class DemoActions:
         """Information in one token if all codes were equally likely."""
         return math.log2(self.pipe.codebook_size)
 
-    def open_photo(self, path: str | None) -> Image.Image:
-        """Read an uploaded photo and crop it to the square that the model sees, (R, R) in RGB.
+    def open_photo(self, path: str | None, keeps_shape: Any = False) -> Image.Image:
+        """Read an uploaded photo and crop it to what the model sees, in RGB: a square, or its own proportions.
 
         Raises:
-            ValueError: if there is none, or it is not an uploaded file, not an image, damaged or too large.
+            ValueError: if there is none, or it is not an uploaded file, not an image, damaged or too large; or if the
+                model knows squares only.
         """
+        if not isinstance(keeps_shape, bool):
+            raise ValueError("Whether to keep the proportions must be true or false.")
+        if keeps_shape and not self.pipe.size_rules.is_free:
+            raise ValueError("This model knows squares only.")
         if not path:
             raise ValueError("Choose a photo first.")
         content = read_upload(path, self.upload_folder)
@@ -136,17 +141,22 @@ class DemoActions:
         if width * height > MAX_PHOTO_MEGAPIXELS * 10**6:
             raise ValueError(self._too_large(f" This one has {width} x {height}."))
         try:
-            return resize_and_crop(load_image(content), self.pipe.resolution)
+            photo = load_image(content)
+            size = self.pipe.size_rules.chooser("keep" if keeps_shape else None)(photo.height, photo.width)
+            return resize_and_crop(photo, size)
         except ImageValueError as error:
             raise ValueError(f"This photo {error.__cause__}") from error
         except ValueError as error:
             raise ValueError("This image is damaged or truncated. Save it again and upload it once more.") from error
 
-    def reconstruct(self, path: str | None, num_tokens: Any, seed: Any = 0) -> Reconstruction:
-        """Reconstruct a photo from its first tokens."""
-        photo = self.open_photo(path)
+    def reconstruct(
+        self, path: str | None, num_tokens: Any, seed: Any = 0, keeps_shape: Any = False
+    ) -> Reconstruction:
+        """Reconstruct a photo from its first tokens, as a square or in its own proportions."""
+        photo = self.open_photo(path, keeps_shape)
         count = self.check_count(num_tokens, "tokens")
-        image = self.decode(self.pipe.tokenize(photo, count)[0].tolist(), seed)
+        size = (photo.height, photo.width)
+        image = self.decode(self.pipe.tokenize(photo, count, size)[0].tolist(), seed, size)
         psnr = peak_signal_to_noise(stack_images([image]), stack_images([photo])).item()
         return Reconstruction(photo, image, count, count * self.bits_per_token, psnr)
 
@@ -239,10 +249,16 @@ class DemoActions:
         changed = [*token_ids[: place - 1], new_id, *token_ids[place:]]
         return changed, self.decode(token_ids, seed), self.decode(changed, seed)
 
-    def decode(self, token_ids: list[int], seed: Any = 0) -> Image.Image:
-        """Decode one sequence of ids to an image."""
+    def decode(
+        self, token_ids: list[int], seed: Any = 0, size: tuple[int | None, int | None] = (None, None)
+    ) -> Image.Image:
+        """Decode one sequence of ids to an image, by default a square."""
         return self.pipe.detokenize(
-            torch.tensor([token_ids]), generator=self.generator(seed), callback_on_step_end=time_limit()
+            torch.tensor([token_ids]),
+            height=size[0],
+            width=size[1],
+            generator=self.generator(seed),
+            callback_on_step_end=time_limit(),
         ).images[0]
 
     def generator(self, seed: Any) -> torch.Generator:

@@ -93,6 +93,14 @@ def add_reconstruct(actions: DemoActions) -> None:
             photo = photo_input()
             count = token_slider(actions, "Tokens", actions.num_registers, "reconstruct-tokens")
             seed = seed_input()
+            keeps_shape = pass_on(
+                gr.Checkbox(
+                    False,
+                    label="Keep the proportions of the photo",
+                    info="Models that were trained on squares are better at squares.",
+                    visible=actions.pipe.size_rules.is_free,
+                )
+            )
             button = gr.Button("Reconstruct", variant="primary")
         with gr.Column(min_width=280, scale=2):
             with gr.Row():
@@ -100,18 +108,19 @@ def add_reconstruct(actions: DemoActions) -> None:
                 image = image_output(actions, "Reconstruction")
             facts = gr.Markdown(elem_id="reconstruct-facts")
 
-    def run(path, num_tokens, seed):
-        result = actions.reconstruct(path, num_tokens, seed)
+    def run(path, num_tokens, seed, keeps):
+        result = actions.reconstruct(path, num_tokens, seed, keeps)
         line = (
             f"**{token_count_title(result.num_tokens)}**, {result.bits:.0f} bits"
             f" ({result.bits / 8:.0f} bytes), PSNR {result.psnr_db:.1f} dB"
         )
         return result.original, result.image, line
 
-    inputs, outputs = [photo, count, seed], [original, image, facts]
+    inputs, outputs = [photo, count, seed, keeps_shape], [original, image, facts]
     on(button.click, answer(run), inputs, outputs, api_name="reconstruct")
     on(photo.upload, answer(run), inputs, outputs)
     on(count.release, answer(run), inputs, outputs, trigger_mode="always_last")
+    on(keeps_shape.input, answer(run), inputs, outputs)
 
 
 def add_generate(actions: DemoActions) -> None:
