@@ -4,7 +4,7 @@ import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .embedded import embedded_model
+from .embedded import embedded_model, list_models
 
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ __all__ = [
     "FlexTokPriorConfig",
     "FlexTokPriorForCausalLM",
     "embedded_model",
+    "list_models",
 ]
 
 # Modules of the public classes, imported on first use because their dependencies take seconds to load.

@@ -3,6 +3,20 @@
 from pathlib import Path
 
 
+OFFICIAL_TOKENIZERS = {
+    "flextok_d12_d12_in1k": "342 M",
+    "flextok_d18_d18_in1k": "950 M",
+    "flextok_d18_d28_in1k": "2.5 B",
+    "flextok_d18_d28_dfn": "2.5 B",
+}
+OFFICIAL_PRIORS = {
+    "FlexAR-113M-T2I": "218 M",
+    "FlexAR-382M-T2I": "537 M",
+    "FlexAR-1B-T2I": "1.4 B",
+    "FlexAR-3B-T2I": "3.4 B",
+    "FlexAR-1B-C2I": "unknown",
+    "GridAR-3B-T2I": "3.4 B",
+}
 EMBEDDED_MODEL_FOLDER = Path(__file__).parent / "embedded_model"
 
 
@@ -18,6 +32,28 @@ def embedded_model() -> str:
             " Reinstall flextok_hf, or pass another model (a folder or a Hub id)."
         )
     return str(EMBEDDED_MODEL_FOLDER)
+
+
+def list_models() -> list[dict[str, str]]:
+    """Return the models that are known by name: the embedded one, and the official ones on the Hub.
+
+    The official files have not been tried yet; their format is tested. Priors come with a tokenizer, whose license
+    applies to them as well: docs/migration.md.
+
+    Returns:
+        For each a `name`, `parameters` (without text encoders of official priors), `license`, and the `call` that
+        loads it.
+    """
+    start, owner = "FlexTokPipeline.from_", "EPFL-VILAB"
+    models = [("embedded", "15.4 M", "Apache-2.0", f"{start}pretrained(embedded_model())")]
+    for name, size in OFFICIAL_TOKENIZERS.items():
+        models.append((f"{owner}/{name}", size, "Apple, research only", f'{start}original("{owner}/{name}")'))
+    for name, size in OFFICIAL_PRIORS.items():
+        call = f"flextok convert --prior {owner}/{name} --output FOLDER"
+        if name.endswith("T2I") and name.startswith("Flex"):
+            call = f'{start}original("{owner}/flextok_d18_d28_dfn", prior="{owner}/{name}")'
+        models.append((f"{owner}/{name}", size, "Apache-2.0, its tokenizer: research only", call))
+    return [dict(zip(("name", "parameters", "license", "call"), model)) for model in models]
 
 
 def resolve_model(name: str | None) -> str:

@@ -326,4 +326,5 @@ def _add_convert(commands) -> None:
 def _add_info(commands) -> None:
     parser = _add_command(commands, "info", "describe a model: components, sizes, resolution, codebook")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--models", action="store_true", help="list the models known by name instead")
     _add_shared(parser, has_seed=False)

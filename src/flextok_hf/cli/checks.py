@@ -30,6 +30,8 @@ def check_options(options: argparse.Namespace) -> None:
     check_counts(options)
     if getattr(options, "frame_ms", None) is not None and not options.output.lower().endswith(ANIMATED):
         raise ValueError(f"`--frame-ms` is for an animation: pass an `--output` that ends in {ANIMATED}")
+    if getattr(options, "models", False) and options.model is not None:
+        raise ValueError("`--models` lists what there is: leave out `--model`, or `--models` to describe that one")
     options.model = resolve_model(options.model)
     if options.command == "demo":
         check_port(options.host, options.port)

@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
-from ..embedded import embedded_model
+from ..embedded import embedded_model, list_models
 from ..pipelines.bulk_tokenization import tokenize_batches
 from ..pipelines.images import load_image, prepare_each, resize_and_crop
 from ..pipelines.loading import load_pipeline
@@ -205,7 +205,11 @@ def convert(options: argparse.Namespace) -> None:
 
 
 def info(options: argparse.Namespace) -> None:
-    """Print the components and sizes of a model."""
+    """Print the components and sizes of a model, or the models known by name."""
+    if options.models:
+        models = list_models()
+        print(json.dumps(models, indent=2) if options.json else models_table(models))
+        return
     pipe = open_pipeline(options)
     folder = Path(options.model)
     components = {}
@@ -226,6 +230,13 @@ def info(options: argparse.Namespace) -> None:
         "components": components,
     }
     print(json.dumps(facts, indent=2) if options.json else info_table(facts))
+
+
+def models_table(models: list[dict[str, str]]) -> str:
+    """Return the models of `flextok info --models` as a readable table."""
+    rows = [list(models[0]), *(list(model.values()) for model in models)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
 def info_table(facts: dict[str, Any]) -> str:
