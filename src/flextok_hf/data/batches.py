@@ -8,12 +8,16 @@ import itertools
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .buckets import Shape
 from .image_stream import Place, StreamBatches, StreamedImageDataset
 from .samples import collate
 from .seeds import draw_seed
@@ -28,8 +32,11 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
     Args:
         num_rows: rows in the dataset.
         batch_size: rows per batch and process.
-        drop_last: drop the rows that do not fill a batch on every process. Otherwise the last batch is smaller; with
-            several processes it is padded from the start of the order, since each must get the same number of rows.
+        buckets: the bucket of each row, if the rows of a batch, on all processes, must share it; the batches of all
+            buckets are then shuffled too.
+        drop_last: drop the rows, of each bucket, that do not fill a batch on every process. Otherwise the last batch
+            is smaller; with several processes it is padded from the start of the order, since each must get the same
+            number of rows.
     """
 
     def __init__(
@@ -41,6 +48,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         drop_last: bool,
         process_index: int = 0,
         num_processes: int = 1,
+        buckets: Sequence[Shape] | None = None,
     ):
         self.num_rows = num_rows
         self.batch_size = batch_size
@@ -51,11 +59,17 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         self.num_processes = num_processes
         self.epoch = 0
         self.first_batch = 0
+        self.counts, self.buckets = [num_rows], None
+        if buckets is not None:
+            counts = Counter(buckets)
+            numbers = {bucket: number for number, bucket in enumerate(sorted(counts))}
+            self.counts = [counts[bucket] for bucket in numbers]
+            self.buckets = torch.tensor([numbers[bucket] for bucket in buckets])
 
     def __len__(self) -> int:
         """Return the batches per full epoch on this process, wherever the next iteration starts."""
         stride = self.batch_size * self.num_processes
-        return self.num_rows // stride if self.drop_last else -(-self.num_rows // stride)
+        return sum(count // stride if self.drop_last else -(-count // stride) for count in self.counts)
 
     def set_position(self, epoch: int, first_batch: int = 0) -> None:
         """Make the next iteration run through `epoch`, starting at `first_batch`."""
@@ -63,16 +77,27 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch
-        order = torch.arange(self.num_rows)
-        if self.shuffle:
-            order = torch.randperm(self.num_rows, generator=torch.Generator().manual_seed(draw_seed(self.seed, epoch)))
-        stride = self.batch_size * self.num_processes
-        for batch in range(self.first_batch, len(self)):
-            rows = order[batch * stride : (batch + 1) * stride]
-            if self.num_processes > 1 and len(rows) < stride:
-                rows = order[torch.arange(batch * stride, (batch + 1) * stride) % self.num_rows]
+        for rows in self._all_batches(epoch)[self.first_batch : len(self)]:
             rows = rows[self.process_index * self.batch_size : (self.process_index + 1) * self.batch_size].tolist()
             yield [(row, draw_seed(self.seed, epoch, row)) for row in rows]
+
+    def _all_batches(self, epoch: int) -> list[Tensor]:
+        """Return the rows of every batch of an epoch, on all processes."""
+        generator = torch.Generator().manual_seed(draw_seed(self.seed, epoch))
+        shuffled = partial(torch.randperm, generator=generator) if self.shuffle else torch.arange
+        order, stride = shuffled(self.num_rows), self.batch_size * self.num_processes
+        groups = [order]
+        if self.buckets is not None:
+            groups = [order[self.buckets[order] == number] for number in range(len(self.counts))]
+        batches: list[Tensor] = []
+        for group in groups:
+            for rows in group.split(stride):
+                if len(rows) < stride and self.num_processes > 1:
+                    rows = torch.cat([rows, group[torch.arange(stride - len(rows)) % len(group)]])
+                batches.append(rows)
+            if self.drop_last and len(group) % stride:
+                batches.pop()
+        return batches if self.buckets is None else [batches[number] for number in shuffled(len(batches))]
 
 
 def shield_worker(worker: int) -> None:
@@ -126,10 +151,14 @@ def build_dataloader(
         dataset.set_processes(process_index, num_processes)
         options["collate_fn"] = None
         return DataLoader(StreamBatches(dataset, batch_size, drop_last), batch_size=None, **options)
-    sampler = EpochBatchSampler(len(dataset), batch_size, shuffle, seed, drop_last, process_index, num_processes)
+    buckets = getattr(dataset, "row_shapes", None)
+    split = (process_index, num_processes, buckets)
+    sampler = EpochBatchSampler(len(dataset), batch_size, shuffle, seed, drop_last, *split)
     if len(sampler) == 0:
+        of_one_shape = "" if buckets is None else " in any bucket"
         raise ValueError(
-            f"{len(dataset)} rows do not fill one batch of `batch_size` {batch_size} on {num_processes} process(es)."
+            f"{len(dataset)} rows do not fill one batch of `batch_size` {batch_size}{of_one_shape} on {num_processes}"
+            " process(es)."
             " Lower `batch_size`, or set `drop_last=False`."
         )
     return DataLoader(dataset, batch_sampler=sampler, persistent_workers=num_workers > 0, **options)

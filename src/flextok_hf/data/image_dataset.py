@@ -1,6 +1,6 @@
 """Map-style datasets: images or token ids, with captions and classes.
 
-Letters: R resolution (side of the square images).
+Letters: H W sides of an image.
 """
 
 from dataclasses import replace
@@ -8,12 +8,11 @@ from typing import Any
 
 import datasets
 import pyarrow.compute
-import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
+from .buckets import Shape, ShapeStacks
 from .columns import Columns, class_range_message, undecoded
-from .row_reader import read_rows
+from .row_reader import read_rows, read_shapes
 from .samples import ImageTransform, draw_conditions, read_sample
 from .seeds import seeded_generator
 from .skipped_rows import MAX_UNREADABLE_ROWS, SkippedRows, UnreadableRow, no_image_error
@@ -23,19 +22,20 @@ class ImageDataset(Dataset):
     """Map-style dataset of images, or their token ids, with captions and classes.
 
     Items are indexed by row, or by (row, draw), where `draw` seeds flips, crops and the caption choice; without it
-    these come from the worker's global generator. An unreadable row is replaced by the next readable one, so that
-    batches keep their size.
+    these come from the worker's global generator. An unreadable row is replaced by the next readable one, in its own
+    shape, so that batches keep their size.
 
     Args:
         dataset: the rows.
         transform: turns an image into `pixel_values`.
         columns: what to read from a row.
-        cache_in_memory: decode everything up front and keep 3 * R * R bytes per image; unreadable rows are dropped.
-        num_workers: processes that decode images for the cache.
+        cache_in_memory: decode everything up front and keep 3 * H * W bytes per image; unreadable rows are dropped.
+        num_workers: processes that decode images for the cache, or read their shapes.
         fail_on_unreadable: raise an error for an unreadable row.
 
     Attributes:
         skipped: {row of `dataset`: reason} for the rows that this process found unreadable.
+        row_shapes: height and width of each row's image, if `transform` has several; otherwise `None`.
         class_names: class names, or class numbers as strings if there are no names; `None` without classes.
     """
 
@@ -56,10 +56,13 @@ class ImageDataset(Dataset):
         self.transform = transform
         self.columns = columns
         self.skipped = SkippedRows(fail_on_unreadable)
-        self.pixels: Tensor | None = None  # (rows, 3, R, R) uint8 once cached
+        self.pixels: ShapeStacks | None = None  # (3, H, W) uint8 once cached
         self.rows: Any = undecoded(dataset, columns)
+        self.row_shapes: list[Shape] | None = None
         if cache_in_memory:
             self._fill_cache(num_workers)
+        elif len(transform.shapes) > 1:
+            self.row_shapes = read_shapes(self.rows, transform, columns, num_workers)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -84,7 +87,8 @@ class ImageDataset(Dataset):
             try:
                 if candidate not in self.skipped:
                     generator = seeded_generator(draw)  # does not depend on when earlier rows failed
-                    sample = read_sample(self.rows[candidate], self.columns, self.transform, generator)
+                    shape = None if self.row_shapes is None else self.row_shapes[row]
+                    sample = read_sample(self.rows[candidate], self.columns, self.transform, generator, shape)
                     return {**sample, "unreadable": unreadable} if unreadable else sample
             except UnreadableRow as error:
                 self.skipped.add(candidate, error)
@@ -96,7 +100,9 @@ class ImageDataset(Dataset):
         if not found:
             raise no_image_error(f"all {len(self.rows)} rows", self.columns)
         self.rows = [values for _, values in found]  # plain dicts: reading single rows of an Arrow table is slow
-        self.pixels = torch.stack([pixels for pixels, _ in found]).share_memory_()  # one copy for all workers
+        self.pixels = ShapeStacks([pixels for pixels, _ in found])
+        if len(self.transform.shapes) > 1:
+            self.row_shapes = self.pixels.shapes()
 
 
 def check_classes(dataset: datasets.Dataset, columns: Columns) -> None:

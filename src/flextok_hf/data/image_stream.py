@@ -25,7 +25,8 @@ from .skipped_rows import MAX_UNREADABLE_ROWS, SkippedRows, UnreadableRow, no_im
 READ_BLOCK = 64  # rows per block if nothing is shuffled
 
 # Position in a stream: "rows", the state of the dataset before the current block; "row", the number of the block's
-# first row; "offset", how many of its rows are done. `None` is the beginning.
+# first row; "offset", how many of its rows are done; "waiting", those of them that do not fill a batch of their shape
+# yet, as blocks with their "rows", "row" and "offsets". `None` is the beginning.
 Place = dict[str, Any] | None
 
 
@@ -87,12 +88,14 @@ class StreamedImageDataset(IterableDataset):
         return (sample for sample, _ in self.read(None))
 
     def read(self, place: Place) -> Iterator[tuple[dict[str, Any], Place]]:
-        """Yield (sample, position after it), starting at `place`; skipped rows are recorded in `skipped`."""
+        """Yield (sample, position after it), starting at `place`; skipped rows are recorded in `skipped`.
+
+        The rows that were waiting at `place` are not among them.
+        """
         num_failed, equal = 0, Counter[str]()
         for row, values, place_after in self._read_rows(place):
-            generator = torch.Generator().manual_seed(draw_seed(*self._reader(), row))
             try:
-                sample = read_sample(values, self.columns, self.transform, generator)
+                sample = self._read_sample(row, values)
             except UnreadableRow as error:
                 process, worker = self._reader()[2:]
                 where = f"first met at row {row} of epoch {self.epoch}, process {process}, reader {worker}"
@@ -105,6 +108,22 @@ class StreamedImageDataset(IterableDataset):
             else:
                 num_failed = 0
                 yield sample, place_after
+
+    def read_waiting(self, place: Place) -> Iterator[tuple[dict[str, Any], Place]]:
+        """Yield (sample, position after it) for the rows that were waiting at `place`."""
+        for block in (place or {}).get("waiting", ()):
+            left = set(block["offsets"])
+            for row, values, place_after in self._read_rows({**block, "offset": 0}):
+                assert place_after is not None
+                if place_after["offset"] in left:
+                    yield self._read_sample(row, values), place_after
+                    left.remove(place_after["offset"])
+                if not left:
+                    break
+
+    def _read_sample(self, row: int, values: dict[str, Any]) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(draw_seed(*self._reader(), row))
+        return read_sample(values, self.columns, self.transform, generator)
 
     def _reader(self) -> tuple[int, int, int, int]:
         """Seed, epoch, process and worker, which identify one sequence of rows."""
@@ -137,6 +156,8 @@ class StreamedImageDataset(IterableDataset):
 class StreamBatches(IterableDataset):
     """Batches of a stream: {..., "reader": worker number, "place": its position after the batch}.
 
+    All images of a batch have the same shape.
+
     Args:
         dataset: the stream.
         batch_size: samples per batch.
@@ -159,21 +180,45 @@ class StreamBatches(IterableDataset):
         worker = get_worker_info()
         reader = "0" if worker is None else str(worker.id)
         place = self.places.get(reader)
-        samples: list[dict[str, Any]] = []
+        waiting: dict[Any, list[tuple[dict[str, Any], Any]]] = {}  # of each shape, with their places
         num_reported = len(self.dataset.skipped)
 
         def report() -> dict[str, Any]:
             nonlocal num_reported
             fresh = dict(islice(self.dataset.skipped.items(), num_reported, None))
             num_reported = len(self.dataset.skipped)
-            return {"reader": reader, "place": place, **({"unreadable": fresh} if fresh else {})}
+            blocks = group_by_block([one for group in waiting.values() for _, one in group])
+            here = {**place, "waiting": blocks} if place and blocks else place
+            return {"reader": reader, "place": here, **({"unreadable": fresh} if fresh else {})}
 
+        def take(group: list[tuple[dict[str, Any], Any]]) -> dict[str, Any]:
+            samples = [sample for sample, _ in group[: self.batch_size]]
+            del group[: self.batch_size]
+            return {**collate(samples), **report()}
+
+        for sample, one in self.dataset.read_waiting(place):
+            waiting.setdefault(shape_of(sample), []).append((sample, one))
         for sample, place in self.dataset.read(place):
-            samples.append(sample)
-            if len(samples) == self.batch_size:
-                yield {**collate(samples), **report()}
-                samples = []
-        if samples and not self.drop_last:
-            yield {**collate(samples), **report()}
-        elif len(self.dataset.skipped) > num_reported:
+            group = waiting.setdefault(shape_of(sample), [])
+            group.append((sample, place))
+            if len(group) >= self.batch_size:
+                yield take(group)
+        for group in waiting.values():
+            while group and not self.drop_last:
+                yield take(group)
+        if len(self.dataset.skipped) > num_reported:
             yield report()
+
+
+def shape_of(sample: dict[str, Any]) -> Any:
+    """Return what the samples of a batch must share."""
+    return sample["pixel_values"].shape if "pixel_values" in sample else None
+
+
+def group_by_block(places: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the blocks of single rows, given by the places after them, in the order of the stream."""
+    blocks: dict[int, dict[str, Any]] = {}
+    for place in sorted(places, key=lambda place: (place["row"], place["offset"])):
+        block = blocks.setdefault(place["row"], {"rows": place["rows"], "row": place["row"], "offsets": []})
+        block["offsets"].append(place["offset"])
+    return list(blocks.values())

@@ -1,6 +1,6 @@
-"""Decoding a whole dataset once, in order, to keep its pixels or latents in memory.
+"""Reading a whole dataset once, in order: decoded, to keep its pixels or latents in memory, or only the shapes.
 
-Letters: R resolution.
+Letters: H W sides of an image.
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from ..pipelines.images import image_size
+from .buckets import Shape, nearest_shape
 from .columns import Columns
 from .samples import ImageTransform, draw_conditions, read_image
 from .skipped_rows import SkippedRows, UnreadableRow
@@ -20,7 +22,7 @@ READ_BATCH = 64  # rows that a worker sends in one go
 
 
 class RowReader(Dataset):
-    """Row number -> (pixels (3, R, R) uint8, the row without its image), or (None, the error)."""
+    """Row number -> (pixels (3, H, W) uint8, the row without its image), or (None, the error)."""
 
     def __init__(self, rows: Any, transform: ImageTransform, columns: Columns):
         self.rows, self.transform, self.columns = rows, transform, columns
@@ -41,7 +43,7 @@ class RowReader(Dataset):
 def read_rows(
     rows: Any, transform: ImageTransform, columns: Columns, skipped: SkippedRows, num_workers: int
 ) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """Decode all rows in order and yield pixels (3, R, R) uint8 and the row without its image.
+    """Decode all rows in order and yield pixels (3, H, W) uint8 and the row without its image.
 
     Unreadable rows are added to `skipped` and omitted.
     """
@@ -57,3 +59,27 @@ def read_rows(
                 else:
                     yield torch.from_numpy(pixels), values
             bar.update(len(items))
+
+
+class ShapeReader(Dataset):
+    """Row number -> the shape that its image gets; an image that cannot be read counts as a square."""
+
+    def __init__(self, rows: Any, transform: ImageTransform, column: str):
+        self.rows, self.transform, self.column = rows.select_columns([column]), transform, column
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> Shape:
+        try:
+            size = read_image(self.rows[row][self.column], image_size)
+        except UnreadableRow:  # it will fail again, and be reported, in training
+            size = (1, 1)
+        return nearest_shape(size, self.transform.shapes)
+
+
+def read_shapes(rows: Any, transform: ImageTransform, columns: Columns, num_workers: int) -> list[Shape]:
+    """Return the shape of every row, from the headers of its images."""
+    reader = ShapeReader(rows, transform, columns.image)
+    loader = DataLoader(reader, batch_size=READ_BATCH, num_workers=num_workers, collate_fn=list)
+    return [shape for shapes in tqdm(loader, desc="Reading shapes", mininterval=2) for shape in shapes]

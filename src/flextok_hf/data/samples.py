@@ -1,9 +1,9 @@
 """Dataset row -> training sample, and samples -> batch.
 
-Letters: B batch, R resolution (side of the square images), K tokens per image.
+Letters: B batch, R resolution (side of a square image), H W sides of the images of a batch, K tokens per image.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,53 +14,65 @@ from PIL import Image
 from torch import Tensor
 
 from ..pipelines.images import image_to_pixels, load_image, pixels_to_values, resize_and_crop, to_rgb
+from .buckets import Shape, nearest_shape
 from .columns import Columns, class_range_message
 from .skipped_rows import UnreadableRow
 
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """Turns a PIL image into float32 `pixel_values` (3, R, R) in [-1, 1]; picklable for workers.
+    """Turns a PIL image into float32 `pixel_values` (3, H, W) in [-1, 1]; picklable for workers.
 
     Args:
-        resolution: R.
+        resolution: R; H and W, unless there are `shapes`.
         random_flip: mirror half of the images. Leave it off if left and right matter, as in captions.
-        random_crop: crop the square at a random position instead of the center. The aspect ratio is kept either way.
-        min_crop_scale: smallest side of a random crop, relative to the shorter side of the image.
+        random_crop: crop at a random position instead of the center. The aspect ratio is kept either way.
+        min_crop_scale: smallest size of a random crop, relative to the largest one that fits into the image.
+        shapes: an image gets the one that its proportions are closest to, as its height and width.
     """
 
     resolution: int
     random_flip: bool = False
     random_crop: bool = False
     min_crop_scale: float = 1.0
+    shapes: tuple[Shape, ...] = ()
 
-    def to_pixels(self, image: Image.Image, generator: torch.Generator | None = None) -> Tensor:
-        """Resize and crop to uint8 (3, R, R): the expensive half, deterministic without `random_crop`."""
+    def to_pixels(
+        self, image: Image.Image, generator: torch.Generator | None = None, shape: Shape | None = None
+    ) -> Tensor:
+        """Resize and crop to uint8 (3, H, W), by default of the nearest shape: deterministic without `random_crop`."""
         image = to_rgb(image)
+        shape = shape or nearest_shape((image.height, image.width), self.shapes or [(self.resolution,) * 2])
         if self.random_crop:
-            image = image.crop(self.draw_box(image.width, image.height, generator))
-        return image_to_pixels(resize_and_crop(image, self.resolution))
+            image = image.crop(self.draw_box(image.width, image.height, generator, shape))
+        return image_to_pixels(resize_and_crop(image, shape))
 
-    def draw_box(self, width: int, height: int, generator: torch.Generator | None) -> tuple[int, int, int, int]:
-        """Draw the square to crop from an image: left, top, right and bottom."""
+    def draw_box(
+        self, width: int, height: int, generator: torch.Generator | None, shape: Shape = (1, 1)
+    ) -> tuple[int, int, int, int]:
+        """Draw the box with the proportions of `shape` to crop from an image: left, top, right and bottom."""
         scale, across, down = torch.rand(3, generator=generator).tolist()
-        side = max(1, round(min(width, height) * (self.min_crop_scale + (1 - self.min_crop_scale) * scale)))
-        left, top = round((width - side) * across), round((height - side) * down)
-        return left, top, left + side, top + side
+        scale = self.min_crop_scale + (1 - self.min_crop_scale) * scale
+        box_width = max(1, round(min(width, height * shape[1] / shape[0]) * scale))
+        box_height = max(1, round(min(height, width * shape[0] / shape[1]) * scale))
+        left, top = round((width - box_width) * across), round((height - box_height) * down)
+        return left, top, left + box_width, top + box_height
 
     def to_values(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Mirror at random if `random_flip` is set, and scale uint8 (3, R, R) to float32 in [-1, 1]."""
+        """Mirror at random if `random_flip` is set, and scale uint8 (3, H, W) to float32 in [-1, 1]."""
         if self.random_flip and draw_flip(generator):
             pixels = pixels.flip(-1)
         return pixels_to_values(pixels)
 
-    def __call__(self, image: Image.Image, generator: torch.Generator | None = None) -> Tensor:
-        """Turn `image` into (3, R, R); random draws use `generator`, by default the worker's global one."""
-        return self.to_values(self.to_pixels(image, generator), generator)
+    def __call__(
+        self, image: Image.Image, generator: torch.Generator | None = None, shape: Shape | None = None
+    ) -> Tensor:
+        """Turn `image` into (3, H, W); random draws use `generator`, by default the worker's global one."""
+        return self.to_values(self.to_pixels(image, generator, shape), generator)
 
 
-def read_image(value: dict[str, Any] | None) -> Image.Image:
-    """Open an undecoded value {"bytes", "path"} of an image column as RGB.
+def read_image(value: dict[str, Any] | None, read: Callable[[Any], Any] = load_image) -> Any:
+    """Read an undecoded value {"bytes", "path"} of an image column, by default as RGB.
 
     Raises:
         UnreadableRow: if the image is missing, damaged or may not be read.
@@ -73,7 +85,7 @@ def read_image(value: dict[str, Any] | None) -> Image.Image:
         if content is None and not Path(value["path"]).is_file() and "://" in value["path"]:
             with xopen(value["path"], "rb") as file:
                 content = file.read()
-        return load_image(value["path"] if content is None else content)
+        return read(value["path"] if content is None else content)
     except (ValueError, FileNotFoundError, PermissionError) as error:
         raise UnreadableRow(str(error)) from error
 
@@ -132,9 +144,13 @@ def draw_token_ids(value: Any, columns: Columns, generator: torch.Generator | No
 
 
 def read_sample(
-    row: dict[str, Any], columns: Columns, transform: ImageTransform, generator: torch.Generator | None
+    row: dict[str, Any],
+    columns: Columns,
+    transform: ImageTransform,
+    generator: torch.Generator | None,
+    shape: Shape | None = None,
 ) -> dict[str, Any]:
-    """Turn a row into a sample: `pixel_values` (3, R, R) or `token_ids` (K,), plus its conditions.
+    """Turn a row into a sample: `pixel_values` (3, H, W) or `token_ids` (K,), plus its conditions.
 
     Raises:
         UnreadableRow: if the row is incomplete or damaged.
@@ -142,7 +158,7 @@ def read_sample(
     if columns.token_ids is not None:
         sample = {"token_ids": draw_token_ids(row[columns.token_ids], columns, generator)}
     else:
-        sample = {"pixel_values": transform(read_image(row[columns.image]), generator)}
+        sample = {"pixel_values": transform(read_image(row[columns.image]), generator, shape)}
     return {**sample, **draw_conditions(row, columns, generator)}
 
 
@@ -150,7 +166,7 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Stack samples into a batch.
 
     Args:
-        samples: each with `pixel_values` (3, R, R), `latents` (C, h, w) or `token_ids` (K,), and optionally
+        samples: each with `pixel_values` (3, H, W), `latents` (C, h, w) or `token_ids` (K,), and optionally
             `captions`, a string, `class_labels`, a number, and `unreadable`, the rows that were skipped to get to it.
 
     Returns:

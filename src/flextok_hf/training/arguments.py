@@ -11,6 +11,7 @@ from diffusers.optimization import SchedulerType
 
 from ..models.configuration_encoder import TOKEN_LAYOUTS
 from ..models.nested_dropout import KEEP_MODES
+from ..models.patches import MAX_AREA, POSITIONS, check_positions
 from ..pipelines.flow import SIGMA_DISTRIBUTIONS
 
 
@@ -19,6 +20,16 @@ def option(default: Any, text: str) -> Any:
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": text})
     return field(default=default, metadata={"help": text})
+
+
+def check_shapes(arguments: "TrainingArguments", positions: str) -> None:
+    """Raise a ValueError if training on other shapes than the square needs other positions than the model has."""
+    for name in ("buckets", "max_area"):
+        if getattr(arguments, name) and positions != "stretch":
+            raise ValueError(
+                f'`{name}` needs a tokenizer for any shape, but its `positions` are "{positions}": train one with'
+                ' `positions` "stretch", also from a `pretrained_tokenizer`.'
+            )
 
 
 @dataclass(kw_only=True)
@@ -35,10 +46,14 @@ class TrainingArguments:
     dataset_config_name: str | None = option(None, "Configuration of a Hub dataset that has several.")
     image_column: str = option("image", "Image column.")
     resolution: int = option(256, "Height and width of the training images, in pixels.")
+    buckets: bool = option(
+        False, "Aspect ratio buckets: train on images of all proportions, in batches of one shape, not on squares."
+    )
+    max_area: int | None = option(None, "Pixels per training image, at most; if unset, `resolution` squared.")
     random_flip: bool = option(False, "Flip images horizontally with probability 0.5.")
-    random_crop: bool = option(False, "Take a random square crop instead of the center crop.")
+    random_crop: bool = option(False, "Take a random crop instead of the center crop.")
     min_crop_scale: float = option(
-        1.0, "With `random_crop`: smallest side of the crop, relative to the shorter image side."
+        1.0, "With `random_crop`: smallest size of the crop, relative to the largest one that fits into the image."
     )
     streaming: bool = option(False, "Stream the data while training, without a local copy.")
     shuffle_buffer: int = option(1000, "Rows shuffled together when streaming; 0 keeps the row order.")
@@ -79,6 +94,7 @@ class TrainingArguments:
     # Smallest and largest allowed values of options that have bounds.
     LIMITS: ClassVar[dict[str, tuple[float, float]]] = {
         "resolution": (1, inf),
+        "max_area": (1, inf),
         "min_crop_scale": (0.01, 1),
         "shuffle_buffer": (0, inf),
         "max_train_samples": (1, inf),
@@ -117,6 +133,13 @@ class TrainingArguments:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
         if self.min_crop_scale < 1 and not self.random_crop:
             raise ValueError(f"`min_crop_scale` is {self.min_crop_scale}, but crops are fixed: set `random_crop` too.")
+        if self.max_area is not None and self.max_area > MAX_AREA * self.resolution**2:
+            raise ValueError(
+                f"`max_area` must be at most {MAX_AREA} times the square of `resolution` ({self.resolution}), which is"
+                f" {MAX_AREA * self.resolution**2}, got {self.max_area}."
+            )
+        if self.buckets and self.train_data == ["synthetic"]:
+            raise ValueError("`buckets` needs images of other shapes, but those of `train_data` synthetic are square.")
         if self.hub_model_id is not None and not self.push_to_hub:
             raise ValueError(
                 f"`hub_model_id` is {self.hub_model_id!r}, but nothing is uploaded: set `push_to_hub` too."
@@ -166,6 +189,10 @@ class TokenizerArguments(TrainingArguments):
     )
     freeze_encoder: bool = option(False, "Train only the decoder: the tokens of an image do not change.")
     token_layout: str = option("registers", "Ordered `registers`, or a `grid` with one token per patch as a control.")
+    positions: str = option(
+        "crop", "Positions of other shapes than the square: `crop` as published, or `stretch`, for any shape."
+    )
+    shape_conditioning: bool = option(False, "Tell encoder and decoder size and proportions; with `stretch`.")
     num_registers: int = option(256, "Maximum number of tokens; for a grid, its number of patches.")
     fsq_levels: list[int] = option([8, 8, 8, 5, 5, 5], "FSQ levels per code dimension.")
     head_dim: int = option(64, "Dimension of an attention head.")
@@ -229,6 +256,7 @@ class TokenizerArguments(TrainingArguments):
         "sigma_distribution": SIGMA_DISTRIBUTIONS,
         "keep_mode": KEEP_MODES,
         "token_layout": TOKEN_LAYOUTS,
+        "positions": POSITIONS,
     }
 
     def __post_init__(self):
@@ -240,6 +268,9 @@ class TokenizerArguments(TrainingArguments):
                 )
         if not self.fsq_levels or min(self.fsq_levels) < 2:
             raise ValueError(f"`fsq_levels` must be a non-empty list of numbers of at least 2, got {self.fsq_levels}.")
+        check_positions(self.positions, self.shape_conditioning, self.token_layout)
+        if self.pretrained_tokenizer is None:
+            check_shapes(self, self.positions)
         if self.joint_lengths and self.full_length_probability > 0:
             raise ValueError(
                 "`joint_lengths` decodes every sample at full length: set `full_length_probability` to 0."
@@ -254,6 +285,8 @@ class TokenizerArguments(TrainingArguments):
                     raise ValueError(f"`{name}` trains the encoder, which `freeze_encoder` freezes: set it to 0.")
         if self.repa_network is not None and self.cache_latents:
             raise ValueError("`repa_network` needs images, which `cache_latents` does not keep: drop one of them.")
+        if self.repa_network is not None and (self.buckets or self.max_area is not None):
+            raise ValueError("`repa_network` needs squares of `resolution`: drop it, or `buckets` and `max_area`.")
 
 
 @dataclass(kw_only=True)
@@ -305,6 +338,6 @@ class PriorArguments(TrainingArguments):
                 f"`hidden_size` must be a multiple of `num_heads` ({self.num_heads}), got {self.hidden_size}."
             )
         if self.token_column is not None:
-            for name in ("cache_latents", "cache_in_memory", "random_flip", "random_crop"):
+            for name in ("cache_latents", "cache_in_memory", "random_flip", "random_crop", "buckets", "max_area"):
                 if getattr(self, name):
                     raise ValueError(f"`{name}` applies to images, but `token_column` reads token ids: leave it out.")

@@ -1,7 +1,9 @@
 """The training stages, from options to a saved model: data, model, loop, validation, export."""
 
 import itertools
+import logging
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
 
 from ..data.batches import TrainingBatches, build_dataloader
+from ..data.buckets import Shape, bucket_shapes
 from ..data.columns import Columns
 from ..data.image_dataset import ImageDataset
 from ..data.image_stream import StreamedImageDataset
@@ -23,7 +26,7 @@ from ..data.token_dataset import check_token_data
 from ..data.training_dataset import load_training_dataset
 from ..models.configuration_encoder import FlexTokEncoderConfig
 from ..pipelines.pipeline_flextok import FlexTokPipeline
-from .arguments import PriorArguments, TokenizerArguments, TrainingArguments, VaeArguments
+from .arguments import PriorArguments, TokenizerArguments, TrainingArguments, VaeArguments, check_shapes
 from .checkpoints import find_checkpoint
 from .loop import Trainer
 from .optimization import split_by_decay
@@ -44,6 +47,8 @@ from .validation import (
 )
 from .weights import unsharded
 
+
+logger = logging.getLogger(__name__)
 
 SCALING_BATCHES = 16  # training batches used to measure the scale of the latents
 
@@ -76,7 +81,8 @@ def train_vae(arguments: VaeArguments, accelerator: Accelerator) -> Path:
     """
     vae = build_vae(arguments)
     columns = Columns(arguments.image_column)
-    dataset, held_out = load_train_data(arguments, columns), load_validation_data(arguments, columns)
+    dataset = load_train_data(arguments, columns, patch_side(vae))
+    held_out = load_validation_data(arguments, columns)
     if arguments.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     model = VaeForTraining(vae, arguments).to(memory_format=torch.channels_last)
@@ -122,7 +128,8 @@ def train_tokenizer(arguments: TokenizerArguments, accelerator: Accelerator) -> 
     if vae is not None:
         vae.requires_grad_(False).eval().to(accelerator.device)
     columns = Columns(arguments.image_column)
-    dataset, held_out = load_train_data(arguments, columns), load_validation_data(arguments, columns)
+    dataset = load_train_data(arguments, columns, patch_side(vae, encoder, decoder))
+    held_out = load_validation_data(arguments, columns)
     if arguments.cache_latents:
         dataset = cached(dataset, vae, arguments)
     if arguments.gradient_checkpointing:
@@ -174,11 +181,13 @@ def train_prior(arguments: PriorArguments, accelerator: Accelerator) -> Path:
     columns = prior_columns(arguments, config)
     if arguments.token_column is not None:
         check_token_data(arguments.train_data, arguments.tokenizer)
-    pipe = None
+    pipe, unit = None, 1
     if arguments.token_column is None or (arguments.validation_prompts and arguments.validation_steps):
         pipe = FlexTokPipeline.from_pretrained(arguments.tokenizer).to(accelerator.device)
         arguments = replace(arguments, resolution=pipe.resolution)
-    dataset, held_out = load_train_data(arguments, columns), load_validation_data(arguments, columns)
+        check_shapes(arguments, pipe.decoder.config.positions)
+        unit = patch_side(pipe.vae, pipe.encoder, pipe.decoder)
+    dataset, held_out = load_train_data(arguments, columns, unit), load_validation_data(arguments, columns)
     text_tokenizer, text_encoder, class_names = None, None, dataset.class_names
     if held_out is not None:
         check_same_classes(held_out.class_names, class_names)
@@ -274,11 +283,20 @@ def text_components(
     return tokenizer, encoder
 
 
-def load_train_data(arguments: TrainingArguments, columns: Columns) -> TrainingData:
-    """Load the training data."""
-    transform = ImageTransform(
-        arguments.resolution, arguments.random_flip, arguments.random_crop, arguments.min_crop_scale
-    )
+def patch_side(vae: AutoencoderKL | None, *models: torch.nn.Module) -> int:
+    """Return what the sides of an image must be multiples of, in pixels: whole patches of the models."""
+    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    return factor * math.lcm(*(model.config.patch_size for model in models))
+
+
+def load_train_data(arguments: TrainingArguments, columns: Columns, unit: int) -> TrainingData:
+    """Load the training data; the sides of the images are multiples of `unit`."""
+    crop = (arguments.random_flip, arguments.random_crop, arguments.min_crop_scale)
+    shapes: tuple[Shape, ...] = ()
+    if arguments.buckets or arguments.max_area is not None:
+        shapes = bucket_shapes(arguments.max_area or arguments.resolution**2, unit, not arguments.buckets)
+        logger.info("Height x width of the training images: %s.", ", ".join("%d x %d" % shape for shape in shapes))
+    transform = ImageTransform(arguments.resolution, *crop, shapes)
     return load_training_dataset(
         arguments.train_data,
         transform=transform,
@@ -306,6 +324,12 @@ def cached(dataset: TrainingData, vae: AutoencoderKL | None, arguments: Training
 
 def serve(arguments: TrainingArguments, accelerator: Accelerator, dataset: TrainingData) -> TrainingBatches:
     """Return this process's share of the training data, in batches."""
+    row_shapes = getattr(dataset, "row_shapes", None)
+    if row_shapes is not None and accelerator.is_main_process:
+        batch = arguments.train_batch_size * accelerator.num_processes
+        for (height, width), count in sorted(Counter(row_shapes).items()):
+            note = "" if count >= batch else f", fewer than the {batch} of a batch: they are never used"
+            logger.log(logging.WARNING if note else logging.INFO, "%d x %d: %d rows%s", height, width, count, note)
     dataloader = build_dataloader(
         dataset,
         arguments.train_batch_size,

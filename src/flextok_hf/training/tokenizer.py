@@ -18,7 +18,7 @@ from ..models.nested_dropout import sample_num_tokens
 from ..pipelines.flow import add_noise, sample_sigma, velocity_target
 from ..pipelines.length_groups import LengthGroups
 from ..pipelines.pipeline_flextok import FlexTokPipeline
-from .arguments import TokenizerArguments
+from .arguments import TokenizerArguments, check_shapes
 from .collapse import correlation_penalty, count_distinct, spread_penalty
 from .repa import FeatureAlignment, LayerTap
 from .setup import loading
@@ -171,6 +171,8 @@ def build_tokenizer(
             token_layout=arguments.token_layout,
             num_registers=arguments.num_registers,
             fsq_levels=arguments.fsq_levels,
+            positions=arguments.positions,
+            shape_conditioning=arguments.shape_conditioning,
         )
     )
     decoder = FlexTokFlowDecoder(
@@ -186,6 +188,8 @@ def build_tokenizer(
         nested_dropout=arguments.token_layout == "registers" or arguments.full_length_probability < 1,
         code_dim=len(arguments.fsq_levels),
         remove_dropped=arguments.remove_dropped,
+        positions=arguments.positions,
+        shape_conditioning=arguments.shape_conditioning,
     )
     if arguments.mup_base_width is not None:
         # muP scales the initial output weights as 1 / width, Xavier as 1 / sqrt(width)
@@ -209,6 +213,8 @@ def size_options(encoder: FlexTokEncoder, decoder: FlexTokFlowDecoder) -> dict[s
         "decoder_num_layers": decoder.config.num_layers,
         "decoder_patch_size": decoder.config.patch_size,
         "remove_dropped": decoder.config.remove_dropped,
+        "positions": decoder.config.positions,
+        "shape_conditioning": decoder.config.shape_conditioning,
     }
 
 
@@ -217,10 +223,11 @@ def load_tokenizer(
 ) -> tuple[FlexTokEncoder, FlexTokFlowDecoder, AutoencoderKL | None]:
     """Load the encoder, the decoder and the VAE of `pretrained_tokenizer`; `vae` replaces the latter if given.
 
-    With `remove_dropped`, a decoder that was trained with mask tokens learns to work without them.
+    With `remove_dropped`, a decoder that was trained with mask tokens learns to work without them. With `positions`
+    "stretch" and `shape_conditioning`, a tokenizer of squares learns other shapes; for squares nothing changes.
 
     Raises:
-        ValueError: `resolution` differs from that of the tokenizer.
+        ValueError: `resolution` differs from that of the tokenizer, or `buckets` or `max_area` need other positions.
     """
     unused = {"prior": None, "text_encoder": None, "tokenizer": None}
     assert arguments.pretrained_tokenizer is not None
@@ -235,4 +242,19 @@ def load_tokenizer(
         )
     if arguments.remove_dropped:
         source.decoder.register_to_config(remove_dropped=True)
-    return source.encoder, source.decoder, source.vae
+    encoder, decoder = source.encoder, source.decoder
+    if arguments.positions == "stretch":
+        is_told = arguments.shape_conditioning or decoder.config.shape_conditioning
+        shapes: dict[str, Any] = {"positions": "stretch", "shape_conditioning": is_told}
+        config = FlexTokEncoderConfig.from_dict({**encoder.config.to_dict(), **shapes})
+        encoder = copy_weights(encoder, FlexTokEncoder(config))
+        decoder = copy_weights(decoder, FlexTokFlowDecoder.from_config({**decoder.config, **shapes}))
+    check_shapes(arguments, decoder.config.positions)
+    return encoder, decoder, source.vae
+
+
+def copy_weights(source: nn.Module, target: nn.Module) -> nn.Module:
+    """Give a model the weights of one that may lack the layers for shapes, and return it."""
+    left = target.load_state_dict(source.state_dict(), strict=False)
+    assert set(left.missing_keys) <= {"shape_proj.weight"} and not left.unexpected_keys
+    return target
