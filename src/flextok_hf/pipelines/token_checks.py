@@ -158,21 +158,23 @@ def pad_token_ids(token_ids: Any, codebook_size: int, num_registers: int) -> tup
             "`token_ids` must have the shape (batch, num_tokens), but has no batch dimension. For one image, pass"
             " `token_ids[None]` of a tensor or an array, or `[token_ids]` of a list."
         )
-    sequences = [
-        check_sequence(row, f"`token_ids[{index}]`", codebook_size, num_registers) for index, row in enumerate(rows)
-    ]
-    padded_ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in sequences], batch_first=True)
+    names = [f"`token_ids[{index}]`" for index in range(len(rows))]
+    sequences = [check_sequence(row, name, codebook_size, num_registers) for row, name in zip(rows, names)]
+    tensors = [torch.from_numpy(np.array(ids, dtype=np.int64)) for ids in sequences]  # faster than from a list
+    padded_ids = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
     return padded_ids, [len(ids) for ids in sequences]
 
 
 def check_sequence(row: Any, name: str, codebook_size: int, num_registers: int) -> list[int]:
     """Return a row of ids as numbers; raise a TypeError or ValueError that starts with `name` if it is no such row."""
-    ids = as_list(row)
-    wrong = [row] if ids is None else [entry for entry in ids if not is_whole_number(entry)]
-    if ids is None or wrong:
-        raise TypeError(
-            f"{name} must be a row of integers, got {brief(wrong[0])}. Pass ids as `tokenize` returns them."
-        )
+    ids = row.tolist() if isinstance(row, Tensor | np.ndarray) else as_list(row)
+    if ids is None or set(map(type, ids)) != {int}:  # a fast check first: there may be thousands of ids
+        wrong = [row] if ids is None else [entry for entry in ids if not is_whole_number(entry)]
+        if ids is None or wrong:
+            raise TypeError(
+                f"{name} must be a row of integers, got {brief(wrong[0])}. Pass ids as `tokenize` returns them."
+            )
+        ids = [int(token_id) for token_id in ids]
     if not 1 <= len(ids) <= num_registers:
         raise ValueError(
             f"{name} must contain 1 to {num_registers} ids, got {len(ids)}. Truncate longer sequences with"
@@ -184,4 +186,4 @@ def check_sequence(row: Any, name: str, codebook_size: int, num_registers: int) 
             f"{name} must lie in [0, {codebook_size}), the codebook, but ranges from {brief(low)} to {brief(high)}."
             " The ids may come from another model, or still include a start token."
         )
-    return [int(token_id) for token_id in ids]
+    return ids
