@@ -128,8 +128,8 @@ def check_num_blocks(weights: Weights, prefix: str, num_blocks: int) -> None:
         )
 
 
-def build(make: Callable[[], nn.Module]) -> nn.Module:
-    """Build a model on the meta device, without memory for its weights.
+def build(make: Callable[[], nn.Module], name: str) -> nn.Module:
+    """Build a model of the checkpoint `name` on the meta device, without memory for its weights.
 
     Raises:
         ValueError: if its settings do not fit together.
@@ -138,4 +138,4 @@ def build(make: Callable[[], nn.Module]) -> nn.Module:
         with torch.device("meta"):
             return make()
     except Exception as error:  # settings of an untrusted file can fail anywhere in the libraries
-        raise ValueError(f"the model cannot be built from its configuration: {error}") from error
+        raise ValueError(f"The model {name!r} cannot be built from its configuration: {error}") from error

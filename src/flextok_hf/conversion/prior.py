@@ -82,7 +82,7 @@ def read_prior(checkpoint: Checkpoint) -> Prior:
     settings = read_prior_settings(checkpoint.settings, weights)
     checkpoint.settings.close()
     check_num_blocks(weights, BLOCKS_PREFIX, settings.config["num_hidden_layers"])
-    model = build(lambda: FlexTokPriorForCausalLM(FlexTokPriorConfig(**settings.config)))
+    model = build(lambda: FlexTokPriorForCausalLM(FlexTokPriorConfig(**settings.config)), checkpoint.name)
     component = Component(model, make_recipes(model, weights), weights)
     component.check()
     check_nothing_left(weights, [component], lambda name: name.startswith(OTHER_PREFIXES))

@@ -104,8 +104,8 @@ def read_tokenizer(checkpoint: Checkpoint, **hub_options: Any) -> Tokenizer:
     ):
         shape = (1, config["hidden_size"], config["grid_size"], config["grid_size"])
         check_shape(weights, prefix + names["patch_embedding.positions"], shape)
-    encoder = build(lambda: FlexTokEncoder(FlexTokEncoderConfig(**encoder_config)))
-    decoder = build(lambda: FlexTokFlowDecoder(**decoder_config))
+    encoder = build(lambda: FlexTokEncoder(FlexTokEncoderConfig(**encoder_config)), checkpoint.name)
+    decoder = build(lambda: FlexTokFlowDecoder(**decoder_config), checkpoint.name)
     components = {
         "encoder": Component(encoder, make_recipes(encoder, ENCODER_PREFIX, ENCODER_NAMES), weights),
         "decoder": Component(decoder, make_recipes(decoder, DECODER_PREFIX, DECODER_NAMES), weights),

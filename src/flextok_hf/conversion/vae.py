@@ -64,7 +64,7 @@ def read_vae(settings: Section, checkpoint: Checkpoint, notes: list[str], **hub_
     if precision not in (None, "fp32"):
         notes.append(f"The official code runs the VAE in {precision}; here it runs in the precision of the pipeline.")
 
-    model = build(lambda: AutoencoderKL(**config))
+    model = build(lambda: AutoencoderKL(**config), checkpoint.name)
     return Component(model, {name: Recipe((VAE_PREFIX + name,)) for name in model.state_dict()}, checkpoint.weights)
 
 

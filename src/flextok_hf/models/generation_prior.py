@@ -17,7 +17,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from .packed_linear import packed_weights
 from .prior_cache import CACHE_NAME, PreallocatedLayer, static_shape, with_text_cache
 from .prior_inputs import UNCONDITIONAL_LABEL
-from .prior_options import check_generate_inputs, check_generator, check_options
+from .prior_options import check_generate_inputs, check_generator, check_options, check_special_tokens
 from .prior_sampling import (
     GuidedSampling,
     KeptSteps,
@@ -112,6 +112,7 @@ class PriorGenerationMixin(GenerationMixin):
             raise TypeError(f"`generation_config` must be a `GenerationConfig`, got {generation_config!r}.")
         options = GenerationConfig() if generation_config is None else copy.deepcopy(generation_config)
         check_options({**vars(options), **kwargs})
+        check_special_tokens(self.config, self.generation_config)
         conditions = options.update(**kwargs)
 
         def is_unset(name: str) -> bool:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from ..utils.numbers import is_finite_number, is_whole_number
 from .configuration_prior import FlexTokPriorConfig
@@ -131,6 +132,16 @@ def check_options(options: dict) -> None:
     for name in ("assistant_early_exit", "prefill_chunk_size"):
         if options.get(name) is not None:
             raise ValueError(f"`{name}` does not work with the prior: leave it out. `assistant_model` takes a prior.")
+
+
+def check_special_tokens(config: FlexTokPriorConfig, options: GenerationConfig) -> None:
+    """Raise a ValueError unless the special tokens of a generation configuration are those of the model, or codes."""
+    ids = {name: getattr(options, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    for name, value in ids.items():
+        allowed = [config.bos_token_id] if name == "bos_token_id" else range(config.codebook_size)
+        given = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(is_whole_number(each) and each in allowed for each in given):
+            raise ValueError(f"`{name}` of the prior's generation configuration is {value!r}, not one of {allowed}.")
 
 
 def check_generator(generator: Any) -> None:

@@ -128,5 +128,7 @@ def encode_prompts(
     for prompt, length in zip(prompts, lengths, strict=True):
         if length > limit:
             logger.warning("The prompt %r has %d tokens; only the first %d are used.", prompt, length, limit)
+    if batch.input_ids.shape[1] == 0:
+        raise ValueError("The `tokenizer` finds no tokens in the prompts, not even an end token. Is it damaged?")
     states = text_encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
     return states, batch.attention_mask
