@@ -85,7 +85,7 @@ def test_generated_images_and_streams_have_the_size(model, photos, tmp_path):
     assert Image.open(tmp_path / "out-4.png").size == (24, 8)
 
 
-@pytest.mark.parametrize("size", ["0", "-16", "16x", "x16", "16x16x16", "wide", "1.5", "", "²", "9999999999999"])
+@pytest.mark.parametrize("size", ["0", "-16", "16x", "x16", "16x16x16", "wide", "1.5", "", "\u00b2", "9999999999999"])
 def test_what_is_no_size_is_refused(capsys, size):
     for command in (["tokenize", "a.png"], ["detokenize", "a.json"], ["generate", "a"]):
         with pytest.raises(SystemExit):

@@ -75,9 +75,9 @@ def parse_token_file(
 
 def read_size(entry: Any, path: str) -> tuple[int, int] | None:
     """Return height and width of an entry of a token file; `None` if it has neither, as before version 3."""
-    height, width = (entry.get(name) if isinstance(entry, dict) else None for name in ("height", "width"))
+    height, width = (entry.get("height"), entry.get("width")) if isinstance(entry, dict) else (None, None)
     if height is None and width is None:
         return None
-    if not all(type(side) is int and 0 < side < 2**31 for side in (height, width)):
+    if type(height) is not int or type(width) is not int or not 0 < min(height, width) <= max(height, width) < 2**31:
         raise ValueError(f"{path!r} has an image of {str(height)[:20]} x {str(width)[:20]}; expected whole numbers")
     return height, width

@@ -32,11 +32,11 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
     Args:
         num_rows: rows in the dataset.
         batch_size: rows per batch and process.
-        buckets: the bucket of each row, if the rows of a batch, on all processes, must share it; the batches of all
-            buckets are then shuffled too.
         drop_last: drop the rows, of each bucket, that do not fill a batch on every process. Otherwise the last batch
             is smaller; with several processes it is padded from the start of the order, since each must get the same
             number of rows.
+        buckets: the bucket of each row, if the rows of a batch, on all processes, must share it; the batches of all
+            buckets are then shuffled too.
     """
 
     def __init__(
