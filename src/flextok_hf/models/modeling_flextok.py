@@ -1,6 +1,6 @@
 """FlexTok tokenizer as one Transformers model: images -> token ids, codes, features.
 
-Letters: B batch, K registers, R resolution (side of the square images).
+Letters: B batch, K registers, H W height and width of the images.
 """
 
 from typing import Any
@@ -68,7 +68,7 @@ class FlexTokModel(WholeWeightsMixin, PreTrainedModel):
         """Tokenize images; no gradient reaches the VAE.
 
         Args:
-            pixel_values: (B, 3, R, R) in [-1, 1], as `FlexTokImageProcessor` returns them.
+            pixel_values: (B, 3, H, W) in [-1, 1], as `FlexTokImageProcessor` returns them.
             num_tokens: maximum number of tokens per image; `None`, or more than there are, means all.
             output_hidden_states, output_attentions: as in `FlexTokEncoder`.
 
