@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from tiny_models import NUM_REGISTERS, make_decoder, make_encoder, make_prior
 
@@ -193,6 +193,23 @@ def test_compiled_pipelines_give_the_same_images_of_every_shape():
         expected = plain.detokenize(ids, generator=seeded(), **options).images
         torch.testing.assert_close(images, expected, atol=1e-5, rtol=0)
         assert pipe.tokenize(images, 4, (height, width)).equal(plain.tokenize(images, 4, (height, width)))
+
+
+@pytest.mark.parametrize("way", ["group offloading", "model offloading by blocks", "cache"])
+def test_offloaded_and_cached_decoders_give_the_same_images_of_every_shape(way):
+    plain, pipe = (make_free_pipeline(shape_conditioning=True) for _ in range(2))
+    if way == "cache":
+        pipe.decoder.enable_cache(FirstBlockCacheConfig(threshold=0.0))  # nothing is skipped
+    else:
+        kind = "leaf_level" if way == "group offloading" else "block_level"
+        options = {} if kind == "leaf_level" else {"num_blocks_per_group": 1}
+        pipe.decoder.enable_group_offload(torch.device("cpu"), offload_type=kind, **options)
+    heights, widths = zip(*MIXED, strict=True)
+    ids = torch.randint(0, pipe.codebook_size, (len(MIXED), 4), generator=seeded())
+    options = {"height": heights, "width": widths, "output_type": "pt", **FAST}
+    images, expected = (one.detokenize(ids, generator=seeded(), **options).images for one in (pipe, plain))
+    for image, same in zip(images, expected, strict=True):
+        torch.testing.assert_close(image, same, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("patch_sizes", [(4, 2), (2, 4), (8, 1)])

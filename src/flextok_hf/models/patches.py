@@ -19,6 +19,8 @@ MAX_AREA = 16  # times the trained area
 
 def check_positions(positions: str, shape_conditioning: bool, token_layout: str) -> None:
     """Raise a ValueError unless the settings of a model that concern shapes fit together."""
+    if not isinstance(shape_conditioning, bool):
+        raise ValueError(f"`shape_conditioning` must be True or False, got {shape_conditioning!r}.")
     if positions not in POSITIONS:
         raise ValueError(f"`positions` must be one of {', '.join(POSITIONS)}, got {positions!r}.")
     if positions == "stretch" and token_layout != "registers":

@@ -181,6 +181,8 @@ def test_compiled_models_share_graphs_between_shapes():
 @pytest.mark.parametrize(
     "settings, message",
     [
+        ({"shape_conditioning": 1}, "shape_conditioning"),
+        ({"positions": None}, "positions"),
         ({"positions": "free"}, "`positions` must be one of crop, stretch, got 'free'"),
         ({"shape_conditioning": True}, '`shape_conditioning` is True, but `positions` is "crop"'),
         ({"positions": "stretch", "token_layout": "grid", "num_registers": 16}, '"stretch" needs `token_layout`'),
