@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from diffusers import AutoencoderKL, FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from tiny_models import NUM_REGISTERS, make_decoder, make_encoder, make_prior
@@ -321,6 +322,15 @@ def test_noise_has_to_match_the_size_that_is_asked_for(pipe):
         pipe.detokenize(ids, latents=[wide[0], wide[0, :2]])
     with pytest.raises(TypeError, match="`latents` must be noise"):
         pipe.detokenize(ids, latents=[wide[0], None])
+
+
+@pytest.mark.parametrize(
+    "kind", [list, tuple, np.array, torch.tensor, lambda values: Dataset.from_dict({"a": values})["a"]]
+)
+def test_heights_may_be_lists_arrays_tensors_and_columns(pipe, kind):
+    ids = torch.zeros(2, 2, dtype=torch.long)
+    images = pipe.detokenize(ids, height=kind([8, 16]), width=np.int64(16), **FAST).images
+    assert [image.size for image in images] == [(16, 8), (16, 16)]
 
 
 def test_as_many_heights_as_images_are_needed(pipe):

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..models.patches import MAX_AREA, MAX_ASPECT, is_allowed_grid
 from ..utils.numbers import is_whole_number
 from .input_checks import brief
+from .token_checks import as_list
 
 
 Size = tuple[int, int]  # height and width
@@ -112,8 +113,9 @@ class SizeRules:
             return None
         sides = []
         for name, value in (("height", height), ("width", width)):
-            values = value.tolist() if isinstance(value, Tensor) else value
-            values = list(values) if isinstance(values, list | tuple) else [values] * batch_size
+            is_column = isinstance(value, Sequence) and not isinstance(value, str)  # lists, columns of datasets
+            values = as_list(list(value) if is_column else value)
+            values = [value] * batch_size if values is None else values
             if len(values) != batch_size:
                 raise ValueError(
                     f"`{name}` has {len(values)} values, but there are {batch_size} images. Pass one number for all,"
