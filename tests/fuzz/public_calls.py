@@ -131,21 +131,22 @@ def pipeline_calls(text: FlexTokPipeline, classes: FlexTokPipeline) -> dict[str,
     decoding = {"num_inference_steps": 2, "guidance_scale": 2.0, "guidance": "apg", "output_type": "pt"}
     prefix = {"image": None, "token_ids": None, "keep_tokens": None}
     called = {"max_tokens": 2, "num_images_per_prompt": 1, **sampling, **decoding, "latents": None, **prefix}
-    called = {**called, "callback_on_step_end": None}
+    size = {"height": None, "width": 16}
+    called = {**called, **size, "callback_on_step_end": None}
     read = {"max_tokens": ("token_counts",), "image": ("images",), "keep_tokens": ("image", "token_ids")}
     read = {**read, "token_ids": ("`token_ids", "ids"), "prompt": ("prompts",)}
     files = (ValueError, TypeError, OSError)
-    written = {"max_tokens": 2, "num_images_per_prompt": 1, **sampling, **prefix}
+    written = {"max_tokens": 2, "num_images_per_prompt": 1, **sampling, **prefix, **size}
     return {
         "pipe(prompt)": Call(text, {"prompt": "a cat", **called}, aliases=read, errors=files),
         "pipe(class_labels)": Call(classes, {"class_labels": [1], **called}, aliases=read, errors=files),
         "generate_tokens": Call(text.generate_tokens, {"prompt": "a cat", **written}, aliases=read, errors=files),
         "stream": Call(
             lambda **arguments: list(text.stream(**arguments)),
-            {"prompt": "a cat", "token_counts": [1, 2], **sampling, **decoding, "class_labels": None},
+            {"prompt": "a cat", "token_counts": [1, 2], **sampling, **decoding, "class_labels": None, **size},
             aliases=read,
         ),
-        "tokenize": Call(text.tokenize, {"images": image, "max_tokens": 2}, errors=files),
+        "tokenize": Call(text.tokenize, {"images": image, "max_tokens": 2, "size": None}, errors=files),
         "tokenize_pixels": Call(
             text.tokenize_pixels,
             {"pixels": image[None], "max_tokens": 2},
@@ -154,12 +155,19 @@ def pipeline_calls(text: FlexTokPipeline, classes: FlexTokPipeline) -> dict[str,
         ),
         "detokenize": Call(
             text.detokenize,
-            {"token_ids": ids, **decoding, "generator": generator, "latents": None, "callback_on_step_end": None},
+            {
+                "token_ids": ids,
+                **decoding,
+                "generator": generator,
+                "latents": None,
+                **size,
+                "callback_on_step_end": None,
+            },
             aliases=read,
         ),
         "reconstruct": Call(
             text.reconstruct,
-            {"images": image, "max_tokens": [1, 2], **decoding, "generator": generator},
+            {"images": image, "max_tokens": [1, 2], **decoding, "generator": generator, "size": None},
             errors=files,
         ),
         "tokenize_batches": Call(
