@@ -20,7 +20,7 @@ def test_every_level_is_reached_by_finite_features(levels):
     quantizer = FiniteScalarQuantizer(levels)
     features = torch.linspace(-12, 12, 4001)[:, None].expand(-1, len(levels))
 
-    codes = quantizer(features[None])[0]
+    codes = quantizer(features)
 
     assert [len(codes[:, dim].unique()) for dim in range(len(levels))] == list(levels)
 

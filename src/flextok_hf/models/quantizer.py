@@ -53,7 +53,8 @@ class FiniteScalarQuantizer(nn.Module):
         Returns:
             Codes, (B, K, Q) float32 in [-1, 1].
         """
-        check_tensor("features", features, "floats", "B", "K", len(self.levels))
+        leading = ["any"] * (features.ndim - 1) if isinstance(features, Tensor) else []
+        check_tensor("features", features, "floats", *leading, len(self.levels))
         bounded = self.bound(features)
         rounded = bounded + (bounded.round() - bounded).detach()  # straight-through estimator
         if is_rounded is not None:
