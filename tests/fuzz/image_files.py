@@ -49,7 +49,11 @@ def make_image(draw: random.Random) -> bytes:
         options["pnginfo"] = PngImagePlugin.PngInfo()
         options["pnginfo"].add_text("note", "x" * draw.choice([1, 10**6]))
     file = io.BytesIO()
-    image.save(file, kind, **options)
+    try:
+        image.save(file, kind, **options)
+    except (OSError, ValueError):  # a size or mode that this version of Pillow does not write
+        file = io.BytesIO()
+        image.convert("RGB").save(file, "PNG")
     return file.getvalue()
 
 

@@ -174,7 +174,8 @@ def judge_folder(original: Path, scratch: Path, load: Callable[[Path], FlexTokPi
         return results
 
     # an error names the folder, a file in it, or a component
-    names = [str(copy), *{path.name for path in original.rglob("*")}, *(path.stem for path in original.iterdir())]
+    parts = ["encoder", "decoder", "prior", "VAE", "tokenizer"]
+    names = [str(copy), *parts, *{path.name for path in original.rglob("*")}]
     problem = judge(use, names, (ValueError, TypeError, OSError))
     shutil.rmtree(copy)
     return done, problem or ""

@@ -1,7 +1,8 @@
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
-from flextok_hf.pipelines.flow import add_noise, euler_sigmas, sample_sigma, velocity_target
+from flextok_hf.pipelines.flow import add_noise, euler_sigmas, sample_sigma, set_noise_levels, velocity_target
 
 
 def test_the_path_starts_at_the_data_and_ends_in_noise():
@@ -48,3 +49,10 @@ def test_stratified_draws_fill_every_part_of_the_range_once():
 def test_an_unknown_distribution_is_named_in_the_error():
     with pytest.raises(ValueError, match="`distribution`.*'normal'"):
         sample_sigma(4, "normal")
+
+
+@pytest.mark.parametrize("settings", [{"shift_terminal": 3.0}, {"shift": -3.0}, {"shift": float("nan")}])
+def test_a_scheduler_whose_noise_levels_do_not_fall_is_refused(settings):
+    scheduler = FlowMatchEulerDiscreteScheduler(**settings)
+    with pytest.raises(ValueError, match="noise levels of the `scheduler` must fall"):
+        set_noise_levels(scheduler, 4, torch.device("cpu"))

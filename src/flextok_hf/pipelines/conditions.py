@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.modeling_prior import FlexTokPriorForCausalLM
+from ..utils.numbers import is_finite_number
 from .input_checks import check_class_labels, check_prompt_embeds, check_prompts
 
 
@@ -121,6 +122,8 @@ def encode_prompts(
     Prompts longer than the tokenizer's `model_max_length` are truncated, and a warning is logged.
     """
     limit = tokenizer.model_max_length
+    if not is_finite_number(limit) or limit < 1:
+        raise ValueError(f"`model_max_length` of the `tokenizer` must be a number of 1 or more, got {limit!r}.")
     with TOKENIZER_IN_USE:
         lengths = [len(ids) for ids in tokenizer(prompts, verbose=False).input_ids]
         options = {"return_attention_mask": True, "return_tensors": "pt"}

@@ -100,4 +100,10 @@ def set_noise_levels(scheduler: SchedulerMixin, num_inference_steps: int, device
             " `FlowMatchEulerDiscreteScheduler()` or, for example, `UniPCMultistepScheduler(use_flow_sigmas=True,"
             ' prediction_type="flow_prediction")`.'
         )
-    return scheduler.sigmas[: len(scheduler.timesteps)].cpu()
+    sigmas = scheduler.sigmas[: len(scheduler.timesteps)].cpu()
+    if not (sigmas.isfinite().all() and (sigmas.diff() <= 0).all()):
+        raise ValueError(
+            f"The noise levels of the `scheduler` must fall from one step to the next, got {sigmas.tolist()[:5]}. Check"
+            " its configuration, such as `shift` and `shift_terminal`."
+        )
+    return sigmas
