@@ -103,7 +103,7 @@ def set_noise_levels(scheduler: SchedulerMixin, num_inference_steps: int, device
     sigmas = scheduler.sigmas[: len(scheduler.timesteps)].cpu()
     if not (sigmas.isfinite().all() and (sigmas.diff() <= 0).all()):
         raise ValueError(
-            f"The noise levels of the `scheduler` must fall from one step to the next, got {sigmas.tolist()[:5]}. Check"
+            f"The noise levels of the `scheduler` must fall from step to step, got {sigmas.tolist()[:5]}. Check"
             " its configuration, such as `shift` and `shift_terminal`."
         )
     return sigmas
