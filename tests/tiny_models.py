@@ -9,6 +9,7 @@ from flextok_hf.models.modeling_decoder import FlexTokFlowDecoder
 from flextok_hf.models.modeling_encoder import FlexTokEncoder
 from flextok_hf.models.modeling_prior import FlexTokPriorForCausalLM
 from flextok_hf.pipelines.pipeline_flextok import FlexTokPipeline
+from flextok_hf.training.text import build_text_encoder, train_text_tokenizer
 
 
 NUM_REGISTERS, FSQ_LEVELS, CODEBOOK_SIZE = 6, [5, 3], 15
@@ -49,6 +50,17 @@ def make_prior(**condition) -> FlexTokPriorForCausalLM:
         **condition,
     )
     return FlexTokPriorForCausalLM(config).eval()
+
+
+def make_text_pipeline() -> FlexTokPipeline:
+    text_tokenizer = train_text_tokenizer(CAPTIONS, vocab_size=300, max_length=24)
+    torch.manual_seed(3)
+    text_encoder = build_text_encoder(text_tokenizer, hidden_size=32, num_layers=1, dropout=0.0).eval()
+    return make_pipeline(prior=make_prior(text_hidden_size=32), text_encoder=text_encoder, tokenizer=text_tokenizer)
+
+
+def make_class_pipeline() -> FlexTokPipeline:
+    return make_pipeline(prior=make_prior(text_hidden_size=None, num_classes=3))
 
 
 def make_pipeline(**components) -> FlexTokPipeline:

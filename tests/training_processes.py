@@ -1,5 +1,6 @@
 """Test helper: training in separate processes, several at a time, killed, or with little disk space."""
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -39,10 +40,13 @@ def run_rank(train: Callable[[], object], environment: dict[str, str], error_fil
     torch.set_num_threads(1)
     try:
         train()
-    except BaseException:
+    except BaseException as error:
         error_file.write_text(traceback.format_exc())
+        traceback.clear_frames(error.__traceback__)
         raise
     finally:
+        # what holds the process group goes first: freed after the group, it can wait for the group's threads forever
+        gc.collect()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 

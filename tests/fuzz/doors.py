@@ -21,29 +21,16 @@ from official_checkpoints import write_prior, write_tokenizer
 from outcomes import MEMORY_LIMIT
 from public_calls import Call, public_calls, random_values
 from saved_folders import judge_folder
-from tiny_models import CAPTIONS, make_pipeline, make_prior
+from tiny_models import make_class_pipeline, make_pipeline, make_text_pipeline
 from tqdm import tqdm
 
 from flextok_hf import FlexTokPipeline
-from flextok_hf.training.text import build_text_encoder, train_text_tokenizer
 
 
 FORK = multiprocessing.get_context("fork")  # a child inherits the models that were built
 STUCK_AFTER = 30  # seconds
 
 Judge = Callable[[int], tuple[str, str]]  # seed -> what the input was, what is wrong or an empty string
-
-
-def make_text_pipeline(**components) -> FlexTokPipeline:
-    tokenizer = train_text_tokenizer(CAPTIONS, vocab_size=300, max_length=24)
-    torch.manual_seed(3)
-    text_encoder = build_text_encoder(tokenizer, hidden_size=32, num_layers=1, dropout=0.0).eval()
-    prior = make_prior(text_hidden_size=32)
-    return make_pipeline(prior=prior, text_encoder=text_encoder, tokenizer=tokenizer, **components)
-
-
-def make_class_pipeline() -> FlexTokPipeline:
-    return make_pipeline(prior=make_prior(text_hidden_size=None, num_classes=3))
 
 
 def judge_call(calls: dict[str, Call], seed: int) -> tuple[str, str]:

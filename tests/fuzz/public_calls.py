@@ -92,8 +92,7 @@ class Call:
 
     Attributes:
         run: takes the arguments by name.
-        valid: valid values of the arguments to replace, and those that these need.
-        fixed: arguments to leave alone.
+        valid: valid values of the arguments.
         aliases: further names by which an error may call an argument.
         errors: allowed types; files that cannot be read are OSErrors.
         passes_on: whether values that are not finite may come out where they went in: models run on accelerators,
@@ -102,14 +101,13 @@ class Call:
 
     run: Callable[..., Any]
     valid: dict[str, Any]
-    fixed: dict[str, Any] = field(default_factory=dict)
     aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
     errors: tuple[type[Exception], ...] = (ValueError, TypeError)
     passes_on: bool = False
 
     def judge(self, values: dict[str, str]) -> str | None:
         """Return what is wrong when these arguments are replaced by these values, or `None`."""
-        arguments = {**self.valid, **self.fixed, **{name: VALUES[value]() for name, value in values.items()}}
+        arguments = {**self.valid, **{name: VALUES[value]() for name, value in values.items()}}
         names = [*values, *(alias for name in values for alias in self.aliases.get(name, ()))]
 
         def run():

@@ -2,22 +2,18 @@
 
 import pytest
 import torch
-from doors import faults, make_class_pipeline, make_text_pipeline
+from doors import faults
 from public_calls import TWINS, VALUES, public_calls
+from tiny_models import make_class_pipeline, make_text_pipeline
 
 
-NAMES = sorted(public_calls(make_text_pipeline(), make_class_pipeline()))
+CALLS = public_calls(make_text_pipeline(), make_class_pipeline())
 INPUTS = {"calls": 600, "folders": 150, "images": 300}  # `make fuzz` tries thousands
 
 
-@pytest.fixture(scope="module")
-def calls():
-    return public_calls(make_text_pipeline(), make_class_pipeline())
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_argument_takes_every_kind_of_value_or_refuses_it_by_name(calls, name):
-    call = calls[name]
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_every_argument_takes_every_kind_of_value_or_refuses_it_by_name(name):
+    call = CALLS[name]
     problems = {(key, value): call.judge({key: value}) for key in call.valid for value in VALUES}
     assert not {key: problem for key, problem in problems.items() if problem}
 
@@ -25,9 +21,9 @@ def test_every_argument_takes_every_kind_of_value_or_refuses_it_by_name(calls, n
 @pytest.mark.parametrize("value", TWINS)
 @pytest.mark.parametrize("name", ["pipe(prompt)", "generate_tokens", "detokenize", "reconstruct", "tokenize"])
 @torch.no_grad()
-def test_numbers_of_numpy_mean_what_they_are(calls, name, value):
+def test_numbers_of_numpy_mean_what_they_are(name, value):
     """Where the plain number is right, so is its twin, and the result is the same."""
-    call = calls[name]
+    call = CALLS[name]
 
     def run(key, number):
         torch.manual_seed(0)

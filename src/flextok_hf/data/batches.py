@@ -158,8 +158,7 @@ def build_dataloader(
         of_one_shape = "" if buckets is None else " in any bucket"
         raise ValueError(
             f"{len(dataset)} rows do not fill one batch of `batch_size` {batch_size}{of_one_shape} on {num_processes}"
-            " process(es)."
-            " Lower `batch_size`, or set `drop_last=False`."
+            " process(es). Lower `batch_size`, or set `drop_last=False`."
         )
     return DataLoader(dataset, batch_sampler=sampler, persistent_workers=num_workers > 0, **options)
 

@@ -9,6 +9,7 @@ from ..utils.numbers import is_whole_number
 
 
 MAX_SIZE = 2**24  # of any dimension of a model
+MAX_GUIDANCE_SCALE = 1e6  # beyond, float32 overflows or keeps no precision
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 

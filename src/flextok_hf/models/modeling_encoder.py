@@ -10,20 +10,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput, can_return_tuple
 
 from ..utils.numbers import is_whole_number
 from .argument_checks import check_tensor
+from .chosen_attention import FUSED, attend_as_chosen
 from .configuration_encoder import FlexTokEncoderConfig
 from .layers import Attention, GatedMLP, layer_norm
 from .patches import PatchEmbedding, shape_features, sincos_position_table
-from .prior_layers import attend_eagerly
 from .quantizer import FiniteScalarQuantizer
 from .whole_weights import WholeWeightsMixin
-
-
-FUSED = (None, "sdpa")  # attention implementations that keep no weights
 
 
 @dataclass
@@ -71,7 +67,7 @@ class EncoderAttention(Attention):
             New states of the queries, (B, N + K or K, D), and their weights if they are needed or there anyway.
         """
         if needs_weights or self.config._attn_implementation not in FUSED:
-            return self.attend_as_chosen(hidden_states, register_mask, num_patches, is_last)
+            return self.attend_in_one_call(hidden_states, register_mask, num_patches, is_last)
         if register_mask is None:
             return super().forward(hidden_states), None
         if is_last:
@@ -83,25 +79,17 @@ class EncoderAttention(Attention):
         of_registers = self.processor(self, query[:, num_patches:], key, value, register_mask)
         return self.to_out(torch.cat([of_patches, of_registers], dim=1).flatten(-2)), None
 
-    def attend_as_chosen(
+    def attend_in_one_call(
         self, hidden_states: Tensor, register_mask: Tensor | None, num_patches: int, is_last: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Run what `set_attn_implementation` chose, in one call with a mask over all queries and keys.
-
-        Fused kernels keep no weights, so where these are needed, plain PyTorch takes their place.
-        """
+        """Run what `set_attn_implementation` chose, in one call with a mask over all queries and keys."""
         query, key, value = self.project(hidden_states, num_patches if is_last else 0)
         mask = register_mask
         if register_mask is not None and not is_last:
             is_patch = torch.arange(key.shape[1], device=key.device) < num_patches
             mask = torch.cat([is_patch.expand(num_patches, -1), register_mask])  # (N + K, N + K)
-        if self.config._attn_implementation in (*FUSED, "eager"):
-            context, weights = attend_eagerly(query, key, value, mask, self.scale, is_causal=False)
-        else:
-            interface = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]  # registered by the user
-            mask = None if mask is None else mask[None, None]
-            states = (states.transpose(1, 2) for states in (query, key, value))
-            context, weights = interface(self, *states, mask, scaling=self.scale, dropout=0.0, is_causal=False)
+        mask = None if mask is None else mask[None, None]
+        context, weights = attend_as_chosen(self, query, key, value, mask)
         return self.to_out(context.flatten(-2)), weights
 
 

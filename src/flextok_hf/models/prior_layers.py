@@ -3,14 +3,13 @@
 Letters: B batch, L tokens of this call, M text length, S keys (cached and new), D hidden size.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .chosen_attention import FUSED, attend_as_chosen
 from .configuration_prior import FlexTokPriorConfig
 from .layers import GatedMLP, attend
 from .packed_linear import linear, packable
@@ -88,30 +87,9 @@ class CausalSelfAttention(nn.Module):
         needs_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Run the implementation that `set_attn_implementation` chose; returns context and weights, if it has them."""
-        implementation = self.config._attn_implementation
-        is_fused = implementation in (None, "sdpa")  # these kernels keep no weights
-        if is_fused and not needs_weights:
+        if self.config._attn_implementation in FUSED and not needs_weights:
             return attend(query, key, value, attention_mask, self.scale, is_causal), None
-        if is_fused or implementation == "eager":
-            return attend_eagerly(query, key, value, attention_mask, self.scale, is_causal)
-        interface = ALL_ATTENTION_FUNCTIONS[implementation]  # registered by the user
-        states = (states.transpose(1, 2) for states in (query, key, value))
-        return interface(self, *states, attention_mask, scaling=self.scale, dropout=0.0, is_causal=is_causal)
-
-
-def attend_eagerly(
-    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scale: float, is_causal: bool
-) -> tuple[Tensor, Tensor]:
-    """Compute `attend` in plain PyTorch; returns context (B, L, heads, head_dim) and weights (B, heads, L, S)."""
-    logits = torch.einsum("bqhd,bkhd->bhqk", query, key) * scale
-    if is_causal:
-        attention_mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        logits = logits.masked_fill(~attention_mask, torch.finfo(logits.dtype).min)
-    elif attention_mask is not None:
-        logits = logits + attention_mask
-    weights = logits.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    return torch.einsum("bhqk,bkhd->bqhd", weights, value), weights
+        return attend_as_chosen(self, query, key, value, attention_mask, is_causal)
 
 
 class CrossAttention(nn.Module):

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ..utils.numbers import is_finite_number, is_whole_number
+from .argument_checks import MAX_GUIDANCE_SCALE
 from .configuration_prior import FlexTokPriorConfig
 from .prior_cache import CACHE_NAME
 from .prior_inputs import (
@@ -23,7 +24,6 @@ from .prior_inputs import (
 )
 
 
-MAX_GUIDANCE_SCALE = 1e6  # larger ones leave no precision
 LEAST_COUNTS = {"max_new_tokens": 1, "max_length": 1, "min_new_tokens": 0, "min_length": 0, "top_k": 0}
 TRAINING_INPUTS = ("labels", "shift_labels", "num_items_in_batch", "position_ids")
 LEAST_COUNTS |= {"num_beams": 1, "num_return_sequences": 1}  # smallest value of each option of `generate`

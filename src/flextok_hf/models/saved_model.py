@@ -82,11 +82,11 @@ def check_files(folder: Path) -> None:
 def read_settings(path: Path) -> dict[str, Any]:
     """Read a JSON file with a group of settings; all numbers must be finite."""
 
-    def refuse(constant: str) -> None:
+    def refuse_constant(constant: str) -> None:
         raise ValueError(f"it holds the number {constant}")
 
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant)
     except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is not a JSON file with settings: {error}. {REMEDY}") from error
     if not isinstance(values, dict):
@@ -221,15 +221,15 @@ def lacking(kind: type, place: str | Path, names: list[str]) -> ValueError:
     )
 
 
-def check_sizes(value: Any, max_layers: int, place: Path, name: str = "") -> None:
+def check_plausible(value: Any, max_layers: int, place: Path, name: str = "") -> None:
     """Raise a ValueError for sizes in a configuration that no model has, before anything of that size is made."""
     if isinstance(value, dict):
         for key, entry in value.items():
-            check_sizes(entry, max_layers, place, key)
+            check_plausible(entry, max_layers, place, key)
     elif isinstance(value, list):
-        check_sizes(len(value), max_layers, place, f"the number of layers in {name}")
+        check_plausible(len(value), max_layers, place, f"the number of layers in {name}")
         for entry in value:
-            check_sizes(entry, max_layers, place, name)
+            check_plausible(entry, max_layers, place, name)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         limit = max_layers if "layers" in name else MAX_SIZE
         if not abs(value) <= limit:
@@ -285,7 +285,7 @@ def check_saved_model(folder: Path, kind: type, variant: str | None, use_safeten
         raise FileNotFoundError(f"{str(folder)!r} has no `config.json`, the settings of {kind.__name__}. {REMEDY}")
     is_quantized = "quantization_config" in settings
     stored = read_weights(folder, kind, variant, use_safetensors, is_quantized)
-    check_sizes(settings, max(MAX_LAYERS if stored is None else len(stored), 100), place)
+    check_plausible(settings, max(MAX_LAYERS if stored is None else len(stored), 100), place)
     for name in ("dtype", "torch_dtype"):
         value = settings.get(name)
         if value is not None and not isinstance(getattr(torch, str(value), None), torch.dtype):

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..models.argument_checks import MAX_GUIDANCE_SCALE
 from ..models.configuration_prior import FlexTokPriorConfig
 from ..utils.numbers import is_finite_number, is_whole_number
 from .guidance import check_guidance
 
 
-MAX_SCALE, MIN_TEMPERATURE = 1e6, 1e-6  # beyond, float32 overflows
+MIN_TEMPERATURE = 1e-6  # below, float32 overflows
 
 
 def check_prompts(prompt: Any, name: str = "prompt") -> list[str]:
@@ -105,8 +106,10 @@ def check_guidance_scale(scale: Any, name: str, what: str = "a finite number") -
     """
     if not is_finite_number(scale):
         raise TypeError(f"`{name}` must be {what}, got {brief(scale)}.")
-    if abs(float(scale)) > MAX_SCALE:
-        raise ValueError(f"`{name}` must lie within {MAX_SCALE:g} of 0, got {brief(scale)}; 1 is no guidance.")
+    if abs(float(scale)) > MAX_GUIDANCE_SCALE:
+        raise ValueError(
+            f"`{name}` must lie within {MAX_GUIDANCE_SCALE:g} of 0, got {brief(scale)}; 1 is no guidance."
+        )
     return float(scale)
 
 

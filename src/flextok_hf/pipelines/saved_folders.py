@@ -23,8 +23,8 @@ from ..models.saved_model import (
     check_folder,
     check_foreign_model,
     check_loaded,
+    check_plausible,
     check_saved_model,
-    check_sizes,
     lacking,
     missing_names,
     named_errors,
@@ -116,7 +116,7 @@ def check_saved_pipeline(folder: Path, options: dict[str, Any]) -> dict[str, Sav
             if issubclass(kind, SchedulerMixin):
                 path = part / "scheduler_config.json"
                 check_types(kind, settings.get(path.name, {}), describe_in(path))
-                check_sizes(settings.get(path.name, {}), MAX_LAYERS, path)
+                check_plausible(settings.get(path.name, {}), MAX_LAYERS, path)
         elif not issubclass(kind, WholeWeightsMixin):
             saved[name] = check_model(part, kind, options)
     return saved
