@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 
+STUCK_AFTER = 600  # seconds
 SMALL_DATA = {"resolution": 16, "max_train_samples": 24, "train_batch_size": 4, "num_validation_images": 2}
 SMALL_TOKENIZER = {
     "num_registers": 4,
@@ -68,9 +69,11 @@ def start(train: Callable[[], object], folder: Path, num_processes: int = 1) -> 
 
 
 def run(train: Callable[[], object], folder: Path, num_processes: int = 1) -> list[int]:
-    """Run `train` to the end and return the exit codes."""
+    """Run `train` to the end and return the exit codes; a process that never ends is killed, which gives -9."""
     processes = start(train, folder, num_processes)
     for process in processes:
+        process.join(STUCK_AFTER)
+        process.kill()  # does nothing to one that has ended
         process.join()
     return [process.exitcode for process in processes]
 
