@@ -34,6 +34,8 @@ class FlexTokPriorConfig(PreTrainedConfig):
         text_hidden_size (`int`): width of the text encoder's hidden states; `None` for a model without text.
         projector_activation (`str`): activation between the two layers that project text to `hidden_size`.
         num_classes (`int`): number of classes; `None` for a model without classes.
+        shape_conditioning (`bool`): whether the start token comes with the size and proportions of the image, as two
+            numbers (`shape_features`); off in the published models.
         dropout (`float`): dropout probability on each residual update; 0 in the published models.
         initializer_range (`float`): standard deviation of newly initialized weights.
         bos_token_id (`int`): id of the start token, always `codebook_size`: the first id that is not a code.
@@ -66,6 +68,7 @@ class FlexTokPriorConfig(PreTrainedConfig):
     text_hidden_size: int | None = 2048
     projector_activation: str = "gelu_pytorch_tanh"
     num_classes: int | None = None
+    shape_conditioning: bool = False
     dropout: float = 0.0
     initializer_range: float = 0.02
     bos_token_id: int | None = None

@@ -68,8 +68,8 @@ class PriorGenerationMixin(GenerationMixin):
                 independent of its batch; a single one is shared by the whole batch.
             return_log_probs: return a `PriorGenerateOutput` with `log_probs`. Like guidance and `generator`, it is for
                 greedy decoding and sampling: neither beams, assistants nor streamers.
-            kwargs: conditions as in `forward` (`encoder_hidden_states`, `encoder_attention_mask`, `class_labels`) and
-                options such as `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`, `num_return_sequences`,
+            kwargs: conditions as in `forward` (`encoder_hidden_states`, `encoder_attention_mask`, `class_labels`,
+                `shape_features`) and options such as `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`, `num_return_sequences`,
                 `cache_implementation="static"`, `use_cache`. One more is for models with classes and without
                 text: `class_zero_guidance` uses class 0 as unconditional from the second new token on, as the official
                 code does by mistake. Options may also be set in `self.generation_config`.
@@ -200,7 +200,7 @@ class PriorGenerationMixin(GenerationMixin):
         if cache is not None and cache.get_seq_length() > 0:
             return None
         no_class = torch.full_like(model_kwargs["class_labels"], UNCONDITIONAL_LABEL)
-        prefix = {**prefix, "attention_mask": model_kwargs.get("attention_mask")}
+        prefix = {**prefix, **{name: model_kwargs.get(name) for name in ("attention_mask", "shape_features")}}
         return self(**prefix, class_labels=no_class, use_cache=False, logits_to_keep=1).logits[:, -1].float()
 
     def prepare_inputs_for_generation(
@@ -291,6 +291,7 @@ FORWARD_INPUTS = (
     "encoder_hidden_states",
     "encoder_attention_mask",
     "class_labels",
+    "shape_features",
     CACHE_NAME,
     "use_cache",
     "logits_to_keep",

@@ -82,6 +82,8 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         if config.num_classes is not None:
             self.class_embedding = nn.Embedding(config.num_classes, config.hidden_size)
+        if config.shape_conditioning:
+            self.shape_proj = nn.Linear(2, config.hidden_size, bias=False)  # without a bias: squares stay as they are
         if config.text_hidden_size is not None:
             self.text_projector = TextProjector(config)
         self.blocks = nn.ModuleList(PriorBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
@@ -92,7 +94,9 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
-        if getattr(module, "is_residual", False):
+        if module is getattr(self, "shape_proj", None):
+            init.zeros_(module.weight)  # a new model does not depend on the shape before it is trained
+        elif getattr(module, "is_residual", False):
             # GPT-2's rule (Radford et al., 2019): the sum of all residual updates starts at the scale of a single one
             init.normal_(module.weight, std=std / (2 * self.config.num_hidden_layers) ** 0.5)
         elif isinstance(module, (nn.Linear, nn.Embedding)):
@@ -135,15 +139,25 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
         """Project the text encoder's states (B, M, text_hidden_size) to (B, M, D)."""
         return self.text_projector(encoder_hidden_states)
 
-    def embed(self, token_states: Tensor, positions: Tensor, class_labels: Tensor | None) -> Tensor:
-        """Add positions (1 or B, L) to embedded tokens (B, L, D), and a class to the start vector; -1 adds nothing."""
+    def embed(
+        self,
+        token_states: Tensor,
+        positions: Tensor,
+        class_labels: Tensor | None,
+        shape_features: Tensor | None = None,
+    ) -> Tensor:
+        """Add positions (1 or B, L) to embedded tokens (B, L, D), and class and shape to the start vector."""
         hidden_states = token_states + self.position_embedding(positions)  # (B, L, D)
-        if class_labels is None:
-            return hidden_states
-        has_class = class_labels != UNCONDITIONAL_LABEL  # (B,)
-        class_states = self.class_embedding(torch.where(has_class, class_labels, 0))  # (B, D)
-        is_start = (positions == 0)[..., None] & has_class[:, None, None]  # (B, L, 1)
-        return hidden_states + torch.where(is_start, class_states[:, None], 0.0)
+        is_start = (positions == 0)[..., None]  # (1 or B, L, 1)
+        if class_labels is not None:
+            has_class = class_labels != UNCONDITIONAL_LABEL  # (B,)
+            class_states = self.class_embedding(torch.where(has_class, class_labels, 0))  # (B, D)
+            gets_class = is_start & has_class[:, None, None]  # (B, L, 1)
+            hidden_states = hidden_states + torch.where(gets_class, class_states[:, None], 0.0)
+        if shape_features is not None:
+            shape_states = self.shape_proj(shape_features.to(self.shape_proj.weight.dtype))  # (B, D)
+            hidden_states = hidden_states + torch.where(is_start, shape_states[:, None], 0.0)
+        return hidden_states
 
     @ForwardOfTrainer
     @can_return_tuple
@@ -165,6 +179,7 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         shift_labels: Tensor | None = None,
+        shape_features: Tensor | None = None,
     ) -> CausalLMOutputWithPast:
         """Predict the next token at every position.
 
@@ -185,18 +200,20 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
             inputs_embeds: (B, L, D), embedded tokens instead of `input_ids`.
             output_hidden_states, output_attentions: return them; attention is then computed in plain PyTorch.
             shift_labels: (B, L), the target of each input instead of `labels`, -100 is ignored.
+            shape_features: (B, 2) floats for models with `shape_conditioning`: log(H W / R^2) and log(H / W) of the
+                images, whose trained square has the side R; `None` means that square, for which both are 0.
         """
         labels = labels if shift_labels is None else None
         inputs = PriorInputs(input_ids, inputs_embeds, labels, attention_mask, position_ids)
         text, cache = (encoder_hidden_states, encoder_attention_mask), past_key_values if cache is None else cache
-        check_forward_inputs(self.config, inputs, *text, class_labels, cache)
+        check_forward_inputs(self.config, inputs, *text, class_labels, cache, shape_features)
         check_targets(shift_labels, logits_to_keep, inputs)
         is_full = cache is None and inputs.length > self.config.max_position_embeddings
         inputs = inputs.without_last() if is_full or labels is not None else inputs
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         cache = prepare_cache(self.config, cache, use_cache and labels is None)
         hidden_states, all_states, all_weights = self.run_blocks(
-            inputs, *text, class_labels, cache, output_hidden_states, output_attentions
+            inputs, *text, class_labels, shape_features, cache, output_hidden_states, output_attentions
         )
         kept = slice(-logits_to_keep, None) if is_whole_number(logits_to_keep) else logits_to_keep
         if is_full and labels is None:
@@ -216,6 +233,7 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
         encoder_hidden_states: Tensor | None,
         encoder_attention_mask: Tensor | None,
         class_labels: Tensor | None,
+        shape_features: Tensor | None,
         cache: Cache | None,
         output_hidden_states: bool | None,
         output_attentions: bool | None,
@@ -225,7 +243,7 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
         keeps_weights = self.config.output_attentions if output_attentions is None else output_attentions
         positions, attention_mask, is_causal = plan_attention(inputs, cache)
         token_states = self.token_embedding(inputs.ids) if inputs.embeds is None else inputs.embeds
-        hidden_states = self.embed(token_states, positions, class_labels)  # (B, L, D)
+        hidden_states = self.embed(token_states, positions, class_labels, shape_features)  # (B, L, D)
         text_states = None
         if self.config.text_hidden_size is not None and not has_cached_text(cache):
             text_states = self.project_text(encoder_hidden_states)  # (B, M, D)

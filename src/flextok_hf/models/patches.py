@@ -94,6 +94,20 @@ def shape_features(latent_shape: Sequence[int] | None, config: Any, like: Tensor
     return torch.stack([torch.full((), ratio, device=like.device) for ratio in ratios]).log()[None].to(like.dtype)
 
 
+def features_of_sizes(sizes: Tensor, side: int) -> Tensor:
+    """Describe images as `shape_features` does latents.
+
+    Args:
+        sizes: height and width of each image, (B, 2) integers.
+        side: side of the trained square, in the same unit.
+
+    Returns:
+        Two numbers for each, (B, 2) float32.
+    """
+    height, width = sizes.double().unbind(-1)
+    return torch.stack([height * width / side**2, height / width], dim=-1).log().float()
+
+
 class PatchEmbedding(nn.Module):
     """Latents (B, C, h, w) -> patch tokens (B, N, D): linear projection plus fixed 2D positions.
 

@@ -13,6 +13,7 @@ from .configuration_prior import FlexTokPriorConfig
 
 UNCONDITIONAL_LABEL = -1  # class label that adds nothing
 IGNORED_LABEL = -100  # target that the loss ignores, as in Transformers
+MAX_LOG_RATIO = 20.0  # of areas or sides: far beyond any image that a model takes
 
 # name of an input, its values, the smallest and the largest that is allowed, and what they mean
 RangeCheck = tuple[str, Tensor, float, float, str]
@@ -61,6 +62,7 @@ def check_forward_inputs(
     encoder_attention_mask: Tensor | None,
     class_labels: Tensor | None,
     cache: Cache | None,
+    shape_features: Tensor | None = None,
 ) -> None:
     """Raise an error if a model of this configuration cannot run on these inputs (see its `forward`)."""
     check_sequences(config, inputs)
@@ -79,6 +81,7 @@ def check_forward_inputs(
     batch_size = inputs.values.shape[0]
     check_text(config, batch_size, encoder_hidden_states, encoder_attention_mask, is_start)
     check_classes(config, batch_size, class_labels, is_start)
+    check_shape(config, batch_size, shape_features)
     mask = inputs.attention_mask
     if mask is not None and isinstance(past_length, int):
         check_mask(mask, (batch_size, past_length + inputs.length))
@@ -90,7 +93,7 @@ def check_forward_inputs(
             f" {tuple(positions.shape)}."
         )
     if not torch.compiler.is_compiling() and inputs.device.type == "cpu":  # elsewhere reading values would stall
-        ranges = condition_ranges(config, encoder_attention_mask, class_labels)
+        ranges = condition_ranges(config, encoder_attention_mask, class_labels) + shape_ranges(shape_features)
         if inputs.ids is not None:
             ranges.append(("input_ids", inputs.ids, 0, config.codebook_size, "The largest is `bos_token_id`."))
         if positions is not None:
@@ -239,6 +242,30 @@ def check_classes(config: FlexTokPriorConfig, batch_size: int, class_labels: Ten
             f"`class_labels` must be integers of shape ({batch_size},), got {class_labels.dtype} of shape"
             f" {tuple(class_labels.shape)}."
         )
+
+
+def check_shape(config: FlexTokPriorConfig, batch_size: int, shape_features: Tensor | None) -> None:
+    """Raise an error unless the two numbers that describe each image's shape, (B, 2), fit."""
+    check_tensors(shape_features=shape_features)
+    if shape_features is None:
+        return
+    if not config.shape_conditioning:
+        raise ValueError(
+            "`shape_features` was given, but this model is not told the shape (`shape_conditioning` is False). Leave it"
+            " out."
+        )
+    if shape_features.shape != (batch_size, 2) or not shape_features.is_floating_point():
+        raise ValueError(
+            f"`shape_features` must be floats of shape ({batch_size}, 2), log(area / trained area) and"
+            f" log(height / width) of each image, got {shape_features.dtype} of shape {tuple(shape_features.shape)}."
+        )
+
+
+def shape_ranges(shape_features: Tensor | None) -> list[RangeCheck]:
+    """Check of the values of `shape_features`."""
+    if shape_features is None:
+        return []
+    return [("shape_features", shape_features, -MAX_LOG_RATIO, MAX_LOG_RATIO, "They are logarithms of ratios.")]
 
 
 def check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:

@@ -17,10 +17,12 @@ from .prior_inputs import (
     check_classes,
     check_mask,
     check_ranges,
+    check_shape,
     check_tensors,
     check_text,
     condition_ranges,
     is_integer,
+    shape_ranges,
 )
 
 
@@ -40,12 +42,14 @@ def check_generate_inputs(
     """Raise an error if `generate` cannot run on these arguments; values are checked too, in one transfer per call."""
     text, mask = conditions.get("encoder_hidden_states"), conditions.get("encoder_attention_mask")
     labels, embeds = conditions.get("class_labels"), conditions.get("inputs_embeds")
+    shape = conditions.get("shape_features")
     padding = conditions.get("attention_mask")
     check_tensors(inputs=inputs, inputs_embeds=embeds, attention_mask=padding)
     if inputs is not None and embeds is not None:
         raise ValueError("Pass either `inputs` or `inputs_embeds`, and not both.")
     check_cache(conditions.get(CACHE_NAME))
     rows = {"inputs": inputs, "inputs_embeds": embeds, "encoder_hidden_states": text, "class_labels": labels}
+    rows["shape_features"] = shape
     given = [(name, value.shape[0]) for name, value in rows.items() if isinstance(value, Tensor) and value.ndim]
     name, batch_size = given[0] if given else ("inputs", 1)
     if batch_size == 0:
@@ -53,7 +57,8 @@ def check_generate_inputs(
     ranges = prefix_ranges(config, batch_size, inputs, embeds, padding)
     check_text(config, batch_size, text, mask, is_start=True)
     check_classes(config, batch_size, labels, is_start=True)
-    ranges += condition_ranges(config, mask, labels, text)
+    check_shape(config, batch_size, shape)
+    ranges += condition_ranges(config, mask, labels, text) + shape_ranges(shape)
     if class_zero_guidance and (config.num_classes is None or config.text_hidden_size is not None):
         raise ValueError(
             "`class_zero_guidance` is for models with classes and without text, the only ones ever sampled with it."

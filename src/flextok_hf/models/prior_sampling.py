@@ -154,8 +154,9 @@ def double_batch(model_kwargs: dict, sampling: GuidedSampling, batch_size: int) 
         if negative is not None:
             rows = negative.repeat_interleave(batch_size // negative.shape[0], dim=0)
             model_kwargs[name] = torch.cat([model_kwargs[name], rows.to(model_kwargs[name])])
-    if "attention_mask" in model_kwargs:
-        model_kwargs["attention_mask"] = model_kwargs["attention_mask"].repeat(2, 1)
+    for name in ("attention_mask", "shape_features"):  # the same for both: guidance is about text and class
+        if model_kwargs.get(name) is not None:
+            model_kwargs[name] = model_kwargs[name].repeat(2, 1)
     labels = model_kwargs.get("class_labels")
     if labels is not None:
         unconditional = 0 if sampling.class_zero_guidance else UNCONDITIONAL_LABEL

@@ -339,6 +339,7 @@ class FlexTokPipeline(CardMixin, OffloadingMixin, PriorHalf, DecoderHalf):
             prefix,
             prior_guidance_scale,
             texts=texts,
+            shape_features=self.size_rules.features(size),
             **sampling,
         )
         # Drawn first, so that a sample's generator gives the same noise however many tokens its batch needs.
@@ -396,6 +397,7 @@ class FlexTokPipeline(CardMixin, OffloadingMixin, PriorHalf, DecoderHalf):
             prefix,
             prior_guidance_scale,
             texts=texts,
+            shape_features=self.size_rules.features(size),
             **sampling,
         )
         self.prepare_latents(len(writer.counts), generator, sizes=size)  # unused: keeps generators in step
@@ -465,6 +467,7 @@ class FlexTokPipeline(CardMixin, OffloadingMixin, PriorHalf, DecoderHalf):
             negative_prompt_embeds,
             negative_prompt_attention_mask,
         )
+        sampling["shape_features"] = self.size_rules.features(size)
         writer = self.token_writer(
             prompt, class_labels, 1, counts[-1], prefix, prior_guidance_scale, texts=texts, **sampling
         )

@@ -48,15 +48,21 @@ class PriorHalf(DiffusionPipeline):
         prior_guidance_scale: float | None,
         generator: torch.Generator | list[torch.Generator] | None,
         texts: GivenTexts = GivenTexts(),
+        shape_features: Tensor | None = None,
         **sampling: Any,
     ) -> TokenWriter:
-        """Check and encode what the prior needs to continue from `prefix` (1 or prompts, p), without sampling yet."""
+        """Check and encode what the prior needs to continue from `prefix` (1 or prompts, p), without sampling yet.
+
+        Of the shape of the images, (1, 2), only priors are told that were trained with it.
+        """
         num_conditions, conditions = self.encode_condition(prompt, class_labels, num_images_per_prompt, texts)
         counts = tokens.resolve_max_tokens(max_tokens, num_conditions, self.num_registers)
         counts = [count for count in counts for _ in range(num_images_per_prompt)]
         tokens.check_prefix_fits(prefix, num_conditions, counts)
         if prior_guidance_scale is None:
             prior_guidance_scale = self.config.default_prior_guidance_scale
+        if shape_features is not None and self.prior.config.shape_conditioning:
+            conditions["shape_features"] = shape_features.expand(len(counts), -1).to(self._execution_device)
         options = inputs.check_generation(prior_guidance_scale=prior_guidance_scale, **sampling)
         return TokenWriter(
             self.prior,

@@ -11,7 +11,7 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from ..models.patches import MAX_AREA, MAX_ASPECT, is_allowed_grid
+from ..models.patches import MAX_AREA, MAX_ASPECT, features_of_sizes, is_allowed_grid
 from ..utils.numbers import is_whole_number
 from .input_checks import brief
 from .token_checks import as_list
@@ -123,6 +123,10 @@ class SizeRules:
                 )
             sides.append([self.side if value is None else value for value in values])
         return [self.check(rows, columns) for rows, columns in zip(*sides, strict=True)]
+
+    def features(self, sizes: Sequence[Size] | None) -> Tensor | None:
+        """Return what a prior with `shape_conditioning` is told of sizes, (B, 2); `None` for the square."""
+        return None if sizes is None else features_of_sizes(torch.tensor(sizes), self.side)
 
 
 def in_groups(tensors: Sequence[Tensor], run: Callable[[Tensor, list[int]], Sequence]) -> list:
