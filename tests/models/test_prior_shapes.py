@@ -90,7 +90,8 @@ def test_generated_rows_of_several_shapes_are_those_of_single_calls(kind):
     together = prior.generate(start(), **condition, **options, generator=seeded(0, 1, 2))
     for index in range(3):
         one = slice(index, index + 1)
-        assert prior.generate(start(1), **rows(condition, one), **options, generator=seeded(index)).equal(together[one])
+        alone = prior.generate(start(1), **rows(condition, one), **options, generator=seeded(index))
+        assert alone.equal(together[one])
     condition.pop("shape_features")
     squares = prior.generate(start(), **condition, **options, generator=seeded(0, 1, 2))
     assert squares[0].equal(together[0]) and not squares.equal(together)
@@ -117,8 +118,9 @@ def test_guidance_keeps_the_shape(kind):
 def test_beams_know_the_shape():
     prior = make_told("class")
     condition = {**make_condition(prior.config), "shape_features": FEATURES}
-    beams = prior.generate(start(), **condition, num_beams=2, max_new_tokens=4)
-    alone = [prior.generate(start(1), **rows(condition, slice(i, i + 1)), num_beams=2, max_new_tokens=4) for i in range(3)]
+    options = {"num_beams": 2, "max_new_tokens": 4}
+    beams = prior.generate(start(), **condition, **options)
+    alone = [prior.generate(start(1), **rows(condition, slice(row, row + 1)), **options) for row in range(3)]
     assert beams.equal(torch.cat(alone))
 
 

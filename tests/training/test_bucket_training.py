@@ -9,11 +9,13 @@ import torch
 from image_rows import png
 from training_processes import SMALL_TOKENIZER, assert_same_state, errors, run
 
+from flextok_hf.pipelines.images import prepare_each
 from flextok_hf.pipelines.pipeline_flextok import FlexTokPipeline
 from flextok_hf.training.arguments import PriorArguments, TokenizerArguments, VaeArguments
 from flextok_hf.training.loop import Trainer
 from flextok_hf.training.stages import train_prior, train_tokenizer, train_vae
 from flextok_hf.training.tokenizer import load_tokenizer
+from flextok_hf.utils.measures import peak_signal_to_noise
 
 
 SIZES = ((16, 16), (40, 20), (20, 40))  # width, height
@@ -188,8 +190,36 @@ def test_a_prior_trains_on_the_tokens_of_all_shapes(tmp_path, data, monkeypatch)
     shapes = recorded_shapes(monkeypatch)
     small = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "text_hidden_size": 32, "text_num_layers": 1}
     options = {"tokenizer": str(tokenizer), "caption_column": "text", "text_vocab_size": 300, "random_flip": False}
-    train_prior(arguments_for(tmp_path / "prior", data, PriorArguments, buckets=True, **small, **options))
+    options |= {"buckets": True, "shape_conditioning": True, **small}
+    train_prior(arguments_for(tmp_path / "prior", data, PriorArguments, **options))
     assert len(set(shapes)) == 3
+    prior = FlexTokPipeline.from_pretrained(tmp_path / "prior" / "pipeline").prior
+    assert prior.config.shape_conditioning and prior.shape_proj.weight.any()
+
+
+def test_validation_measures_wide_and_tall_crops_too(tmp_path, data):
+    options = {"validation_data": [data], "validation_steps": 3, "num_validation_images": 3, "max_train_steps": 3}
+    train_tokenizer(arguments_for(tmp_path / "run", data, buckets=True, **options))
+    last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    measured = {name for name in last if name.startswith("psnr")}
+    assert measured == {"psnr_1", "psnr_2", "psnr_4", "psnr_4_12x20", "psnr_4_20x12"}
+    pipe = FlexTokPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    rows = datasets.load_dataset("parquet", data_files=data, split="train", cache_dir=str(tmp_path))
+    photos = [rows[row]["image"] for row in (0, 10, 20)]
+    for size in ((12, 20), (20, 12)):
+        crops = torch.cat(prepare_each(photos, lambda *_: size, torch.device("cpu"))).view(3, 3, *size) / 2 + 0.5
+        generator = torch.Generator().manual_seed(0)
+        settings = {"num_inference_steps": 12, "guidance_scale": 1.0, "output_type": "pt", "generator": generator}
+        (images,) = pipe.reconstruct(crops, [4], size=size, **settings)
+        expected = peak_signal_to_noise(images, crops).mean().item()
+        assert last[f"psnr_4_{size[0]}x{size[1]}"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_without_buckets_only_squares_are_measured(tmp_path, data):
+    options = {"validation_data": [data], "validation_steps": 2, "num_validation_images": 2, "max_train_steps": 2}
+    train_tokenizer(arguments_for(tmp_path, data, **options))
+    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert {name for name in last if name.startswith("psnr")} == {"psnr_1", "psnr_2", "psnr_4"}
 
 
 # Refusals
@@ -213,6 +243,7 @@ def test_a_prior_trains_on_the_tokens_of_all_shapes(tmp_path, data, monkeypatch)
         (VaeArguments, {"buckets": True, "train_data": ["synthetic"]}, "`buckets` needs images of other shapes"),
         (PriorArguments, {"buckets": True, "token_column": "ids"}, "`buckets` applies to images, but `token_column`"),
         (PriorArguments, {"max_area": 64, "token_column": "ids"}, "`max_area` applies to images, but `token_column`"),
+        (PriorArguments, {"shape_conditioning": True}, "`shape_conditioning` learns nothing from squares"),
     ],
 )
 def test_options_that_do_not_fit_together_are_refused(kind, options, message):
@@ -228,9 +259,10 @@ def test_a_pretrained_tokenizer_of_squares_is_refused_until_it_is_asked_for_shap
         arguments = arguments_for(tmp_path / "x", data, **squares, pretrained_tokenizer=source, **options)
         with pytest.raises(ValueError, match=f"`{next(iter(options))}` needs a tokenizer for any shape"):
             load_tokenizer(arguments, None)
-    prior = {"tokenizer": source, "caption_column": "text", "buckets": True, "random_flip": False}
-    with pytest.raises(ValueError, match="`buckets` needs a tokenizer for any shape"):
-        train_prior(arguments_for(tmp_path / "prior", data, PriorArguments, **prior))
+    prior = {"tokenizer": source, "caption_column": "text", "random_flip": False}
+    for options in ({"buckets": True}, {"shape_conditioning": True, "token_column": "text"}):
+        with pytest.raises(ValueError, match=f"`{next(iter(options))}` needs a tokenizer for any shape"):
+            train_prior(arguments_for(tmp_path / "prior", data, PriorArguments, **prior, **options))
 
 
 def test_an_area_below_one_patch_is_refused(tmp_path, data):

@@ -7,6 +7,9 @@ import datasets
 from datasets import ClassLabel, Value
 
 
+SIZE_COLUMNS = ("height", "width")  # beside token ids, as scripts/tokenize_dataset.py writes them
+
+
 @dataclass(frozen=True)
 class Columns:
     """The columns that training reads.
@@ -19,6 +22,7 @@ class Columns:
         num_classes: number of classes, if the column has no class names.
         num_tokens: number of token ids per crop.
         codebook_size: token ids are below this.
+        reads_sizes: read `SIZE_COLUMNS` beside token ids, the size in pixels of the images they stand for.
     """
 
     image: str = "image"
@@ -28,11 +32,12 @@ class Columns:
     num_classes: int | None = None
     num_tokens: int | None = None
     codebook_size: int | None = None
+    reads_sizes: bool = False
 
     def names(self) -> list[str]:
         """Return the names of the columns to read."""
-        source = self.image if self.token_ids is None else self.token_ids
-        return [name for name in (source, self.caption, self.class_label) if name is not None]
+        sources = [self.image] if self.token_ids is None else [self.token_ids, *SIZE_COLUMNS * self.reads_sizes]
+        return [name for name in (*sources, self.caption, self.class_label) if name is not None]
 
     def check(self, features: datasets.Features) -> None:
         """Raise a ValueError or TypeError if `features` lacks a column or has one of an unsupported type."""
@@ -53,6 +58,12 @@ class Columns:
                 f"`token_column` '{self.token_ids}' must hold whole numbers, one list per crop of an image, not"
                 f" {features[self.token_ids]}. Create it with scripts/tokenize_dataset.py."
             )
+        for name in SIZE_COLUMNS if self.token_ids is not None and self.reads_sizes else ():
+            if name not in features or not _holds(features[name], 0, ("int", "uint")):
+                raise ValueError(
+                    f"`shape_conditioning` needs the size of the image of each row of token ids, but the dataset has no"
+                    f" column '{name}' of whole numbers. scripts/tokenize_dataset.py writes it: make the ids again."
+                )
         if self.caption is not None and not _holds(features[self.caption], 1, ("string", "large_string")):
             raise TypeError(
                 f"`caption_column` '{self.caption}' must hold strings or lists of them, not {features[self.caption]}."

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..pipelines.images import image_to_pixels, load_image, pixels_to_values, resize_and_crop, to_rgb
 from .buckets import Shape, nearest_shape
-from .columns import Columns, class_range_message
+from .columns import SIZE_COLUMNS, Columns, class_range_message
 from .skipped_rows import UnreadableRow
 
 
@@ -143,6 +143,18 @@ def draw_token_ids(value: Any, columns: Columns, generator: torch.Generator | No
     return token_ids
 
 
+def read_size(row: dict[str, Any]) -> Tensor:
+    """Return height and width of the image that token ids stand for, (2,) int64.
+
+    Raises:
+        UnreadableRow: if one of them is missing.
+    """
+    sides = [row[name] for name in SIZE_COLUMNS]
+    if not all(side is not None and side > 0 for side in sides):
+        raise UnreadableRow(f"its {' and '.join(SIZE_COLUMNS)} are {sides}, not a size")
+    return torch.tensor(sides, dtype=torch.int64)
+
+
 def read_sample(
     row: dict[str, Any],
     columns: Columns,
@@ -150,13 +162,15 @@ def read_sample(
     generator: torch.Generator | None,
     shape: Shape | None = None,
 ) -> dict[str, Any]:
-    """Turn a row into a sample: `pixel_values` (3, H, W) or `token_ids` (K,), plus its conditions.
+    """Turn a row into a sample: `pixel_values` (3, H, W) or `token_ids` (K,) and `sizes` (2,), plus its conditions.
 
     Raises:
         UnreadableRow: if the row is incomplete or damaged.
     """
     if columns.token_ids is not None:
         sample = {"token_ids": draw_token_ids(row[columns.token_ids], columns, generator)}
+        if columns.reads_sizes:
+            sample["sizes"] = read_size(row)
     else:
         sample = {"pixel_values": transform(read_image(row[columns.image]), generator, shape)}
     return {**sample, **draw_conditions(row, columns, generator)}
@@ -166,14 +180,14 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Stack samples into a batch.
 
     Args:
-        samples: each with `pixel_values` (3, H, W), `latents` (C, h, w) or `token_ids` (K,), and optionally
-            `captions`, a string, `class_labels`, a number, and `unreadable`, the rows that were skipped to get to it.
+        samples: each with `pixel_values` (3, H, W), `latents` (C, h, w) or `token_ids` (K,), and optionally `sizes`
+            (2,), `captions`, a string, `class_labels`, a number, and `unreadable`, the rows skipped to get to it.
 
     Returns:
         The same with a leading dimension B: captions as a list, class labels as (B,) int64.
     """
     batch: dict[str, Any] = {}
-    for name in ("pixel_values", "latents", "token_ids"):
+    for name in ("pixel_values", "latents", "token_ids", "sizes"):
         if name in samples[0]:
             batch[name] = torch.stack([sample[name] for sample in samples])
     if "captions" in samples[0]:

@@ -69,10 +69,10 @@ class PriorGenerationMixin(GenerationMixin):
             return_log_probs: return a `PriorGenerateOutput` with `log_probs`. Like guidance and `generator`, it is for
                 greedy decoding and sampling: neither beams, assistants nor streamers.
             kwargs: conditions as in `forward` (`encoder_hidden_states`, `encoder_attention_mask`, `class_labels`,
-                `shape_features`) and options such as `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`, `num_return_sequences`,
-                `cache_implementation="static"`, `use_cache`. One more is for models with classes and without
-                text: `class_zero_guidance` uses class 0 as unconditional from the second new token on, as the official
-                code does by mistake. Options may also be set in `self.generation_config`.
+                `shape_features`) and options such as `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`,
+                `num_return_sequences`, `cache_implementation="static"`, `use_cache`. One more is for models with
+                classes and without text: `class_zero_guidance` uses class 0 as unconditional from the second new token
+                on, as the official code does by mistake. Options may also be set in `self.generation_config`.
 
         Returns:
             Sequences including the start token, (B, 1 + tokens); the token ids are `[:, 1:]`.

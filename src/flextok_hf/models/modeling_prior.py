@@ -94,8 +94,8 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
-        if module is getattr(self, "shape_proj", None):
-            init.zeros_(module.weight)  # a new model does not depend on the shape before it is trained
+        if self.config.shape_conditioning and module is self.shape_proj:
+            init.zeros_(self.shape_proj.weight)  # a new model does not depend on the shape before it is trained
         elif getattr(module, "is_residual", False):
             # GPT-2's rule (Radford et al., 2019): the sum of all residual updates starts at the scale of a single one
             init.normal_(module.weight, std=std / (2 * self.config.num_hidden_layers) ** 0.5)

@@ -251,8 +251,8 @@ def check_shape(config: FlexTokPriorConfig, batch_size: int, shape_features: Ten
         return
     if not config.shape_conditioning:
         raise ValueError(
-            "`shape_features` was given, but this model is not told the shape (`shape_conditioning` is False). Leave it"
-            " out."
+            "`shape_features` was given, but this model is not told the shape (`shape_conditioning` is False). Leave"
+            " it out."
         )
     if shape_features.shape != (batch_size, 2) or not shape_features.is_floating_point():
         raise ValueError(

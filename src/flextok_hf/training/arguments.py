@@ -24,8 +24,8 @@ def option(default: Any, text: str) -> Any:
 
 def check_shapes(arguments: "TrainingArguments", positions: str) -> None:
     """Raise a ValueError if training on other shapes than the square needs other positions than the model has."""
-    for name in ("buckets", "max_area"):
-        if getattr(arguments, name) and positions != "stretch":
+    for name in ("buckets", "max_area", "shape_conditioning"):
+        if getattr(arguments, name, False) and positions != "stretch":
             raise ValueError(
                 f'`{name}` needs a tokenizer for any shape, but its `positions` are "{positions}": train one with'
                 ' `positions` "stretch", also from a `pretrained_tokenizer`.'
@@ -304,6 +304,7 @@ class PriorArguments(TrainingArguments):
     num_layers: int = option(12, "Number of prior blocks.")
     num_heads: int = option(12, "Number of attention heads.")
     qk_norm: bool = option(False, "Normalize queries and keys.")
+    shape_conditioning: bool = option(False, "Tell the prior size and proportions of the image, beside the condition.")
     dropout: float = option(0.0, "Dropout on residual branches.")
     condition_dropout_probability: float = option(0.1, "Fraction of samples trained without a condition.")
     text_encoder: str | None = option(None, "Frozen T5 encoder (folder or Hub id); if unset, a small one is trained.")
@@ -336,6 +337,11 @@ class PriorArguments(TrainingArguments):
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"`hidden_size` must be a multiple of `num_heads` ({self.num_heads}), got {self.hidden_size}."
+            )
+        if self.shape_conditioning and not (self.buckets or self.max_area or self.token_column):
+            raise ValueError(
+                "`shape_conditioning` learns nothing from squares of `resolution`: set `buckets`, `max_area` or"
+                " `token_column` too."
             )
         if self.token_column is not None:
             for name in ("cache_latents", "cache_in_memory", "random_flip", "random_crop", "buckets", "max_area"):

@@ -1,6 +1,6 @@
 """Stage 2: train the prior, and its small text encoder if it has one, on the token ids of a frozen tokenizer.
 
-Letters: B batch, C latent channels, h w latent grid, K tokens of an image.
+Letters: B batch, C latent channels, H W sides of an image, h w latent grid, K tokens of an image.
 """
 
 from typing import Any
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.latent_cache import latents_of
 from ..models.configuration_prior import FlexTokPriorConfig
 from ..models.modeling_prior import FlexTokPriorForCausalLM
+from ..models.patches import features_of_sizes
 from ..models.prior_inputs import UNCONDITIONAL_LABEL
 from ..pipelines.pipeline_flextok import FlexTokPipeline
 from .arguments import PriorArguments
@@ -25,7 +26,8 @@ class PriorForTraining(nn.Module):
         prior: prior to train.
         text_encoder: trained jointly, or frozen; `None` for a class-conditional prior.
         text_tokenizer: tokenizer of the text encoder.
-        image_tokenizer: turns images into token ids; `None` if batches contain token ids.
+        image_tokenizer: turns images into token ids; may be `None` if batches contain token ids and the prior is not
+            told the shape.
         arguments: options of the stage.
     """
 
@@ -56,7 +58,8 @@ class PriorForTraining(nn.Module):
 
         Args:
             batch: `token_ids` (B, K), cached `latents` (B, C, h, w) or `pixel_values` (B, 3, H, W) in [-1, 1], with
-                `captions`, a list of B texts, or `class_labels` (B,).
+                `captions`, a list of B texts, or `class_labels` (B,); with `shape_conditioning`, token ids come with
+                `sizes` (B, 2), height and width.
             step: optimizer steps done so far.
             rng: source of the condition dropout.
 
@@ -67,6 +70,8 @@ class PriorForTraining(nn.Module):
         # on the host, where the captions are
         is_dropped = rng.host_bernoulli(self.arguments.condition_dropout_probability, token_ids.shape[0])  # (B,)
         condition = self.encode_condition(batch, is_dropped if self.training else torch.zeros_like(is_dropped))
+        if self.prior.config.shape_conditioning:  # never dropped: guidance is about text and class
+            condition["shape_features"] = self.shape_features(batch).to(self.prior.device, non_blocking=True)
         input_ids = self.prior.prepend_bos(token_ids)  # (B, K + 1)
         loss = self.prior(input_ids=input_ids, labels=input_ids, **condition).loss
         return loss, {}
@@ -81,6 +86,16 @@ class PriorForTraining(nn.Module):
         with torch.autocast(self.prior.device.type, enabled=False):
             latents = latents_of(batch, tokenizer.vae, self.prior.device)  # (B, C, h, w)
             return tokenizer.encoder(latents).token_ids
+
+    def shape_features(self, batch: dict[str, Any]) -> Tensor:
+        """Return what the prior is told of the shapes of a batch, (B, 2)."""
+        tokenizer = self.frozen["image_tokenizer"]
+        if "sizes" in batch:
+            return features_of_sizes(batch["sizes"], tokenizer.resolution)
+        is_encoded = "latents" in batch
+        shape = batch["latents" if is_encoded else "pixel_values"].shape  # of every image
+        side = tokenizer.latent_size if is_encoded else tokenizer.resolution
+        return features_of_sizes(torch.tensor(shape[-2:]).expand(shape[0], 2), side)
 
     def encode_condition(self, batch: dict[str, Any], is_dropped: Tensor) -> dict[str, Tensor]:
         """Convert captions or classes to arguments of the prior; dropped ones become "" or class -1."""
@@ -119,6 +134,7 @@ def build_prior(
             cross_qk_norm=arguments.qk_norm,
             text_hidden_size=text_hidden_size,
             num_classes=num_classes,
+            shape_conditioning=arguments.shape_conditioning,
             dropout=arguments.dropout,
         )
     )

@@ -39,6 +39,7 @@ from .tokenizer import TokenizerForTraining, build_tokenizer, load_tokenizer, si
 from .vae import VaeForTraining, build_vae, measure_scaling_factor
 from .validation import (
     choose_images,
+    choose_other_shapes,
     held_out_batches,
     load_validation_data,
     prior_validation,
@@ -128,10 +129,10 @@ def train_tokenizer(arguments: TokenizerArguments, accelerator: Accelerator) -> 
     if vae is not None:
         vae.requires_grad_(False).eval().to(accelerator.device)
     columns = Columns(arguments.image_column)
-    dataset = load_train_data(arguments, columns, patch_side(vae, encoder, decoder))
+    images = load_train_data(arguments, columns, patch_side(vae, encoder, decoder))
     held_out = load_validation_data(arguments, columns)
-    if arguments.cache_latents:
-        dataset = cached(dataset, vae, arguments)
+    others = choose_other_shapes(arguments, held_out, images.transform.shapes)
+    dataset: TrainingData = cached(images, vae, arguments) if arguments.cache_latents else images
     if arguments.gradient_checkpointing:
         encoder.gradient_checkpointing_enable()
         decoder.enable_gradient_checkpointing()
@@ -142,7 +143,7 @@ def train_tokenizer(arguments: TokenizerArguments, accelerator: Accelerator) -> 
     trainer = Trainer(arguments, accelerator, model, tokenizer_groups(arguments, model))
     trainer.resume()
     pipe = FlexTokPipeline(encoder, decoder, FlowMatchEulerDiscreteScheduler(), vae=vae)
-    preview = tokenizer_validation(arguments, choose_images(arguments, held_out), pipe)
+    preview = tokenizer_validation(arguments, choose_images(arguments, held_out), pipe, others)
     batches = serve(arguments, accelerator, dataset)
     trainer.train(batches, preview, held_out_batches(arguments, held_out, accelerator))
     return export(trainer, pipe, "tokenizer")
@@ -182,7 +183,8 @@ def train_prior(arguments: PriorArguments, accelerator: Accelerator) -> Path:
     if arguments.token_column is not None:
         check_token_data(arguments.train_data, arguments.tokenizer)
     pipe, unit = None, 1
-    if arguments.token_column is None or (arguments.validation_prompts and arguments.validation_steps):
+    needs_images = arguments.token_column is None or (arguments.validation_prompts and arguments.validation_steps)
+    if needs_images or arguments.shape_conditioning:  # which is relative to the tokenizer's square
         pipe = FlexTokPipeline.from_pretrained(arguments.tokenizer).to(accelerator.device)
         arguments = replace(arguments, resolution=pipe.resolution)
         check_shapes(arguments, pipe.decoder.config.positions)
@@ -235,6 +237,7 @@ def prior_columns(arguments: PriorArguments, config: FlexTokEncoderConfig) -> Co
         arguments.num_classes,
         config.num_registers,
         math.prod(config.fsq_levels),
+        arguments.shape_conditioning,
     )
 
 
@@ -289,7 +292,7 @@ def patch_side(vae: AutoencoderKL | None, *models: torch.nn.Module) -> int:
     return factor * math.lcm(*(model.config.patch_size for model in models))
 
 
-def load_train_data(arguments: TrainingArguments, columns: Columns, unit: int) -> TrainingData:
+def load_train_data(arguments: TrainingArguments, columns: Columns, unit: int) -> ImageDataset | StreamedImageDataset:
     """Load the training data; the sides of the images are multiples of `unit`."""
     crop = (arguments.random_flip, arguments.random_crop, arguments.min_crop_scale)
     shapes: tuple[Shape, ...] = ()

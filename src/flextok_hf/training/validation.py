@@ -1,7 +1,11 @@
 """Validation during training: metrics and a sheet of images for each stage.
 
-Letters: B batch, R side of the square images.
+Letters: B batch, H W sides of the images, R side of square ones.
 """
+
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -11,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..data.batches import build_dataloader
+from ..data.buckets import Shape, nearest_shape
 from ..data.columns import Columns
 from ..data.image_dataset import ImageDataset
 from ..data.samples import ImageTransform
@@ -26,6 +31,7 @@ from .loop import Preview
 
 VALIDATION_STEPS = 12  # Euler steps of validation images: enough to judge, in a quarter of the time of good ones
 VALIDATION_GUIDANCE = 2.0
+VALIDATION_PROPORTIONS = ((1, 1), (9, 16), (16, 9))  # of the shapes that are measured besides the model's square
 
 
 def load_validation_data(arguments: TrainingArguments, columns: Columns) -> ImageDataset | None:
@@ -62,10 +68,18 @@ def held_out_batches(
     )
 
 
-def choose_images(arguments: TrainingArguments, dataset: ImageDataset | None) -> Tensor | None:
-    """Return images for the validation sheet, (B, 3, R, R) in [0, 1], spread over the data; `None` without data."""
+def choose_images(
+    arguments: TrainingArguments, dataset: ImageDataset | None, shape: Shape | None = None
+) -> Tensor | None:
+    """Return images to reconstruct, (B, 3, H, W) in [0, 1], spread over the data; `None` without data.
+
+    They are squares for the validation sheet, or the same images cropped to another shape.
+    """
     if dataset is None:
         return None
+    if shape is not None:
+        dataset = copy(dataset)
+        dataset.transform = replace(dataset.transform, shapes=(shape,))
     stride = max(1, len(dataset) // arguments.num_validation_images)
     rows = range(0, len(dataset), stride)[: arguments.num_validation_images]
     return torch.stack([dataset[row, row]["pixel_values"] for row in rows]) / 2 + 0.5
@@ -92,26 +106,46 @@ def vae_validation(originals: Tensor | None, vae: AutoencoderKL) -> Preview | No
     return preview
 
 
-def tokenizer_validation(arguments: TrainingArguments, images: Tensor | None, pipe: FlexTokPipeline) -> Preview | None:
-    """Return a function that reconstructs held-out images from growing numbers of tokens; `None` without images."""
+def choose_other_shapes(
+    arguments: TrainingArguments, dataset: ImageDataset | None, shapes: Sequence[Shape]
+) -> list[Tensor]:
+    """Return the same images in typical shapes of the training: wide, tall, and the square if it is another one."""
+    typical = dict.fromkeys(nearest_shape(size, shapes) for size in VALIDATION_PROPORTIONS) if shapes else {}
+    others = [shape for shape in typical if shape != (arguments.resolution,) * 2]
+    found = [choose_images(arguments, dataset, shape) for shape in others]
+    return [images for images in found if images is not None]
+
+
+def tokenizer_validation(
+    arguments: TrainingArguments, images: Tensor | None, pipe: FlexTokPipeline, others: Sequence[Tensor] = ()
+) -> Preview | None:
+    """Return a function that reconstructs held-out images from growing numbers of tokens; `None` without images.
+
+    Those in `others`, each (B, 3, H, W) of one shape, are reconstructed from all tokens only, to save time.
+    """
     if images is None:
         return None
     counts = token_ladder(pipe.num_registers)
 
-    def preview() -> tuple[dict[str, float], Image.Image]:
-        pipe.set_progress_bar_config(disable=True)
+    def measure(originals: Tensor, counts: list[int]) -> tuple[list[Tensor], list[float]]:
         columns = pipe.reconstruct(
-            images,
+            originals,
             max_tokens=counts,
             num_inference_steps=VALIDATION_STEPS,
             guidance_scale=1.0,
             generator=torch.Generator().manual_seed(arguments.seed),
             output_type="pt",
+            size=(originals.shape[2], originals.shape[3]),
         )
-        metrics = {
-            f"psnr_{count}": peak_signal_to_noise(column.cpu(), images).mean().item()
-            for count, column in zip(counts, columns, strict=True)
-        }
+        return columns, [peak_signal_to_noise(column.cpu(), originals).mean().item() for column in columns]
+
+    def preview() -> tuple[dict[str, float], Image.Image]:
+        pipe.set_progress_bar_config(disable=True)
+        columns, values = measure(images, counts)
+        metrics = {f"psnr_{count}": value for count, value in zip(counts, values, strict=True)}
+        for originals in others:
+            (value,) = measure(originals, counts[-1:])[1]
+            metrics[f"psnr_{counts[-1]}_{originals.shape[2]}x{originals.shape[3]}"] = value
         return metrics, build_sheet([images, *columns], ["original", *map(token_count_title, counts)])
 
     return preview
