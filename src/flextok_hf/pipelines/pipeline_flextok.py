@@ -24,6 +24,7 @@ from ..models.modeling_decoder import FlexTokFlowDecoder
 from ..models.modeling_encoder import FlexTokEncoder
 from ..models.modeling_prior import FlexTokPriorForCausalLM
 from . import token_checks as tokens
+from .adapters import AdapterMixin
 from .compatibility import check_components
 from .conditions import GivenTexts
 from .decoder_half import DecoderHalf, StepCallback
@@ -62,7 +63,7 @@ class FlexTokPipelineOutput(BaseOutput):
     token_ids: Tensor | list[Tensor]
 
 
-class FlexTokPipeline(CardMixin, OffloadingMixin, PriorHalf, DecoderHalf):
+class FlexTokPipeline(AdapterMixin, CardMixin, OffloadingMixin, PriorHalf, DecoderHalf):
     """Images as 1 to K ordered tokens (Bachmann et al., 2025, https://arxiv.org/abs/2502.13967).
 
     `tokenize` and `detokenize` need only the encoder and the decoder. Calling the pipeline needs a prior, and a prior
@@ -142,7 +143,9 @@ class FlexTokPipeline(CardMixin, OffloadingMixin, PriorHalf, DecoderHalf):
         """
         if "dtype" not in kwargs and "torch_dtype" not in kwargs:
             kwargs["dtype"] = torch.float32
-        return load_checked(cls, super().from_pretrained, pretrained_model_name_or_path, kwargs)
+        pipe = load_checked(cls, super().from_pretrained, pretrained_model_name_or_path, kwargs)
+        pipe._load_saved_adapters(pretrained_model_name_or_path, kwargs)
+        return pipe
 
     @classmethod
     def from_pipe(cls, pipeline, **kwargs):
