@@ -180,6 +180,7 @@ def model_calls(text: FlexTokPipeline, classes: FlexTokPipeline) -> dict[str, Ca
     latents, codes = torch.randn(2, 3, 16, 16), torch.zeros(2, 3, len(FSQ_LEVELS))
     ids = torch.tensor([[CODEBOOK_SIZE, 3, 4], [CODEBOOK_SIZE, 0, 9]])
     encoder, decoder, prior, class_prior = make_encoder(), make_decoder(), text.prior, classes.prior
+    shape_prior = make_prior(text_hidden_size=None, shape_conditioning=True)
     states = torch.randn(2, 4, 32)
     options = {"max_new_tokens": 2, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     options |= {"guidance_scale": 1.0, "generator": None, "return_log_probs": False}
@@ -198,6 +199,7 @@ def model_calls(text: FlexTokPipeline, classes: FlexTokPipeline) -> dict[str, Ca
             | {"attention_mask": None, "position_ids": None, "logits_to_keep": 0},
         ),
         "prior(classes)": Call(class_prior, {"input_ids": ids, "class_labels": torch.tensor([0, 2])}),
+        "prior(shape)": Call(shape_prior, {"input_ids": ids, "shape_features": torch.zeros(2, 2)}),
         "prior.generate(text)": Call(
             prior.generate,
             {"inputs": ids[:, :1], "encoder_hidden_states": states, **options},
@@ -207,6 +209,11 @@ def model_calls(text: FlexTokPipeline, classes: FlexTokPipeline) -> dict[str, Ca
             class_prior.generate,
             {"inputs": ids[:, :1], "class_labels": torch.tensor([0, 2]), **options},
             aliases={"inputs": ("input_ids", "class_labels")},
+        ),
+        "prior.generate(shape)": Call(
+            shape_prior.generate,
+            {"inputs": ids[:, :1], "shape_features": torch.zeros(2, 2), **options, "guidance_scale": None},
+            aliases={"inputs": ("input_ids", "shape_features")},
         ),
         "quantizer": Call(
             FiniteScalarQuantizer(FSQ_LEVELS), {"features": torch.zeros(1, 2, len(FSQ_LEVELS))}, passes_on=True
