@@ -16,7 +16,7 @@ from tiny_models import NUM_REGISTERS, make_pipeline, make_prior
 from flextok_hf.cli.arguments import build_parser
 from flextok_hf.evaluation.options import ReconstructionOptions
 from flextok_hf.evaluation.sampling import Sampling
-from flextok_hf.pipelines.pipeline_flextok import NUM_INFERENCE_STEPS, FlexTokPipeline, FlexTokPipelineOutput
+from flextok_hf.pipelines.pipeline_flextok import FlexTokPipeline, FlexTokPipelineOutput
 
 
 FAST = {"num_inference_steps": 2, "output_type": "latent"}
@@ -221,7 +221,7 @@ def test_reconstruct_returns_an_output_on_request(tiny_tokenizer_pipeline):
     assert torch.equal(output.token_ids, tiny_tokenizer_pipeline.tokenize(pixels, 4))
 
 
-def test_every_call_has_the_same_default_number_of_steps():
+def test_every_call_leaves_the_number_of_steps_to_the_model():
     calls = (FlexTokPipeline.__call__, FlexTokPipeline.stream, FlexTokPipeline.detokenize, FlexTokPipeline.reconstruct)
     defaults = {inspect.signature(call).parameters["num_inference_steps"].default for call in calls}
     commands = (["generate", "a"], ["stream", "a"], ["detokenize", "ids.json"], ["reconstruct", "photo.jpg"])
@@ -229,7 +229,7 @@ def test_every_call_has_the_same_default_number_of_steps():
         build_parser().parse_args([*command, "--output", "out.png"]).num_inference_steps for command in commands
     }
     defaults |= {Sampling.num_inference_steps, ReconstructionOptions.num_inference_steps}
-    assert defaults == {NUM_INFERENCE_STEPS}
+    assert defaults == {None}
 
 
 @pytest.mark.parametrize("num_images", [1, 2])

@@ -34,7 +34,7 @@ class EvaluationOptions:
         default=NO_NETWORK,
         metadata={"help": "For distances between sets: `inception`, its .pth file, a vision model, or `none`."},
     )
-    num_inference_steps: int = field(default=20, metadata={"help": "Steps of the flow decoder."})
+    num_inference_steps: int | None = field(default=None, metadata={"help": "Decoder steps; default: the model's."})
     guidance: str = field(default="apg", metadata={"help": "Guidance method of the decoder, `apg` or `cfg`."})
     sheet_rows: int = field(default=12, metadata={"help": "Rows of the contact sheet."})
 

@@ -41,7 +41,7 @@ class Reconstruction(Measurement):
         self.protocol |= {
             "split": options.split,
             "num_images": len(drawn),
-            "sampling": self.sampling.decoding,
+            "sampling": self.sampling.described,
             "reference": "the originals themselves",
         }
         self.reference: Reference | None = None
@@ -156,7 +156,7 @@ class Reconstruction(Measurement):
         self.check_distribution(num_measured, "readable images")
         self.protocol["checksum_of_images"] = self.accumulators["checksum"].compute()
         results = {str(count): self.summarize(self.accumulators["counts"][str(count)]) for count in self.counts}
-        return {"count": num_measured, "settings": self.sampling.decoding, "results": results}
+        return {"count": num_measured, "settings": self.sampling.described, "results": results}
 
     def first_skipped(self) -> str:
         """Return the reason why the first image was skipped."""

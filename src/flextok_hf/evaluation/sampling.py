@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.default_steps import NUM_INFERENCE_STEPS
 from ..pipelines.pipeline_flextok import FlexTokPipeline
 from .images import round_to_8_bits
 
@@ -22,7 +23,7 @@ ASSUMED_FLOPS = 3.5e14  # per second on an H100-class accelerator: 35% of its de
 class Sampling:
     """Sampling settings, named as in `FlexTokPipeline.__call__`; `None` is the default of the model."""
 
-    num_inference_steps: int = 20
+    num_inference_steps: int | dict[str, int] | None = None
     guidance_scale: float | None = None
     guidance: str = "apg"
     prior_guidance_scale: float | None = None
@@ -36,11 +37,19 @@ class Sampling:
         for name in ("guidance_scale", "prior_guidance_scale"):
             if values[name] is None:
                 values[name] = float(pipe.config[f"default_{name}"])
+        if values["num_inference_steps"] is None:  # a number, or a table by number of tokens
+            values["num_inference_steps"] = pipe.decoder.config.default_num_inference_steps or NUM_INFERENCE_STEPS
         return Sampling(**values)
 
     @property
     def decoding(self) -> dict[str, Any]:
         """Arguments of `detokenize` and `reconstruct`."""
+        steps = self.num_inference_steps
+        return self.described | {"num_inference_steps": steps if isinstance(steps, int) else None}
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The same for the protocol: a model's table of steps is spelled out."""
         return {name: getattr(self, name) for name in ("num_inference_steps", "guidance_scale", "guidance")}
 
     @property

@@ -17,16 +17,18 @@ from torch import Tensor, nn
 from ..utils.numbers import is_finite_number
 from .argument_checks import check_sizes, check_tensor
 from .configuration_encoder import check_token_layout
+from .decoder_condition import DecoderConditionMixin, check_prediction
 from .decoder_tools import DecoderToolsMixin
+from .default_steps import check_default_steps
 from .layers import Attention, GatedMLP, TimestepEmbedder, add_gated, layer_norm, norm_and_modulate
 from .nested_dropout import count_kept, mask_tail, merged_tail_bias
-from .patches import PatchEmbedding, check_positions, shape_features, unpatchify
+from .patches import PatchEmbedding, check_positions, unpatchify
 from .whole_weights import WholeWeightsMixin
 
 
 @dataclass
 class FlexTokFlowDecoderOutput(BaseOutput):
-    """velocity (`torch.Tensor` of shape `(B, C, h, w)`): noise - latents, the direction from data to noise."""
+    """velocity (`torch.Tensor` of shape `(B, C, h, w)`): noise - latents, from data to noise; or its mean."""
 
     velocity: Tensor
 
@@ -74,7 +76,7 @@ class DecoderBlock(nn.Module):
         return add_gated(hidden_states, update, gate_mlp, num_patches)
 
 
-class FlexTokFlowDecoder(WholeWeightsMixin, DecoderToolsMixin, ModelMixin, ConfigMixin):
+class FlexTokFlowDecoder(WholeWeightsMixin, DecoderConditionMixin, DecoderToolsMixin, ModelMixin, ConfigMixin):
     """Rectified-flow decoder for any prefix of a token sequence (Bachmann et al., 2025, arXiv 2502.13967).
 
     Args:
@@ -94,12 +96,22 @@ class FlexTokFlowDecoder(WholeWeightsMixin, DecoderToolsMixin, ModelMixin, Confi
         default_guidance_scale: used by pipelines for calls that do not pass one.
         positions: of other shapes than the trained square, "crop" or "stretch", as in the encoder.
         shape_conditioning: whether the noise level comes with size and proportions of the image; with "stretch".
+        predicts: "velocity"; or "mean_velocity" between two noise levels, of a decoder distilled to few steps.
+        interval_blocks: number of last blocks that read the lower noise level, with "mean_velocity".
+        guidance_range: lowest and highest guidance scale that are part of the weights, with "mean_velocity".
+        default_num_inference_steps: used by pipelines for calls that do not pass one: a number, or a table {tokens:
+            steps} whose entries hold from that many tokens on; `None` is 20.
     """
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["DecoderBlock"]
     _repeated_blocks = ["DecoderBlock"]
-    _skip_layerwise_casting_patterns = ["patch_embedding", "time_embedder", "modulation", "(code|shape|velocity)_proj"]
+    _skip_layerwise_casting_patterns = [
+        "patch_embedding",
+        "time_embedder",
+        "modulation",
+        "(code|shape|guidance|velocity)_proj",
+    ]
 
     @register_to_config
     def __init__(
@@ -120,6 +132,10 @@ class FlexTokFlowDecoder(WholeWeightsMixin, DecoderToolsMixin, ModelMixin, Confi
         default_guidance_scale: float | None = None,
         positions: str = "crop",
         shape_conditioning: bool = False,
+        predicts: str = "velocity",
+        interval_blocks: int | None = None,
+        guidance_range: Sequence | None = None,
+        default_num_inference_steps: int | dict | None = None,
     ):
         super().__init__()
         check_sizes(in_channels=in_channels, patch_size=patch_size, grid_size=grid_size, hidden_size=hidden_size)
@@ -131,6 +147,8 @@ class FlexTokFlowDecoder(WholeWeightsMixin, DecoderToolsMixin, ModelMixin, Confi
             raise ValueError(f"`hidden_size` ({hidden_size}) must be a multiple of `head_dim` ({head_dim}) and of 4.")
         check_token_layout(token_layout, num_registers, grid_size)
         check_positions(positions, shape_conditioning, token_layout)
+        check_prediction(predicts, interval_blocks, num_layers, guidance_range)
+        check_default_steps(default_num_inference_steps)
         has_registers = token_layout == "registers"
         if has_registers and not nested_dropout:
             raise ValueError("`nested_dropout` must be True for registers; only a grid can do without it.")
@@ -144,6 +162,8 @@ class FlexTokFlowDecoder(WholeWeightsMixin, DecoderToolsMixin, ModelMixin, Confi
         self.time_embedder = TimestepEmbedder(hidden_size, frequency_embedding_size, max_timestep)
         if shape_conditioning:
             self.shape_proj = nn.Linear(2, hidden_size, bias=False)
+        if predicts == "mean_velocity":
+            self.guidance_proj = nn.Linear(1, hidden_size, bias=False)
         self.transformer_blocks = nn.ModuleList(
             DecoderBlock(hidden_size, head_dim, has_registers) for _ in range(num_layers)
         )
@@ -166,36 +186,8 @@ class FlexTokFlowDecoder(WholeWeightsMixin, DecoderToolsMixin, ModelMixin, Confi
         nn.init.zeros_(self.velocity_proj.weight)
         if self.config.shape_conditioning:
             nn.init.zeros_(self.shape_proj.weight)
-
-    def embed_condition(self, sigma: Tensor, latent_shape: Sequence[int] | None) -> Tensor:
-        """Embed noise levels (B,) as (B, D), with the shape of the latents if the model knows it."""
-        temb = self.time_embedder(sigma, self.dtype)
-        if self.config.shape_conditioning:
-            temb = temb + self.shape_proj(shape_features(latent_shape, self.config, temb))
-        return temb
-
-    def compute_modulation(self, sigma: Tensor, latent_shape: Sequence[int] | None = None) -> Tensor:
-        """Compute everything that depends only on noise levels (B,) and shape, (B, M); it uses half of the weights.
-
-        A sampler knows its noise levels in advance, so it computes all rows in one go and passes one to each call.
-        `latent_shape` ends with height and width; `None` is the trained square. Raises `ValueError` while groups of
-        blocks are offloaded: their weights are there during `forward` only.
-        """
-        hooks = getattr(self.transformer_blocks[0], "_diffusers_hook", None)
-        if hooks is not None and hooks.get_hook("group_offloading") is not None:
-            raise ValueError("With blocks offloaded, `compute_modulation` has no weights. Pass `sigma` to each call.")
-        temb = F.silu(self.embed_condition(sigma, latent_shape))  # (B, D)
-        return torch.cat([layer(temb) for layer in self.modulation_layers()], dim=-1)
-
-    def modulation_layers(self) -> list[nn.Module]:
-        """Return the layers that read the noise level: one per block and one for the head."""
-        return [*(block.modulation for block in self.transformer_blocks), self.final_modulation]
-
-    def split_modulation(self, modulation: Tensor | None) -> Sequence[Tensor | None]:
-        """Split `compute_modulation`'s result into one part per block and one for the head; `None` stays `None`."""
-        if modulation is None:
-            return [None] * (len(self.transformer_blocks) + 1)
-        return modulation.split([layer.out_features for layer in self.modulation_layers()], dim=-1)
+        if self.predicts_mean:
+            nn.init.zeros_(self.guidance_proj.weight)
 
     def embed_codes(self, codes: Tensor, num_tokens: Tensor | None, is_unconditional: Tensor | None) -> Tensor:
         """Embed codes as registers: one slot per code and one for all dropped registers, at most K.
@@ -276,8 +268,10 @@ class FlexTokFlowDecoder(WholeWeightsMixin, DecoderToolsMixin, ModelMixin, Confi
         is_unconditional: Tensor | None = None,
         return_dict: bool = True,
         modulation: Tensor | None = None,
+        next_sigma: Tensor | None = None,
+        guidance_scale: Tensor | None = None,
     ) -> FlexTokFlowDecoderOutput | tuple[Tensor]:
-        """Predict the velocity, noise - latents.
+        """Predict the velocity, noise - latents, or its mean over an interval of noise levels.
 
         Args:
             noisy_latents: (1 - sigma) * latents + sigma * noise, (B, C, h, w).
@@ -289,6 +283,10 @@ class FlexTokFlowDecoder(WholeWeightsMixin, DecoderToolsMixin, ModelMixin, Confi
             is_unconditional: (B,) boolean, true where the codes are ignored (for guidance).
             return_dict: return a `FlexTokFlowDecoderOutput` rather than a tuple.
             modulation: `compute_modulation(sigma, noisy_latents.shape)`, (B or 1, M), if already computed.
+            next_sigma: for "mean_velocity", the noise level at the end of the interval that begins at `sigma`, (B,) or
+                (1,) in [0, sigma]; `None` is `sigma` itself. In one step, `noisy_latents` become `noisy_latents -
+                (sigma - next_sigma) * velocity`.
+            guidance_scale: for "mean_velocity", the guidance scale, (B,) or (1,) within `guidance_range`.
 
         Returns:
             The velocity, (B, C, h, w).
@@ -301,8 +299,7 @@ class FlexTokFlowDecoder(WholeWeightsMixin, DecoderToolsMixin, ModelMixin, Confi
         batch_size = noisy_latents.shape[0]
         check_tensor("codes", codes, "floats", batch_size, "k", self.config.code_dim)
         if modulation is None:
-            is_shared = isinstance(sigma, Tensor) and sigma.shape == (1,)
-            check_tensor("sigma", sigma, "floats", 1 if is_shared else batch_size)
+            self.check_levels(batch_size, sigma, next_sigma, guidance_scale)
         if num_tokens is not None:
             check_tensor("num_tokens", num_tokens, "integers", batch_size)
         if is_unconditional is not None:
@@ -316,16 +313,18 @@ class FlexTokFlowDecoder(WholeWeightsMixin, DecoderToolsMixin, ModelMixin, Confi
             hidden_states = torch.cat([patches, registers.to(patches.dtype)], dim=1)  # (B, N + S, D)
             key_bias = self.bias_of_merged(codes, num_tokens, is_unconditional, num_patches)
 
-        temb = self.embed_condition(sigma, noisy_latents.shape) if modulation is None else None  # (B, D)
+        pair: tuple[Tensor | None, Tensor | None] = (None, None)
+        if modulation is None:
+            pair = self.embed_condition(sigma, noisy_latents.shape, next_sigma, guidance_scale)  # 2 x (B, D)
         *block_modulations, head_modulation = self.split_modulation(modulation)
-        for block, block_modulation in zip(self.transformer_blocks, block_modulations, strict=True):
-            arguments = (hidden_states, temb, num_patches, key_bias, block_modulation)
+        for block, block_modulation, is_late in zip(self.transformer_blocks, block_modulations, self.lateness()):
+            arguments = (hidden_states, pair[is_late], num_patches, key_bias, block_modulation)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, *arguments)
             else:
                 hidden_states = block(*arguments)
 
-        head_modulation = self.final_modulation(F.silu(temb)) if head_modulation is None else head_modulation
+        head_modulation = self.final_modulation(F.silu(pair[1])) if head_modulation is None else head_modulation
         shift, scale = head_modulation.unsqueeze(1).chunk(2, dim=-1)  # (B, 1, D)
         patches = layer_norm(hidden_states[:, :num_patches]) * (1 + scale) + shift  # (B, N, D)
         velocity = unpatchify(self.velocity_proj(patches), self.config.patch_size, *noisy_latents.shape[-2:])

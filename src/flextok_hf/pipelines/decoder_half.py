@@ -12,12 +12,14 @@ from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..models.default_steps import steps_for
 from ..models.modeling_decoder import FlexTokFlowDecoder
 from ..models.packed_linear import packed_weights
 from . import input_checks as inputs
 from .flow import set_noise_levels
 from .guided_velocity import GuidanceScale, GuidedVelocity
 from .images import OUTPUT_TYPES
+from .mean_velocity import MeanVelocity, check_scales, check_scheduler
 from .sizes import Size, SizeRules, check_latents
 
 
@@ -57,20 +59,32 @@ class DecoderHalf(DiffusionPipeline):
         return self.latent_size * factor
 
     def check_decoding(
-        self, num_inference_steps: int, guidance_scale: GuidanceScale | None, guidance: str, output_type: str
+        self, num_inference_steps: int | None, guidance_scale: GuidanceScale | None, guidance: str, output_type: str
     ) -> dict[str, Any]:
-        """Check the sampling options of the flow decoder; return them with the default guidance scale filled in."""
+        """Check the sampling options of the flow decoder; return them with the default guidance scale filled in.
+
+        The number of steps stays `None` if it is, since the default depends on the number of tokens.
+        """
         if guidance_scale is None:
             guidance_scale = self.config.default_guidance_scale
         max_steps = self.scheduler.config.num_train_timesteps
         kinds = (*OUTPUT_TYPES, "latent")
         inputs.check_sampling(num_inference_steps, guidance_scale, guidance, output_type, max_steps, kinds)
+        if self.decoder.predicts_mean and not callable(guidance_scale):
+            check_scales(self.decoder, [float(guidance_scale)], guidance)
         return {
-            "num_inference_steps": int(num_inference_steps),
+            "num_inference_steps": None if num_inference_steps is None else int(num_inference_steps),
             "guidance_scale": guidance_scale,
             "guidance": guidance,
             "output_type": output_type,
         }
+
+    def choose_steps(self, num_inference_steps: int | None, counts: Sequence[int]) -> int:
+        """Return the number of steps for a batch of images with these numbers of tokens: the most that any needs."""
+        if num_inference_steps is not None:
+            return num_inference_steps
+        default = self.decoder.config.default_num_inference_steps
+        return min(max(steps_for(default, count) for count in counts), self.scheduler.config.num_train_timesteps)
 
     def check_callback(self, callback: StepCallback | None, tensor_inputs: Sequence[str]) -> dict[str, Any]:
         """Check a callback and the tensors it asks for; return them as arguments of `integrate_flow`."""
@@ -131,10 +145,14 @@ class DecoderHalf(DiffusionPipeline):
         """Follow the velocity from noise (B, C, h, w) at sigma 1 to latents at sigma 0."""
         run = copy.copy(self)  # schedulers count steps: each run has its own, so that threads do not meet
         run.__dict__.update(scheduler=copy.deepcopy(self.scheduler), _interrupt=False)
+        check_scheduler(self.decoder, run.scheduler)
         sigmas = set_noise_levels(run.scheduler, num_inference_steps, latents.device)
         timesteps = run.scheduler.timesteps
         run._num_timesteps = len(timesteps)
-        velocity_at = GuidedVelocity(self.decoder, sigmas, codes, num_tokens, guidance_scale, guidance, latents.shape)
+        kind: Any = GuidedVelocity
+        if self.decoder.predicts_mean:
+            kind, sigmas = MeanVelocity, run.scheduler.sigmas.cpu()  # with the one after the last step
+        velocity_at = kind(self.decoder, sigmas, codes, num_tokens, guidance_scale, guidance, latents.shape)
         loop = packed_weights(self.decoder, num_calls=len(timesteps) * latents.shape[0])
         with loop, self.progress_bar(total=len(timesteps)) as progress_bar:
             for step, timestep in enumerate(timesteps):

@@ -85,10 +85,11 @@ def check_sampling(
     output_types: Sequence[str],
 ) -> None:
     """Raise a ValueError or TypeError unless the sampling options of the flow decoder are valid."""
-    if not is_whole_number(num_inference_steps) or not 1 <= num_inference_steps <= max_steps:
+    is_allowed = is_whole_number(num_inference_steps) and 1 <= num_inference_steps <= max_steps
+    if num_inference_steps is not None and not is_allowed:
         raise ValueError(
             f"`num_inference_steps` must be a whole number from 1 to {max_steps} (the scheduler's"
-            f" `num_train_timesteps`), got {brief(num_inference_steps)}."
+            f" `num_train_timesteps`), or `None` for the model's default, got {brief(num_inference_steps)}."
         )
     if not callable(guidance_scale):
         check_guidance_scale(guidance_scale, "guidance_scale", "a finite number or a function of sigma")

@@ -55,18 +55,26 @@ class LengthGroups:
         self.places = torch.cat([group.rows for group in self.groups]).argsort()  # (B,), restores the batch order
 
     def predict_velocity(
-        self, noisy_latents: Tensor, sigma: Tensor | None = None, modulation: Tensor | None = None
+        self,
+        noisy_latents: Tensor,
+        sigma: Tensor | None = None,
+        modulation: Tensor | None = None,
+        next_sigma: Tensor | None = None,
+        guidance_scale: Tensor | None = None,
     ) -> Tensor:
         """Return the velocity (B, C, h, w); arguments as in the decoder's `forward`."""
         velocities = []
         for index, group in enumerate(self.groups):
-            own_sigma = sigma if sigma is None or sigma.shape[0] == 1 else sigma[group.rows]
+            levels = {"sigma": sigma, "next_sigma": next_sigma, "guidance_scale": guidance_scale}
+            for name, value in levels.items():
+                levels[name] = value if value is None or value.shape[0] == 1 else value[group.rows]
+            own_sigma = levels.pop("sigma")
             inputs = (noisy_latents[group.rows], own_sigma, group.codes, group.num_tokens, group.is_unconditional)
             # each call has its own state in the decoder's cache
             is_cached = self.decoder.is_cache_enabled
             context = self.decoder.cache_context(f"{len(self.places)} rows, {index}") if is_cached else nullcontext()
             with context:
-                velocities.append(self.decoder(*inputs, return_dict=False, modulation=modulation)[0])
+                velocities.append(self.decoder(*inputs, return_dict=False, modulation=modulation, **levels)[0])
         return torch.cat(velocities)[self.places]
 
 

@@ -46,7 +46,6 @@ pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(OWN_CLASSES)
 
 
 DEFAULT_GUIDANCE_SCALE, DEFAULT_PRIOR_GUIDANCE_SCALE = 7.5, 3.0  # of the published models
-NUM_INFERENCE_STEPS = 20  # default of every call and command
 
 
 @dataclass
@@ -252,7 +251,7 @@ class FlexTokPipeline(AdapterMixin, CardMixin, OffloadingMixin, PriorHalf, Decod
         max_tokens: int | Sequence[int] | None = None,
         class_labels: int | str | Sequence[int | str] | Tensor | None = None,
         num_images_per_prompt: int = 1,
-        num_inference_steps: int = NUM_INFERENCE_STEPS,
+        num_inference_steps: int | None = None,
         guidance_scale: GuidanceScale | None = None,
         prior_guidance_scale: float | None = None,
         temperature: float = 1.0,
@@ -285,6 +284,8 @@ class FlexTokPipeline(AdapterMixin, CardMixin, OffloadingMixin, PriorHalf, Decod
             class_labels: classes instead of a prompt, for a class-conditional prior: numbers, or names if it has any.
             num_images_per_prompt: number of images per prompt, adjacent in the result.
             num_inference_steps: number of steps of the flow decoder, at most the scheduler's `num_train_timesteps`.
+                `None` is the model's default, 20 unless it names others; they may depend on the number of tokens, and
+                a batch takes as many as any of its images needs.
             guidance_scale: how strongly the decoder follows the tokens, 1 is no guidance; or a function of sigma.
                 `None` means the model's default, 7.5 for the published ones.
             prior_guidance_scale: how strongly the prior follows the prompt, 1 is no guidance. `None` means the
@@ -414,7 +415,7 @@ class FlexTokPipeline(AdapterMixin, CardMixin, OffloadingMixin, PriorHalf, Decod
         prompt: str | None = None,
         token_counts: Sequence[int] | None = None,
         class_labels: int | str | None = None,
-        num_inference_steps: int = NUM_INFERENCE_STEPS,
+        num_inference_steps: int | None = None,
         guidance_scale: GuidanceScale | None = None,
         prior_guidance_scale: float | None = None,
         temperature: float = 1.0,
@@ -533,7 +534,7 @@ class FlexTokPipeline(AdapterMixin, CardMixin, OffloadingMixin, PriorHalf, Decod
     def detokenize(
         self,
         token_ids: Tensor | np.ndarray | Sequence,
-        num_inference_steps: int = NUM_INFERENCE_STEPS,
+        num_inference_steps: int | None = None,
         guidance_scale: GuidanceScale | None = None,
         guidance: str = "apg",
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -575,11 +576,11 @@ class FlexTokPipeline(AdapterMixin, CardMixin, OffloadingMixin, PriorHalf, Decod
         sizes = self.size_rules.check_each(height, width, len(counts))
         noise = self.prepare_latents(len(counts), generator, latents, sizes)  # (B, C, h, w), or B of (C, h, w)
 
+        num_steps = self.choose_steps(decoding["num_inference_steps"], counts)
+
         def run(noise: Tensor, rows: Any) -> Any:
             scale = decoding["guidance_scale"]
-            latents = self.integrate_flow(
-                noise, codes[rows], num_tokens[rows], num_inference_steps, scale, guidance, **callback
-            )
+            latents = self.integrate_flow(noise, codes[rows], num_tokens[rows], num_steps, scale, guidance, **callback)
             return latents if output_type == "latent" else to_output(decode_latents(self.vae, latents), output_type)
 
         images = run(noise, slice(None)) if isinstance(noise, Tensor) else in_groups(noise, run)
@@ -595,7 +596,7 @@ class FlexTokPipeline(AdapterMixin, CardMixin, OffloadingMixin, PriorHalf, Decod
         self,
         images: Any,
         max_tokens: int | Sequence[int] | None = None,
-        num_inference_steps: int = NUM_INFERENCE_STEPS,
+        num_inference_steps: int | None = None,
         guidance_scale: GuidanceScale | None = None,
         guidance: str = "apg",
         generator: torch.Generator | list[torch.Generator] | None = None,
