@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from training_processes import SMALL_TOKENIZER
 
 from flextok_hf.data.batches import TrainingBatches, build_dataloader
+from flextok_hf.data.sources import load_rows
 from flextok_hf.pipelines.pipeline_flextok import FlexTokPipeline
 from flextok_hf.training.arguments import PriorArguments, TokenizerArguments
 from flextok_hf.training.checkpoints import list_checkpoints
@@ -27,6 +28,7 @@ from flextok_hf.training.stages import train_prior, train_tokenizer
 from flextok_hf.training.step_rng import StepRng
 from flextok_hf.training.tokenizer import TokenizerForTraining, build_tokenizer
 from flextok_hf.utils.measures import weights_hash
+from flextok_hf.utils.words import split_words
 
 
 SMALL_DATA = {"resolution": 16, "max_train_samples": 12, "train_batch_size": 4, "num_validation_images": 2}
@@ -193,6 +195,8 @@ def test_a_prior_is_trained_resumed_and_generates_from_a_prompt(tiny_tokenizer_p
     pipe.set_progress_bar_config(disable=True)
     output = pipe("a red circle", num_inference_steps=1)
     assert output.images[0].size == (16, 16) and output.token_ids.shape == (1, 6)
+    captions = load_rows("synthetic", "train", max_rows=12, resolution=16)["text"]
+    assert set(pipe.prior.config.known_words) == set(split_words(" ".join(captions)))
 
 
 def test_a_prior_in_half_precision_learns_the_ids_that_the_tokenizer_gives(tiny_tokenizer_pipeline):

@@ -207,7 +207,7 @@ def _add_size(parser: argparse.ArgumentParser, of_photos: bool) -> None:
 
 
 def _add_decoding(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--num-inference-steps", type=positive_int, default=20, metavar="N", help="decoder steps (20)")
+    parser.add_argument("--num-inference-steps", type=positive_int, metavar="N", help="decoder steps (the model's)")
     parser.add_argument(
         "--guidance-scale",
         type=non_negative_float,
@@ -326,5 +326,7 @@ def _add_convert(commands) -> None:
 def _add_info(commands) -> None:
     parser = _add_command(commands, "info", "describe a model: components, sizes, resolution, codebook")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--models", action="store_true", help="list the models known by name instead")
+    lists = parser.add_mutually_exclusive_group()
+    lists.add_argument("--models", action="store_true", help="list the models known by name instead")
+    lists.add_argument("--names", action="store_true", help="list names, classes and words the model knows instead")
     _add_shared(parser, has_seed=False)

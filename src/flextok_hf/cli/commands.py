@@ -3,6 +3,8 @@
 import argparse
 import itertools
 import json
+import shutil
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from ..embedded import embedded_model, list_models
 from ..pipelines.bulk_tokenization import tokenize_batches
 from ..pipelines.images import load_image, prepare_each, resize_and_crop
+from ..pipelines.known_words import known_names
 from ..pipelines.loading import load_pipeline
 from ..pipelines.pipeline_flextok import FlexTokPipeline
 from ..pipelines.token_checks import check_token_counts
@@ -211,6 +214,15 @@ def info(options: argparse.Namespace) -> None:
         print(json.dumps(models, indent=2) if options.json else models_table(models))
         return
     pipe = open_pipeline(options)
+    if options.names:
+        known = known_names(pipe.prior)
+        if not known:
+            raise ValueError(
+                "this model does not say what it was trained on; scripts/collect_words.py adds that to a prior that"
+                " reads text"
+            )
+        print(json.dumps(known, indent=2, ensure_ascii=False) if options.json else names_list(known))
+        return
     folder = Path(options.model)
     components = {}
     for name, component in pipe.components.items():
@@ -230,6 +242,17 @@ def info(options: argparse.Namespace) -> None:
         "components": components,
     }
     print(json.dumps(facts, indent=2) if options.json else info_table(facts))
+
+
+def names_list(known: dict[str, list[str]]) -> str:
+    """Return the lists of `flextok info --names`, wrapped to the width of the terminal."""
+    titles = {"classes": "classes", "names": "names", "other_words": "other words, the most frequent first"}
+    width = shutil.get_terminal_size().columns
+    return "\n\n".join(
+        f"{len(texts):,} {titles[kind]}\n" + textwrap.fill(", ".join(texts), width, break_on_hyphens=False)
+        for kind, texts in known.items()
+        if texts
+    )
 
 
 def models_table(models: list[dict[str, str]]) -> str:

@@ -67,11 +67,9 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def all_captions(self) -> list[str]:
-        """Return all captions of all rows."""
-        name = self.columns.caption
-        captions = self.rows[name] if self.pixels is None else [row[name] for row in self.rows]
-        return [text for caption in captions for text in ([caption] if isinstance(caption, str) else caption or [])]
+    def caption_rows(self, most: int | None = None) -> list[list[str]]:
+        """Return the captions of all rows, or of at most `most` rows spread over the data."""
+        return caption_rows(self.rows, str(self.columns.caption), most)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         row, draw = key if isinstance(key, tuple) else (key, None)
@@ -112,3 +110,19 @@ def check_classes(dataset: datasets.Dataset, columns: Columns) -> None:
     largest = pyarrow.compute.max(dataset.select_columns([name]).with_format("arrow")[:][name]).as_py()
     if largest is not None and largest >= num_classes:
         raise ValueError(class_range_message(name, largest, num_classes))
+
+
+def caption_rows(rows: Any, column: str, most: int | None = None) -> list[list[str]]:
+    """Return the captions of the rows of a data set, or of a list of rows; each may have one caption, several or none.
+
+    Args:
+        rows: rows with this column.
+        column: of captions, each a string or a list of them.
+        most: maximum number of rows, spread over the data; `None` is all.
+    """
+    stride = 1 if most is None else max(1, -(-len(rows) // most))
+    if isinstance(rows, datasets.Dataset):
+        captions = rows.select_columns([column]).select(range(0, len(rows), stride))[column]
+    else:
+        captions = [row[column] for row in rows[::stride]]
+    return [[caption] if isinstance(caption, str) else list(caption or []) for caption in captions]

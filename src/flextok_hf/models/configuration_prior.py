@@ -6,6 +6,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from ..utils.words import MAX_CHARACTERS, MAX_WORDS, is_word
+
 
 NORM_TYPES = ("rms_norm", "layer_norm")
 
@@ -43,6 +45,8 @@ class FlexTokPriorConfig(PreTrainedConfig):
         pad_token_id (`int`): code that fills a row after its end; `None` means `eos_token_id`.
         use_cache (`bool`): return keys and values by default, except in training.
         tie_word_embeddings (`bool`): always False: the embedding has one more row than the output layer.
+        known_names (`list[str]`): short captions that the model was trained on, without articles, to show to users.
+        known_words (`list[str]`): words of all its captions, the most frequent first; the pipeline warns of others.
     """
 
     model_type = "flextok_prior"
@@ -76,6 +80,8 @@ class FlexTokPriorConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     use_cache: bool = True
     tie_word_embeddings: bool = False
+    known_names: list[str] | None = None
+    known_words: list[str] | None = None
 
     def __post_init__(self, **kwargs):
         if self.bos_token_id is None:
@@ -113,6 +119,14 @@ class FlexTokPriorConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be a finite number of 0 or more, got {value}.")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"`dropout` must lie in [0, 1), got {self.dropout}.")
+        for name in ("known_names", "known_words"):
+            texts = getattr(self, name) or []
+            wrong = next((text for text in texts if not is_word(text)), None)
+            if len(texts) > MAX_WORDS or wrong is not None:
+                raise ValueError(
+                    f"`{name}` must hold at most {MAX_WORDS:,} texts of 1 to {MAX_CHARACTERS} characters that can be"
+                    f" printed, got {len(texts):,}" + ("." if wrong is None else f", such as {wrong[:80]!r}.")
+                )
         if self.tie_word_embeddings:
             raise ValueError("`tie_word_embeddings` must be False: only the embedding has a start row.")
 

@@ -29,6 +29,7 @@ MAX_HEADER_BYTES, MAX_JSON_BYTES, MAX_TEXT_BYTES = 8 * 2**20, 4 * 2**20, 64 * 2*
 MAX_LAYERS = 1000
 TEXT_ENDINGS = (".json", ".txt", ".model", ".jinja")
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+WORD_LISTS = ("known_names", "known_words")  # of a prior, which checks them; all other lists have a value per layer
 NOT_SETTINGS = ("tokenizer.json", "vocab.json")  # large, and read by libraries that check them
 
 
@@ -226,7 +227,7 @@ def check_plausible(value: Any, max_layers: int, place: Path, name: str = "") ->
     if isinstance(value, dict):
         for key, entry in value.items():
             check_plausible(entry, max_layers, place, key)
-    elif isinstance(value, list):
+    elif isinstance(value, list) and name not in WORD_LISTS:
         check_plausible(len(value), max_layers, place, f"the number of layers in {name}")
         for entry in value:
             check_plausible(entry, max_layers, place, name)

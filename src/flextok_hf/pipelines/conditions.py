@@ -4,6 +4,7 @@ Letters: B images, P prompts or classes, M text length, T text_hidden_size.
 """
 
 import logging
+import textwrap
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from .input_checks import check_class_labels, check_prompt_embeds, check_prompts
 
 logger = logging.getLogger(__name__)
 
+MAX_SHOWN_CHARACTERS = 80  # of a prompt, in a message
 TOKENIZER_IN_USE = threading.Lock()  # a tokenizer of Transformers keeps the padding of the call that it is in
 
 
@@ -121,17 +123,27 @@ def encode_prompts(
 
     Prompts longer than the tokenizer's `model_max_length` are truncated, and a warning is logged.
     """
+    for note in cut_notes(prompts, tokenizer):
+        logger.warning(note)
+    with TOKENIZER_IN_USE:
+        options = {"return_attention_mask": True, "return_tensors": "pt"}
+        batch = tokenizer(prompts, padding=True, truncation=True, **options).to(device)
+    if batch.input_ids.shape[1] == 0:
+        raise ValueError("The `tokenizer` finds no tokens in the prompts, not even an end token. Is it damaged?")
+    states = text_encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+    return states, batch.attention_mask
+
+
+def cut_notes(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return a sentence about each prompt that the tokenizer will truncate."""
     limit = tokenizer.model_max_length
     if not is_finite_number(limit) or limit < 1:
         raise ValueError(f"`model_max_length` of the `tokenizer` must be a number of 1 or more, got {limit!r}.")
     with TOKENIZER_IN_USE:
         lengths = [len(ids) for ids in tokenizer(prompts, verbose=False).input_ids]
-        options = {"return_attention_mask": True, "return_tensors": "pt"}
-        batch = tokenizer(prompts, padding=True, truncation=True, **options).to(device)
-    for prompt, length in zip(prompts, lengths, strict=True):
-        if length > limit:
-            logger.warning("The prompt %r has %d tokens; only the first %d are used.", prompt, length, limit)
-    if batch.input_ids.shape[1] == 0:
-        raise ValueError("The `tokenizer` finds no tokens in the prompts, not even an end token. Is it damaged?")
-    states = text_encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-    return states, batch.attention_mask
+    return [
+        f"The prompt {textwrap.shorten(prompt, MAX_SHOWN_CHARACTERS)!r} has {length:,} tokens; only the first {limit}"
+        " are used."
+        for prompt, length in zip(prompts, lengths, strict=True)
+        if length > limit
+    ]

@@ -3,6 +3,8 @@
 Letters: B images, p tokens given, M text length.
 """
 
+import functools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,11 +16,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..models.modeling_encoder import FlexTokEncoder
 from ..models.modeling_prior import FlexTokPriorForCausalLM
 from ..utils.numbers import is_whole_number
+from ..utils.words import describe_unknown, unknown_words
 from . import input_checks as inputs
 from . import token_checks as tokens
-from .conditions import GivenTexts, TextParts, encode_condition
+from .conditions import GivenTexts, TextParts, cut_notes, encode_condition
 from .token_writer import TokenWriter
 
+
+logger = logging.getLogger(__name__)
 
 MAX_IMAGES = 2**16  # of one prompt
 
@@ -93,7 +98,41 @@ class PriorHalf(DiffusionPipeline):
             got = inputs.brief(num_images_per_prompt)
             raise ValueError(f"`num_images_per_prompt` must be a whole number from 1 to {MAX_IMAGES}, got {got}.")
         parts = TextParts(self.text_encoder, self.tokenizer, self._execution_device)
-        return encode_condition(prompt, class_labels, int(num_images_per_prompt), self.prior, parts, texts)
+        condition = encode_condition(prompt, class_labels, int(num_images_per_prompt), self.prior, parts, texts)
+        for given in (prompt, texts.negative_prompt):
+            self._warn_of_unknown(given)
+        return condition
+
+    def prompt_notes(self, prompt: str | list[str]) -> list[str]:
+        """Return what is worth knowing about prompts before drawing them, in sentences; usually nothing.
+
+        Args:
+            prompt: one prompt or a list.
+
+        Returns:
+            A sentence for each prompt that is too long and will be cut, and one about all words that the model was
+            not trained on, if it knows: `prior.config.known_words`, which training writes.
+        """
+        prompts = inputs.check_prompts(prompt)
+        notes = [] if self.tokenizer is None else cut_notes(prompts, self.tokenizer)
+        unknown = self._unknown_words(prompts)
+        return notes + ([describe_unknown(unknown, self.prior.config.known_words or ())] if unknown else [])
+
+    @functools.cached_property
+    def _reported_words(self) -> set[str]:
+        return set()
+
+    def _unknown_words(self, prompts: list[str]) -> list[str]:
+        known = None if self.prior is None else self.prior.config.known_words
+        return unknown_words(" ".join(prompts), set(known)) if known else []
+
+    def _warn_of_unknown(self, prompts: str | list[str] | None) -> None:
+        """Log the words that the model was not trained on, each once."""
+        unknown = [] if prompts is None else self._unknown_words(inputs.check_prompts(prompts))
+        unknown = [word for word in unknown if word not in self._reported_words]
+        if unknown:
+            self._reported_words.update(unknown)
+            logger.warning(describe_unknown(unknown, self.prior.config.known_words or ()))
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str | list[str]) -> tuple[Tensor, Tensor]:
