@@ -26,6 +26,7 @@ from ..data.token_dataset import check_token_data
 from ..data.training_dataset import load_training_dataset
 from ..models.configuration_encoder import FlexTokEncoderConfig
 from ..pipelines.pipeline_flextok import FlexTokPipeline
+from ..utils.words import MAX_CAPTION_ROWS, collect_words
 from .arguments import PriorArguments, TokenizerArguments, TrainingArguments, VaeArguments, check_shapes
 from .checkpoints import find_checkpoint
 from .loop import Trainer
@@ -204,6 +205,8 @@ def train_prior(arguments: PriorArguments, accelerator: Accelerator) -> Path:
     )
     if class_names is not None:
         prior.config.id2label = dict(enumerate(class_names))
+    if arguments.caption_column is not None and isinstance(dataset, ImageDataset):  # a stream has no end to wait for
+        prior.config.known_names, prior.config.known_words = collect_words(dataset.caption_rows(MAX_CAPTION_ROWS))
     if pipe is not None:
         pipe.register_modules(prior=prior, text_encoder=text_encoder, tokenizer=text_tokenizer)
     preview = prior_validation(arguments, pipe, class_names)
@@ -281,7 +284,8 @@ def text_components(
         raise ValueError(
             "A text tokenizer cannot be learned from a stream: turn off `streaming` or set `text_encoder`."
         )
-    tokenizer = train_text_tokenizer(dataset.all_captions(), arguments.text_vocab_size, arguments.max_text_length)
+    captions = itertools.chain.from_iterable(dataset.caption_rows())
+    tokenizer = train_text_tokenizer(captions, arguments.text_vocab_size, arguments.max_text_length)
     encoder = build_text_encoder(tokenizer, arguments.text_hidden_size, arguments.text_num_layers, arguments.dropout)
     return tokenizer, encoder
 
