@@ -37,11 +37,18 @@ def test_a_photo_is_reconstructed_with_figures(actions, tiny_pipeline):
     assert result.psnr_db == pytest.approx(10 * math.log10(255**2 / error), abs=1e-3)
 
 
-def test_a_photo_keeps_its_proportions_on_request(tmp_path):
+@pytest.fixture
+def free_actions(tiny_pipeline, tmp_path):
+    """Actions on a model for any shape, and a wide photo in its upload folder."""
     parts = make_encoder(positions="stretch"), make_decoder(positions="stretch"), FlowMatchEulerDiscreteScheduler()
-    pipe = FlexTokPipeline(*parts)
+    names = ("prior", "text_encoder", "tokenizer")
+    pipe = FlexTokPipeline(*parts, **{name: getattr(tiny_pipeline, name) for name in names})
     Image.open(PHOTO).resize((160, 90)).save(tmp_path / "wide.png")
-    actions = DemoActions(pipe, str(tmp_path))
+    return DemoActions(pipe, str(tmp_path))
+
+
+def test_a_photo_keeps_its_proportions_on_request(free_actions, tmp_path):
+    actions, pipe = free_actions, free_actions.pipe
     result = actions.reconstruct(str(tmp_path / "wide.png"), 3, 5, True)
     assert result.original.size == result.image.size == (20, 12)
     generator = torch.Generator().manual_seed(5)
@@ -50,10 +57,33 @@ def test_a_photo_keeps_its_proportions_on_request(tmp_path):
     assert actions.reconstruct(str(tmp_path / "wide.png"), 3, 5).image.size == (16, 16)
 
 
+def test_variations_keep_the_proportions_of_the_photo_on_request(free_actions, tmp_path):
+    pipe, path = free_actions.pipe, str(tmp_path / "wide.png")
+    assert {image.size for _, image in free_actions.vary(path, 2, "", 1)} == {(16, 16)}
+    shown = [image for _, image in free_actions.vary(path, 2, "", 1, True)]
+    assert [image.size for image in shown] == [(20, 12)] * 5
+    options = {"generator": torch.Generator().manual_seed(2), "height": 12, "width": 20}
+    assert shown[2].tobytes() == pipe("", image=path, keep_tokens=2, **options).images[0].tobytes()
+
+
+def test_tokens_of_a_photo_are_shown_in_its_proportions_on_request(free_actions, tmp_path):
+    path = str(tmp_path / "wide.png")
+    ids, size = free_actions.tokens_of_photo(path, True)
+    assert size == (12, 20) and ids == free_actions.pipe.tokenize(path, size="keep")[0].tolist()
+    _, before, after = free_actions.replace_token(ids, 1, (ids[0] + 1) % 15, 0, size)
+    assert before.size == after.size == (20, 12) and before.tobytes() == free_actions.decode(ids, 0, size).tobytes()
+    assert free_actions.tokens_of_photo(path)[1] == (16, 16)
+
+
 @pytest.mark.parametrize("value, words", [(True, "squares only"), (1, "true or false"), ("yes", "true or false")])
 def test_proportions_that_cannot_be_kept_give_a_readable_message(actions, value, words):
-    with pytest.raises(ValueError, match=f"^[A-Z][^`]*{words}[.]$"):
-        actions.reconstruct(PHOTO, 3, 5, value)
+    for job in (
+        lambda: actions.reconstruct(PHOTO, 3, 5, value),
+        lambda: actions.vary(PHOTO, 3, "", 5, value),
+        lambda: actions.tokens_of_photo(PHOTO, value),
+    ):
+        with pytest.raises(ValueError, match=f"^[A-Z][^`]*{words}[.]$"):
+            job()
 
 
 def test_a_prompt_gives_images_up_to_the_maximum_number_of_tokens(actions, tiny_pipeline):
@@ -80,7 +110,7 @@ def test_digits_encode_the_id(actions):
 
 
 def test_one_token_is_replaced_and_the_rest_stays(actions):
-    ids = actions.tokens_of_photo(PHOTO)
+    ids, _ = actions.tokens_of_photo(PHOTO)
     changed, before, after = actions.replace_token(ids, 2, (ids[1] + 1) % 15)
     assert [a == b for a, b in zip(ids, changed)] == [True, False, True, True, True, True]
     assert before.tobytes() == actions.decode(ids).tobytes() != after.tobytes()

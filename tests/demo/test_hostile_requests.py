@@ -117,7 +117,7 @@ def test_no_file_outside_the_upload_folder_is_read_and_no_answer_tells_whether_i
         answers |= {visitor.run("reconstruct", [photo, 1, 0, False]) for photo in photos_of(path)}
         assert time.monotonic() - start < ANSWER_S
     for path in [secrets[0], "/etc/passwd", "/proc/self/environ", "/dev/zero", "\0", "x" * 9999]:
-        answers.add(visitor.run("vary", [{"path": path}, 1, "", 0]))
+        answers.add(visitor.run("vary", [{"path": path}, 1, "", 0, False]))
     assert answers == {(False, NOT_UPLOADED)}
 
 
@@ -160,8 +160,8 @@ def test_files_outside_the_upload_folder_are_not_served_and_addresses_are_not_fe
         ("generate", ["a cat", 3, 0, 1, [1]], "Reload the page"),
         ("generate", [{"path": "x"}, 3, 0, 1, 1], "Reload the page"),
         ("generate", ["c" * 501, 3, 0, 1, 1], "501 characters"),
-        ("run_replace", [None, 1, 1, 0], "no tokens to change"),
-        ("run_replace", [[1, 2, 3], 1, 1, 0], "no tokens to change"),  # the state is the server's
+        ("run_replace", [None, None, 1, 1, 0], "no tokens to change"),
+        ("run_replace", [[1, 2, 3], [16, 16], 1, 1, 0], "no tokens to change"),  # the state is the server's
         ("load_example", [10**6], "Reload the page"),
         ("load_example", [None], "Reload the page"),
         ("choose", [None], "Reload the page"),

@@ -31,6 +31,8 @@ MAX_SECONDS = 300  # per request, checked after every decoder step and every ima
 NOT_UPLOADED = "The photo must be a file that was uploaded on this page. Choose it again."
 NUM_VARIATIONS = 4
 
+Shape = tuple[int | None, int | None]  # height and width; `None` for the model's square
+
 
 @dataclass(frozen=True)
 class Reconstruction:
@@ -155,7 +157,7 @@ class DemoActions:
         """Reconstruct a photo from its first tokens, as a square or in its own proportions."""
         photo = self.open_photo(path, keeps_shape)
         count = self.check_count(num_tokens, "tokens")
-        size = (photo.height, photo.width)
+        size = photo.height, photo.width
         image = self.decode(self.pipe.tokenize(photo, count, size)[0].tolist(), seed, size)
         psnr = peak_signal_to_noise(stack_images([image]), stack_images([photo])).item()
         return Reconstruction(photo, image, count, count * self.bits_per_token, psnr)
@@ -189,32 +191,36 @@ class DemoActions:
         return numbered()
 
     def vary(
-        self, path: str | None, keep_tokens: Any, prompt: Any = "", seed: Any = 0
+        self, path: str | None, keep_tokens: Any, prompt: Any = "", seed: Any = 0, keeps_shape: Any = False
     ) -> Iterator[tuple[str, Image.Image]]:
-        """Keep the first tokens of a photo and let the prior generate the rest, several times.
+        """Keep the first tokens of a photo and let the prior generate the rest, several times, in its shape.
 
         Returns:
             An iterator over (title, image): the kept tokens alone, then the variations, each with its own seed.
         """
-        photo = self.open_photo(path)
+        photo = self.open_photo(path, keeps_shape)
         keep = self.check_count(keep_tokens, "kept tokens")
         text = self.check_prompt(prompt, may_be_empty=True)
         first = self.check_seed(seed)
-        kept = self.pipe.tokenize(photo, keep)
+        height, width = photo.height, photo.width
+        kept = self.pipe.tokenize(photo, keep, (height, width))
         stop = time_limit()
 
         def images() -> Iterator[tuple[str, Image.Image]]:
-            yield "kept", self.decode(kept[0].tolist(), first)
+            yield "kept", self.decode(kept[0].tolist(), first, (height, width))
             for number in range(NUM_VARIATIONS):
                 generator = self.generator(first + number)
-                output = self.pipe(text, token_ids=kept, generator=generator, callback_on_step_end=stop)
+                options = {"height": height, "width": width, "callback_on_step_end": stop}
+                output = self.pipe(text, token_ids=kept, generator=generator, **options)
                 yield f"variation {number + 1}", output.images[0]
 
         return images()
 
-    def tokens_of_photo(self, path: str | None) -> list[int]:
-        """Return all token ids of a photo."""
-        return self.pipe.tokenize(self.open_photo(path))[0].tolist()
+    def tokens_of_photo(self, path: str | None, keeps_shape: Any = False) -> tuple[list[int], Shape]:
+        """Return all token ids of a photo, and its height and width as the model sees it."""
+        photo = self.open_photo(path, keeps_shape)
+        size = photo.height, photo.width
+        return self.pipe.tokenize(photo, size=size)[0].tolist(), size
 
     def tokens_of_prompt(self, prompt: Any, seed: Any = 0) -> list[int]:
         """Return the token ids that the prior generates for a prompt."""
@@ -235,7 +241,7 @@ class DemoActions:
         return [token_id // place % level for place, level in zip(quantizer.place_values, quantizer.levels)]
 
     def replace_token(
-        self, token_ids: list[int] | None, number: Any, token_id: Any, seed: Any = 0
+        self, token_ids: list[int] | None, number: Any, token_id: Any, seed: Any = 0, size: Shape = (None, None)
     ) -> tuple[list[int], Image.Image, Image.Image]:
         """Replace the id of one token.
 
@@ -247,11 +253,9 @@ class DemoActions:
         place = self._whole_number(number, "The number of the token", 1, len(token_ids))
         new_id = self._whole_number(token_id, "The new id", 0, self.pipe.codebook_size - 1)
         changed = [*token_ids[: place - 1], new_id, *token_ids[place:]]
-        return changed, self.decode(token_ids, seed), self.decode(changed, seed)
+        return changed, self.decode(token_ids, seed, size), self.decode(changed, seed, size)
 
-    def decode(
-        self, token_ids: list[int], seed: Any = 0, size: tuple[int | None, int | None] = (None, None)
-    ) -> Image.Image:
+    def decode(self, token_ids: list[int], seed: Any = 0, size: Shape = (None, None)) -> Image.Image:
         """Decode one sequence of ids to an image, by default a square."""
         return self.pipe.detokenize(
             torch.tensor([token_ids]),

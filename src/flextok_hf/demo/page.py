@@ -93,14 +93,7 @@ def add_reconstruct(actions: DemoActions) -> None:
             photo = photo_input()
             count = token_slider(actions, "Tokens", actions.num_registers, "reconstruct-tokens")
             seed = seed_input()
-            keeps_shape = pass_on(
-                gr.Checkbox(
-                    False,
-                    label="Keep the proportions of the photo",
-                    info="Models that were trained on squares are better at squares.",
-                    visible=actions.pipe.size_rules.is_free,
-                )
-            )
+            keeps_shape = shape_input(actions)
             button = gr.Button("Reconstruct", variant="primary")
         with gr.Column(min_width=280, scale=2):
             with gr.Row():
@@ -163,13 +156,14 @@ def add_vary(actions: DemoActions) -> None:
             keep = token_slider(actions, "Tokens to keep", min(4, actions.num_registers), "vary-tokens")
             prompt = gr.Textbox(label="Prompt (optional)", max_lines=3)
             seed = seed_input()
+            keeps_shape = shape_input(actions)
             button = gr.Button("Vary", variant="primary")
         with gr.Column(min_width=280, scale=2):
             progress = gr.HTML(elem_id="vary-progress")
             gallery = gallery_output(actions, "The kept tokens, and four variations")
 
-    def run(path, keep_tokens, text, seed):
-        images = actions.vary(path, keep_tokens, text, seed)
+    def run(path, keep_tokens, text, seed, keeps):
+        images = actions.vary(path, keep_tokens, text, seed, keeps)
         total = 1 + NUM_VARIATIONS
         shown: list[tuple] = []
         yield progress_bar(0, total, "tokenizing the photo"), []
@@ -177,18 +171,19 @@ def add_vary(actions: DemoActions) -> None:
             shown.append((image, title))
             yield progress_bar(number, total, title), list(shown)
 
-    inputs, outputs = [photo, keep, prompt, seed], [progress, gallery]
+    inputs, outputs = [photo, keep, prompt, seed, keeps_shape], [progress, gallery]
     on(button.click, answer(run), inputs, outputs, api_name="vary", show_progress="hidden")
 
 
 def add_tokens(actions: DemoActions) -> None:
     """Tab: the token ids of an image with their digits; replace one and see what changes."""
-    token_ids = gr.State([])
+    token_ids, size = gr.State([]), gr.State((None, None))
     levels = " x ".join(map(str, actions.pipe.encoder.quantizer.levels))
     gr.Markdown(f"Each token is one of {actions.pipe.codebook_size:,} codes: {levels} levels, shown as digits.")
     with gr.Row():
         with gr.Column(min_width=280):
             photo = photo_input()
+            keeps_shape = shape_input(actions)
             read = gr.Button("Tokenize the photo")
             if actions.reads_prompts:
                 prompt = gr.Textbox(label="Or a prompt", value="a cat", max_lines=3)
@@ -211,31 +206,29 @@ def add_tokens(actions: DemoActions) -> None:
             before = image_output(actions, "Before")
             after = image_output(actions, "After")
 
-    def show(ids):
-        return ids, actions.token_rows(ids), None
+    def show(ids, size, seed):
+        return ids, size, actions.token_rows(ids), None, actions.decode(ids, seed, size)
 
-    def run_read(path, seed):
-        ids = actions.tokens_of_photo(path)
-        return *show(ids), actions.decode(ids, seed)
+    def run_read(path, seed, keeps):
+        return show(*actions.tokens_of_photo(path, keeps), seed)
 
     def run_write(text, seed):
-        ids = actions.tokens_of_prompt(text, seed)
-        return *show(ids), actions.decode(ids, seed)
+        return show(actions.tokens_of_prompt(text, seed), (None, None), seed)
 
-    def run_replace(ids, place, token_id, seed):
-        changed, old, new = actions.replace_token(ids, place, token_id, seed)
-        return changed, actions.token_rows(changed), new, old
+    def run_replace(ids, size, place, token_id, seed):
+        changed, old, new = actions.replace_token(ids, place, token_id, seed, size)
+        return changed, size, actions.token_rows(changed), new, old
 
     def choose(ids, event: gr.SelectData):
         place = event.index[0]
         return place + 1, ids[place] if place < len(ids) else 0
 
-    outputs = [token_ids, table, after, before]
-    on(read.click, answer(run_read), [photo, seed], outputs)
-    on(photo.upload, answer(run_read), [photo, seed], outputs)
+    outputs = [token_ids, size, table, after, before]
+    on(read.click, answer(run_read), [photo, seed, keeps_shape], outputs)
+    on(photo.upload, answer(run_read), [photo, seed, keeps_shape], outputs)
     if actions.reads_prompts:
         on(write.click, answer(run_write), [prompt, seed], outputs)
-    on(replace.click, answer(run_replace), [token_ids, number, new_id, seed], outputs)
+    on(replace.click, answer(run_replace), [token_ids, size, number, new_id, seed], outputs)
     table.select(choose, [token_ids], [number, new_id], queue=False, api_visibility="private")
 
 
@@ -299,6 +292,18 @@ def number_input(value: int, label: str, low: int, high: int) -> gr.Number:
 
 def seed_input() -> gr.Number:
     return number_input(0, "Seed: same seed, same image", 0, 2**32 - 1)
+
+
+def shape_input(actions: DemoActions) -> gr.Checkbox:
+    """Return a checkbox that is there only if the model knows other shapes than squares."""
+    return pass_on(
+        gr.Checkbox(
+            False,
+            label="Keep the proportions of the photo",
+            info="Models that were trained on squares are better at squares.",
+            visible=actions.pipe.size_rules.is_free,
+        )
+    )
 
 
 def token_slider(actions: DemoActions, label: str, value: int, elem_id: str) -> gr.Slider:
