@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from flextok_hf import FlexTokPipeline
 from flextok_hf.training.arguments import TokenizerArguments
-from flextok_hf.training.tokenizer import load_tokenizer
+from flextok_hf.training.starting_points import load_tokenizer
 
 
 FIXTURES = paths.FIXTURES / "tokenizer"
@@ -78,7 +78,8 @@ def test_made_free_for_fine_tuning_they_give_the_same_squares_bit_for_bit(varian
     pipe.save_pretrained(tmp_path)
     options = {"positions": "stretch", "shape_conditioning": True, "resolution": pipe.resolution}
     arguments = TokenizerArguments(output_dir="x", pretrained_tokenizer=str(tmp_path), **options)
-    encoder, decoder, vae = load_tokenizer(arguments, None)
+    loaded, _ = load_tokenizer(arguments, None)
+    encoder, decoder, vae = loaded.encoder, loaded.decoder, loaded.vae
     free = FlexTokPipeline(encoder.eval(), decoder.eval(), pipe.scheduler, vae=vae.eval())
     free.set_progress_bar_config(disable=True)
     recorded = load_file(variant / "goldens.safetensors")

@@ -14,7 +14,7 @@ from flextok_hf.pipelines.pipeline_flextok import FlexTokPipeline
 from flextok_hf.training.arguments import PriorArguments, TokenizerArguments, VaeArguments
 from flextok_hf.training.loop import Trainer
 from flextok_hf.training.stages import train_prior, train_tokenizer, train_vae
-from flextok_hf.training.tokenizer import load_tokenizer
+from flextok_hf.training.starting_points import load_tokenizer
 from flextok_hf.utils.measures import peak_signal_to_noise
 
 
@@ -152,7 +152,8 @@ def test_a_tokenizer_of_squares_is_fine_tuned_to_other_shapes(tmp_path, data):
     source = str(tmp_path / "squares" / "pipeline")
     options = {"pretrained_tokenizer": source, "buckets": True, "max_area": 24 * 24, "max_train_steps": 4}
     arguments = arguments_for(tmp_path / "shapes", data, **options)
-    before, (encoder, decoder, _) = FlexTokPipeline.from_pretrained(source), load_tokenizer(arguments, None)
+    before, (pipe, _) = FlexTokPipeline.from_pretrained(source), load_tokenizer(arguments, None)
+    encoder, decoder = pipe.encoder, pipe.decoder
     images, codes = torch.rand(2, 3, 16, 16) * 2 - 1, torch.zeros(2, 4, 2)
     with torch.no_grad():
         assert encoder.eval()(images).features.equal(before.encoder(images).features)
@@ -165,7 +166,7 @@ def test_a_tokenizer_of_squares_is_fine_tuned_to_other_shapes(tmp_path, data):
     assert json.loads((tmp_path / "shapes" / "arguments.json").read_text())["positions"] == "stretch"
     options["pretrained_tokenizer"] = str(tmp_path / "shapes" / "pipeline")
     again = arguments_for(tmp_path / "again", data, **{**options, **squares})  # the defaults: the model knows better
-    assert load_tokenizer(again, None)[1].config.positions == "stretch"
+    assert load_tokenizer(again, None)[0].decoder.config.positions == "stretch"
 
 
 def test_the_vae_and_cached_latents_train_in_buckets(tmp_path, data, monkeypatch):

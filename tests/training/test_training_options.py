@@ -45,7 +45,7 @@ def test_flags_override_the_file(tmp_path):
 @pytest.mark.parametrize("kind", STAGES)
 def test_every_option_round_trips_through_a_file(tmp_path, kind):
     required = {field.name: "x" for field in dataclasses.fields(kind) if field.default is field.default_factory}
-    condition = {"caption_column": "text"} if kind is PriorArguments else {}
+    condition = {"caption_column": "text", "tokenizer": "x"} if kind is PriorArguments else {}
     arguments = kind(**required, **condition)
     config = write_config(tmp_path, json.dumps(dataclasses.asdict(arguments)))
     assert parse_arguments(kind, ["--config", config]) == arguments

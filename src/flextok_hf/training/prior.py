@@ -43,7 +43,7 @@ class PriorForTraining(nn.Module):
     ):
         super().__init__()
         self.prior = prior
-        is_frozen = text_encoder is not None and arguments.text_encoder is not None
+        is_frozen = text_encoder is not None and bool(arguments.text_encoder or arguments.pretrained_prior)
         self.text_encoder = None if is_frozen else text_encoder
         self.text_tokenizer = text_tokenizer
         self.arguments = arguments

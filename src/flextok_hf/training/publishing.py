@@ -5,6 +5,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,10 @@ logger = logging.getLogger(__name__)
 
 
 def export(trainer: Trainer, pipe: FlexTokPipeline, stage: str) -> Path:
-    """Save the pipeline trained by `stage`, with the averaged weights."""
+    """Save the pipeline trained by `stage`, or only its adapter, with the averaged weights."""
+    if trainer.arguments.lora_rank:
+        pipe.register_to_config(_name_or_path=getattr(trainer.arguments, trainer.arguments.START))
+        return publish(trainer, stage, "adapter", partial(save_adapter, trainer, pipe))
 
     def save(folder: Path) -> None:
         names, modules = zip(*pipe.components.items(), strict=True)
@@ -39,6 +43,12 @@ def export(trainer: Trainer, pipe: FlexTokPipeline, stage: str) -> Path:
             FlexTokPipeline.from_pretrained(folder, dtype=dtype).save_pretrained(folder)
 
     return publish(trainer, stage, "pipeline", save)
+
+
+def save_adapter(trainer: Trainer, pipe: FlexTokPipeline, folder: Path) -> None:
+    """Save the adapter in a pipeline's models."""
+    if trainer.accelerator.is_main_process:
+        pipe.save_lora_weights(folder)
 
 
 def publish(trainer: Trainer, stage: str, name: str, save: Callable[[Path], None]) -> Path:
@@ -79,7 +89,8 @@ def write_facts(trainer: Trainer, stage: str, folder: Path) -> None:
         **training_facts(arguments, trainer.folder.read_log(), trainer.images_per_step),
     }
     (folder / RECIPE_FILE).write_text(json.dumps(record, indent=2) + "\n")
-    write_model_card(folder, hub_name(trainer.arguments))
+    if not trainer.arguments.lora_rank:  # the card of an adapter is its own
+        write_model_card(folder, hub_name(trainer.arguments))
 
 
 def hub_name(arguments: TrainingArguments) -> str:

@@ -3,7 +3,6 @@
 import itertools
 import logging
 import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,18 +14,13 @@ from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
 
-from ..data.batches import TrainingBatches, build_dataloader
-from ..data.buckets import Shape, bucket_shapes
 from ..data.columns import Columns
 from ..data.image_dataset import ImageDataset
-from ..data.image_stream import StreamedImageDataset
-from ..data.latent_cache import LatentDataset, cache_latents
-from ..data.samples import ImageTransform
 from ..data.token_dataset import check_token_data
-from ..data.training_dataset import load_training_dataset
 from ..models.configuration_encoder import FlexTokEncoderConfig
 from ..pipelines.pipeline_flextok import FlexTokPipeline
 from ..utils.words import MAX_CAPTION_ROWS, collect_words
+from .adapters import add_adapters
 from .arguments import PriorArguments, TokenizerArguments, TrainingArguments, VaeArguments, check_shapes
 from .checkpoints import find_checkpoint
 from .loop import Trainer
@@ -35,8 +29,10 @@ from .prior import PriorForTraining, build_prior
 from .publishing import check_upload, export, publish
 from .run_lock import locked
 from .setup import build_accelerator, loading, start_trackers
+from .starting_points import load_prior, load_tokenizer
 from .text import build_text_encoder, train_text_tokenizer
-from .tokenizer import TokenizerForTraining, build_tokenizer, load_tokenizer, size_options
+from .tokenizer import TokenizerForTraining, build_tokenizer
+from .training_data import TrainingData, cached, load_train_data, patch_side, serve
 from .vae import VaeForTraining, build_vae, measure_scaling_factor
 from .validation import (
     choose_images,
@@ -55,7 +51,6 @@ logger = logging.getLogger(__name__)
 SCALING_BATCHES = 16  # training batches used to measure the scale of the latents
 
 Options = TypeVar("Options", bound=TrainingArguments)
-TrainingData = ImageDataset | StreamedImageDataset | LatentDataset
 
 
 def stage(train: Callable[[Options, Accelerator], Path]) -> Callable[[Options], Path]:
@@ -123,10 +118,10 @@ def train_tokenizer(arguments: TokenizerArguments, accelerator: Accelerator) -> 
         with loading("vae", arguments.vae):
             vae = AutoencoderKL.from_pretrained(arguments.vae)
     if arguments.pretrained_tokenizer is None:
-        encoder, decoder = build_tokenizer(arguments, vae)
+        pipe = FlexTokPipeline(*build_tokenizer(arguments, vae), FlowMatchEulerDiscreteScheduler(), vae=vae)
     else:
-        encoder, decoder, vae = load_tokenizer(arguments, vae)
-        arguments = replace(arguments, **size_options(encoder, decoder))  # record the sizes actually trained
+        pipe, arguments = load_tokenizer(arguments, vae)
+    encoder, decoder, vae = pipe.encoder, pipe.decoder, pipe.vae
     if vae is not None:
         vae.requires_grad_(False).eval().to(accelerator.device)
     columns = Columns(arguments.image_column)
@@ -138,12 +133,12 @@ def train_tokenizer(arguments: TokenizerArguments, accelerator: Accelerator) -> 
         encoder.gradient_checkpointing_enable()
         decoder.enable_gradient_checkpointing()
     model = TokenizerForTraining(encoder, decoder, arguments, vae)
+    add_adapters(arguments, accelerator, model)
     if arguments.compile:
         for block in (*encoder.blocks, *decoder.transformer_blocks):  # compiled once per kind of block
             block.compile()
     trainer = Trainer(arguments, accelerator, model, tokenizer_groups(arguments, model))
     trainer.resume()
-    pipe = FlexTokPipeline(encoder, decoder, FlowMatchEulerDiscreteScheduler(), vae=vae)
     preview = tokenizer_validation(arguments, choose_images(arguments, held_out), pipe, others)
     batches = serve(arguments, accelerator, dataset)
     trainer.train(batches, preview, held_out_batches(arguments, held_out, accelerator))
@@ -168,7 +163,7 @@ def tokenizer_groups(arguments: TokenizerArguments, model: TokenizerForTraining)
 
 @stage
 def train_prior(arguments: PriorArguments, accelerator: Accelerator) -> Path:
-    """Train a prior for a tokenizer, and save both as a pipeline that generates from prompts or classes.
+    """Train a prior for a tokenizer, and save both as a pipeline that generates from a prompt or class, or an adapter.
 
     With `token_column`, the tokenizer is loaded only for validation images and at the end.
 
@@ -194,15 +189,18 @@ def train_prior(arguments: PriorArguments, accelerator: Accelerator) -> Path:
     text_tokenizer, text_encoder, class_names = None, None, dataset.class_names
     if held_out is not None:
         check_same_classes(held_out.class_names, class_names)
-    if arguments.caption_column is not None:
-        text_tokenizer, text_encoder = text_components(arguments, dataset)
-    prior = build_prior(
-        arguments,
-        math.prod(config.fsq_levels),
-        config.num_registers,
-        None if text_encoder is None else text_encoder.config.d_model,
-        None if class_names is None else len(class_names),
-    )
+    if arguments.pretrained_prior is not None:
+        prior, text_encoder, text_tokenizer, arguments = load_prior(arguments, config, class_names)
+    else:
+        if arguments.caption_column is not None:
+            text_tokenizer, text_encoder = text_components(arguments, dataset)
+        prior = build_prior(
+            arguments,
+            math.prod(config.fsq_levels),
+            config.num_registers,
+            None if text_encoder is None else text_encoder.config.d_model,
+            None if class_names is None else len(class_names),
+        )
     if class_names is not None:
         prior.config.id2label = dict(enumerate(class_names))
     if arguments.caption_column is not None and isinstance(dataset, ImageDataset):  # a stream has no end to wait for
@@ -215,6 +213,7 @@ def train_prior(arguments: PriorArguments, accelerator: Accelerator) -> Path:
     if arguments.gradient_checkpointing:
         prior.gradient_checkpointing_enable()
     model = PriorForTraining(prior, text_encoder, text_tokenizer, pipe, arguments)
+    add_adapters(arguments, accelerator, model)
     if arguments.compile:
         for block in prior.blocks:
             block.compile(dynamic=True)  # texts differ in length
@@ -263,7 +262,7 @@ def vocabulary_of(
     """Return what the data decide: the class names, or the tokens of a text tokenizer learned from the data."""
     if text_tokenizer is None:
         return class_names or []
-    if arguments.text_encoder is not None:
+    if arguments.text_encoder is not None or arguments.pretrained_prior is not None:
         return []
     pieces = text_tokenizer.get_vocab()
     return sorted(pieces, key=pieces.__getitem__)
@@ -288,62 +287,3 @@ def text_components(
     tokenizer = train_text_tokenizer(captions, arguments.text_vocab_size, arguments.max_text_length)
     encoder = build_text_encoder(tokenizer, arguments.text_hidden_size, arguments.text_num_layers, arguments.dropout)
     return tokenizer, encoder
-
-
-def patch_side(vae: AutoencoderKL | None, *models: torch.nn.Module) -> int:
-    """Return what the sides of an image must be multiples of, in pixels: whole patches of the models."""
-    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
-    return factor * math.lcm(*(model.config.patch_size for model in models))
-
-
-def load_train_data(arguments: TrainingArguments, columns: Columns, unit: int) -> ImageDataset | StreamedImageDataset:
-    """Load the training data; the sides of the images are multiples of `unit`."""
-    crop = (arguments.random_flip, arguments.random_crop, arguments.min_crop_scale)
-    shapes: tuple[Shape, ...] = ()
-    if arguments.buckets or arguments.max_area is not None:
-        shapes = bucket_shapes(arguments.max_area or arguments.resolution**2, unit, not arguments.buckets)
-        logger.info("Height x width of the training images: %s.", ", ".join("%d x %d" % shape for shape in shapes))
-    transform = ImageTransform(arguments.resolution, *crop, shapes)
-    return load_training_dataset(
-        arguments.train_data,
-        transform=transform,
-        columns=columns,
-        streaming=arguments.streaming,
-        shuffle_buffer=arguments.shuffle_buffer,
-        cache_in_memory=arguments.cache_in_memory,
-        num_workers=arguments.dataloader_num_workers,
-        max_samples=arguments.max_train_samples,
-        seed=arguments.seed,
-        fail_on_unreadable=arguments.fail_on_unreadable,
-        config_name=arguments.dataset_config_name,
-    )
-
-
-def cached(dataset: TrainingData, vae: AutoencoderKL | None, arguments: TrainingArguments) -> LatentDataset:
-    """Replace the images of a dataset with their latents."""
-    if vae is None or not isinstance(dataset, ImageDataset) or arguments.cache_in_memory:
-        raise ValueError(
-            "`cache_latents` needs a `vae`, and does not work with `streaming` or with `cache_in_memory`, which keeps"
-            " images. Leave it out, or the others."
-        )
-    return cache_latents(dataset, vae, arguments.dataloader_num_workers)
-
-
-def serve(arguments: TrainingArguments, accelerator: Accelerator, dataset: TrainingData) -> TrainingBatches:
-    """Return this process's share of the training data, in batches."""
-    row_shapes = getattr(dataset, "row_shapes", None)
-    if row_shapes is not None and accelerator.is_main_process:
-        batch = arguments.train_batch_size * accelerator.num_processes
-        for (height, width), count in sorted(Counter(row_shapes).items()):
-            note = "" if count >= batch else f", fewer than the {batch} of a batch: they are never used"
-            logger.log(logging.WARNING if note else logging.INFO, "%d x %d: %d rows%s", height, width, count, note)
-    dataloader = build_dataloader(
-        dataset,
-        arguments.train_batch_size,
-        seed=arguments.seed,
-        num_workers=arguments.dataloader_num_workers,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    return TrainingBatches(dataloader)

@@ -3,8 +3,6 @@
 Letters: B batch, C latent channels, h w latent grid, N patches, K registers, D hidden size, Q code dimensions.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
@@ -17,11 +15,9 @@ from ..models.modeling_encoder import FlexTokEncoder
 from ..models.nested_dropout import sample_num_tokens
 from ..pipelines.flow import add_noise, sample_sigma, velocity_target
 from ..pipelines.length_groups import LengthGroups
-from ..pipelines.pipeline_flextok import FlexTokPipeline
-from .arguments import TokenizerArguments, check_shapes
+from .arguments import TokenizerArguments
 from .collapse import correlation_penalty, count_distinct, spread_penalty
 from .repa import FeatureAlignment, LayerTap
-from .setup import loading
 from .step_rng import StepRng
 
 
@@ -197,64 +193,3 @@ def build_tokenizer(
         with torch.no_grad():
             encoder.feature_proj.weight.mul_(ratio**0.5)
     return encoder, decoder
-
-
-def size_options(encoder: FlexTokEncoder, decoder: FlexTokFlowDecoder) -> dict[str, Any]:
-    """Return the options of `TokenizerArguments` that describe this encoder and decoder."""
-    return {
-        "token_layout": encoder.config.token_layout,
-        "num_registers": encoder.config.num_registers,
-        "fsq_levels": list(encoder.config.fsq_levels),
-        "head_dim": encoder.config.head_dim,
-        "encoder_hidden_size": encoder.config.hidden_size,
-        "encoder_num_layers": encoder.config.num_hidden_layers,
-        "encoder_patch_size": encoder.config.patch_size,
-        "decoder_hidden_size": decoder.config.hidden_size,
-        "decoder_num_layers": decoder.config.num_layers,
-        "decoder_patch_size": decoder.config.patch_size,
-        "remove_dropped": decoder.config.remove_dropped,
-        "positions": decoder.config.positions,
-        "shape_conditioning": decoder.config.shape_conditioning,
-    }
-
-
-def load_tokenizer(
-    arguments: TokenizerArguments, vae: AutoencoderKL | None
-) -> tuple[FlexTokEncoder, FlexTokFlowDecoder, AutoencoderKL | None]:
-    """Load the encoder, the decoder and the VAE of `pretrained_tokenizer`; `vae` replaces the latter if given.
-
-    With `remove_dropped`, a decoder that was trained with mask tokens learns to work without them. With `positions`
-    "stretch" and `shape_conditioning`, a tokenizer of squares learns other shapes; for squares nothing changes.
-
-    Raises:
-        ValueError: `resolution` differs from that of the tokenizer, or `buckets` or `max_area` need other positions.
-    """
-    unused = {"prior": None, "text_encoder": None, "tokenizer": None}
-    assert arguments.pretrained_tokenizer is not None
-    with loading("pretrained_tokenizer", arguments.pretrained_tokenizer):
-        source = FlexTokPipeline.from_pretrained(arguments.pretrained_tokenizer, **unused)
-    if vae is not None:
-        source.register_modules(vae=vae)
-    if arguments.resolution != source.resolution:
-        raise ValueError(
-            f"`resolution` is {arguments.resolution}, but `pretrained_tokenizer` {arguments.pretrained_tokenizer!r}"
-            f" works at {source.resolution} pixels. Set `resolution` to that."
-        )
-    if arguments.remove_dropped:
-        source.decoder.register_to_config(remove_dropped=True)
-    encoder, decoder = source.encoder, source.decoder
-    if arguments.positions == "stretch":
-        is_told = arguments.shape_conditioning or decoder.config.shape_conditioning
-        shapes: dict[str, Any] = {"positions": "stretch", "shape_conditioning": is_told}
-        config = FlexTokEncoderConfig.from_dict({**encoder.config.to_dict(), **shapes})
-        encoder = copy_weights(encoder, FlexTokEncoder(config))
-        decoder = copy_weights(decoder, FlexTokFlowDecoder.from_config({**decoder.config, **shapes}))
-    check_shapes(arguments, decoder.config.positions)
-    return encoder, decoder, source.vae
-
-
-def copy_weights(source: nn.Module, target: nn.Module) -> nn.Module:
-    """Give a model the weights of one that may lack the layers for shapes, and return it."""
-    left = target.load_state_dict(source.state_dict(), strict=False)
-    assert set(left.missing_keys) <= {"shape_proj.weight"} and not left.unexpected_keys
-    return target

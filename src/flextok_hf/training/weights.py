@@ -17,7 +17,7 @@ AVERAGE_FILE = "ema.safetensors"
 
 
 class AveragedWeights:
-    """Exponential moving average of a model's weights over its training steps.
+    """Exponential moving average of a model's trained weights over its training steps; frozen ones stay as they are.
 
     Args:
         model: the model in training.
@@ -30,8 +30,11 @@ class AveragedWeights:
 
     def shards(self) -> list[Tensor]:
         """Return the weights of the model, or this process's shards of them: averaging is elementwise."""
-        parameters = list(self.model.parameters())
-        return [local(parameter.detach()).requires_grad_(parameter.requires_grad) for parameter in parameters]
+        return [local(parameter.detach()).requires_grad_() for _, parameter in self.trained()]
+
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the weights that are not frozen, by name."""
+        return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
     def step(self) -> None:
         """Update the average after an optimizer step."""
@@ -59,7 +62,7 @@ class AveragedWeights:
         if self.ema is None:
             return
         average = {}
-        for (name, parameter), shard in zip(self.model.named_parameters(), self.ema.shadow_params, strict=True):
+        for (name, parameter), shard in zip(self.trained(), self.ema.shadow_params, strict=True):
             if isinstance(parameter, DTensor):
                 mesh, shape, stride = parameter.device_mesh, parameter.shape, parameter.stride()
                 shard = DTensor.from_local(shard, mesh, parameter.placements, shape=shape, stride=stride)
@@ -72,7 +75,7 @@ class AveragedWeights:
         if self.ema is None:
             return
         average = load_file(folder / AVERAGE_FILE)
-        for (name, parameter), shard in zip(self.model.named_parameters(), self.ema.shadow_params, strict=True):
+        for (name, parameter), shard in zip(self.trained(), self.ema.shadow_params, strict=True):
             value = average[name].to(shard.device)
             if isinstance(parameter, DTensor):
                 value = local(distribute_tensor(value, parameter.device_mesh, parameter.placements))
