@@ -40,9 +40,11 @@ def end_of(error):
         (PermissionError(errno.EACCES, "Permission denied", "/a"), "/a: Permission denied. Change the permissions"),
         (OSError(errno.EMFILE, "Too many open files"), "Too many open files. Raise the limit on open files"),
         (FileNotFoundError("`config` 'x' is no file."), "`config` 'x' is no file."),
+        (ValueError("`data` has no rows.\nPass other files."), "`data` has no rows. Pass other files."),
+        (TypeError("`images` must be a list."), "`images` must be a list."),
     ],
 )
-def test_an_error_of_the_system_is_one_sentence_with_advice(error, sentence, capsys):
+def test_an_error_that_a_user_can_fix_is_one_sentence_with_advice(error, sentence, capsys):
     assert end_of(error) == 1
     line = capsys.readouterr().err
     assert line.startswith("error: ") and line.count("\n") == 1 and sentence in line
@@ -53,7 +55,7 @@ def test_ctrl_c_is_one_word(capsys):
     assert capsys.readouterr().err == "Interrupted.\n"
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), KeyError("a bug")])
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), AttributeError("a bug"), KeyError("a bug")])
 def test_other_errors_keep_their_traceback(error):
     with pytest.raises(type(error)), plain_errors():
         raise error
@@ -82,10 +84,12 @@ def test_other_errors_while_writing_are_passed_on(error, tmp_path):
     assert passed.value is error and not list(tmp_path.iterdir())
 
 
-def test_a_traceback_can_be_asked_for(monkeypatch):
-    monkeypatch.setenv("FLEXTOK_TRACEBACK", "1")
-    with pytest.raises(OSError), plain_errors():
-        raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("x"), TypeError("x")])
+def test_a_traceback_can_be_asked_for_with_an_option_that_the_script_does_not_see(monkeypatch, error):
+    monkeypatch.setattr(sys, "argv", ["script.py", "--seed", "1", "--debug"])
+    with pytest.raises(type(error)), plain_errors():
+        assert sys.argv == ["script.py", "--seed", "1"]
+        raise error
 
 
 def test_the_note_about_tied_weights_is_hidden_and_other_warnings_are_not(caplog):

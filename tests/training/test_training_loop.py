@@ -92,8 +92,8 @@ def whole_run(tmp_path_factory):
 def test_a_run_writes_checkpoints_log_images_and_a_pipeline(whole_run):
     assert [path.name for path in list_checkpoints(whole_run)] == ["checkpoint-3", "checkpoint-6"]
     steps = [json.loads(line)["step"] for line in (whole_run / "log.jsonl").read_text().splitlines()]
-    assert steps == [3, 6, 6]
-    assert (whole_run / "validation-6.png").is_file()
+    assert steps == [1, 3, 6, 6]  # of validation at 1, 3 and 6, and of the last step
+    assert (whole_run / "validation-1.png").is_file() and (whole_run / "validation-6.png").is_file()
     assert not list(whole_run.glob("*.partial"))
     recipe = json.loads((whole_run / "pipeline" / "training.json").read_text())
     assert recipe["steps"] == 6 and recipe["seconds"] > 0

@@ -31,6 +31,7 @@ from .optimization import build_lr_scheduler
 from .run_folder import RunFolder
 from .run_lock import check_owner
 from .setup import log_image
+from .signs import BAR_METRICS, learning_rates, schedule_notes, validation_notes
 from .step_rng import StepRng
 from .stopping import StopRequest, TrainingStopped
 from .throughput import Meter, count_training_flops, measure_matmul_rate
@@ -129,14 +130,15 @@ class Trainer:
                 is_last = self.step == arguments.max_train_steps
                 if self.step % arguments.logging_steps == 0 or is_last or stop:
                     metrics = {**self.mean_metrics(), **meter.read()}
-                    progress.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()}, refresh=False)
+                    progress.set_postfix({name: f"{metrics[name]:.4g}" for name in BAR_METRICS}, refresh=False)
                     self.log(metrics)
                 if self.step % arguments.checkpointing_steps == 0 or is_last or stop:
                     self.save_checkpoint()
                     meter.restart()
                 if stop:
                     self.stop(stop)
-                if arguments.validation_steps and (self.step % arguments.validation_steps == 0 or is_last):
+                is_due = self.step == 1 or is_last  # after the first step, what is wrong with it shows at once
+                if arguments.validation_steps and (is_due or self.step % arguments.validation_steps == 0):
                     self.validate(preview, held_out)
                     meter.restart()
 
@@ -218,7 +220,7 @@ class Trainer:
         totals = self.accelerator.reduce(torch.stack([self.sums[name] for name in names]))
         self.sums = {}
         means = dict(zip(names, (totals[:, 0] / totals[:, 1]).tolist(), strict=True))
-        means["lr"] = self.lr_scheduler.get_last_lr()[0]
+        means |= learning_rates(self.arguments, self.lr_scheduler.get_last_lr()[0] / self.lr_scheduler.base_lrs[0])
         means["unreadable_rows"] = self.share_skipped()
         return means
 
@@ -250,6 +252,9 @@ class Trainer:
         if metrics:
             self.log(metrics)
             logger.info("Step %d: %s", self.step, metrics)
+        if self.accelerator.is_main_process:
+            for note in validation_notes(metrics):
+                logger.warning(note)
         if sheet is not None and self.accelerator.is_main_process:
             save_image(sheet, self.folder.path / f"validation-{self.step}.png")
             log_image(self.accelerator, sheet, self.step)
@@ -342,4 +347,6 @@ class Trainer:
         self.folder.cut_log(self.step)
         if self.accelerator.is_main_process:
             logger.info("Options: %s", asdict(self.arguments))
+            for note in schedule_notes(self.arguments):
+                logger.warning(note)
         self.accelerator.wait_for_everyone()

@@ -1,15 +1,14 @@
-"""What the scripts do not say, and how they end on what is no fault of the program: a full disk, Ctrl-C."""
+"""What scripts do not say, and how they end on what is no fault of the program: wrong input, a full disk, Ctrl-C."""
 
 import errno
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 
 
-TRACEBACK = "FLEXTOK_TRACEBACK"  # environment variable; if set, errors keep their traceback
+DEBUG = "--debug"  # option of every script: errors keep their traceback
 ADVICE = {
     errno.ENOSPC: "Free some space, or choose another folder.",
     errno.EDQUOT: "Free some space, or choose another folder.",
@@ -23,23 +22,27 @@ ADVICE = {
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Run the main function of a script: errors of files and disks are one line on stderr, without a traceback.
+    """Run the main function of a script: errors that a user can fix are one line on stderr, without a traceback.
 
-    What libraries say and nobody can act on is hidden from then on; see `quiet_libraries`.
+    `--debug` among the arguments of the script, from which it is removed, keeps the traceback. What
+    libraries say and nobody can act on is hidden from then on; see `quiet_libraries`.
 
     Raises:
         SystemExit: with code 1 for such an error, 130 for Ctrl-C.
     """
+    is_debugging = DEBUG in sys.argv[1:]
+    sys.argv[1:] = [word for word in sys.argv[1:] if word != DEBUG]
     quiet_libraries()
     try:
         yield
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
-    except OSError as error:
-        if os.environ.get(TRACEBACK):
+    except (OSError, ValueError, TypeError) as error:
+        if is_debugging:
             raise
-        print(f"error: {describe(error)}", file=sys.stderr)
+        text = describe(error) if isinstance(error, OSError) else " ".join(str(error).split()) or type(error).__name__
+        print(f"error: {text} (`{DEBUG}` shows where)", file=sys.stderr)
         raise SystemExit(1) from None
 
 
