@@ -85,10 +85,10 @@ def choose_images(
     return torch.stack([dataset[row, row]["pixel_values"] for row in rows]) / 2 + 0.5
 
 
-def build_sheet(columns: list[Tensor], titles: list[str]) -> Image.Image:
+def build_sheet(columns: list[Tensor], titles: list[str], row_titles: Sequence[str] | None = None) -> Image.Image:
     """Arrange columns of images, each (B, 3, R, R) in [0, 1], side by side."""
     images = [to_output(column.cpu() * 2 - 1) for column in columns]
-    return contact_sheet([list(row) for row in zip(*images, strict=True)], titles)
+    return contact_sheet([list(row) for row in zip(*images, strict=True)], titles, row_titles=row_titles)
 
 
 def vae_validation(originals: Tensor | None, vae: AutoencoderKL) -> Preview | None:
@@ -157,7 +157,7 @@ def prior_validation(
     """Return a function that generates images of the validation prompts with growing numbers of tokens, or `None`."""
     if not arguments.validation_prompts or pipe is None:
         return None
-    counts = token_ladder(pipe.num_registers)[::2]
+    counts = token_ladder(pipe.num_registers)
     condition = prompts_or_classes(arguments.validation_prompts, class_names)
     num_rows = len(arguments.validation_prompts)
 
@@ -172,7 +172,8 @@ def prior_validation(
             ).images
             for count in counts
         ]
-        sheet = build_sheet(columns, [token_count_title(count) for count in counts])
+        titles = [token_count_title(count) for count in counts]
+        sheet = build_sheet(columns, titles, arguments.validation_prompts)
         return {"distinct_first_ids": float(token_ids[:, 0].unique().numel())}, sheet
 
     return preview
