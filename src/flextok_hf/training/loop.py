@@ -31,7 +31,7 @@ from .optimization import build_lr_scheduler
 from .run_folder import RunFolder
 from .run_lock import check_owner
 from .setup import log_image
-from .signs import BAR_METRICS, learning_rates, schedule_notes, validation_notes
+from .signs import BAR_METRICS, learning_rates, schedule_notes, validation_notes, warn
 from .step_rng import StepRng
 from .stopping import StopRequest, TrainingStopped
 from .throughput import Meter, count_training_flops, measure_matmul_rate
@@ -253,8 +253,7 @@ class Trainer:
             self.log(metrics)
             logger.info("Step %d: %s", self.step, metrics)
         if self.accelerator.is_main_process:
-            for note in validation_notes(metrics):
-                logger.warning(note)
+            warn(validation_notes(metrics))
         if sheet is not None and self.accelerator.is_main_process:
             save_image(sheet, self.folder.path / f"validation-{self.step}.png")
             log_image(self.accelerator, sheet, self.step)
@@ -347,6 +346,5 @@ class Trainer:
         self.folder.cut_log(self.step)
         if self.accelerator.is_main_process:
             logger.info("Options: %s", asdict(self.arguments))
-            for note in schedule_notes(self.arguments):
-                logger.warning(note)
+            warn(schedule_notes(self.arguments))
         self.accelerator.wait_for_everyone()

@@ -1,10 +1,13 @@
 """Signs in the options and the log that a run will not learn what it should; docs/training.md explains them."""
 
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from .arguments import TrainingArguments
 
+
+logger = logging.getLogger(__name__)
 
 MIN_GAIN_DB = 0.5  # of all tokens over one, below which the decoder hardly reads its tokens
 BAR_METRICS = ("loss", "lr", "images_per_s")  # shown while training; the log has all
@@ -16,7 +19,8 @@ def schedule_notes(arguments: TrainingArguments) -> list[str]:
     if arguments.lr_warmup_steps >= arguments.max_train_steps:
         notes.append(
             f"`lr_warmup_steps` {arguments.lr_warmup_steps} is not below `max_train_steps`"
-            f" {arguments.max_train_steps}: the learning rate never reaches {arguments.learning_rate:g}. A tenth of the steps is enough."
+            f" {arguments.max_train_steps}: the learning rate never reaches {arguments.learning_rate:g}. A tenth of the"
+            " steps is enough."
         )
     rates = learning_rates(arguments, 1.0)
     if len(rates) > 1:
@@ -49,3 +53,9 @@ def validation_notes(metrics: Mapping[str, float]) -> list[str]:
         " makes little use of its tokens. This is usual at first; if it lasts, see `Is it learning?` in"
         " docs/training.md."
     ]
+
+
+def warn(notes: Sequence[str]) -> None:
+    """Log each as a warning."""
+    for note in notes:
+        logger.warning(note)
