@@ -19,8 +19,8 @@ def schedule_notes(arguments: TrainingArguments) -> list[str]:
     if arguments.lr_warmup_steps >= arguments.max_train_steps:
         notes.append(
             f"`lr_warmup_steps` {arguments.lr_warmup_steps} is not below `max_train_steps`"
-            f" {arguments.max_train_steps}: the learning rate never reaches {arguments.learning_rate:g}. A tenth of the"
-            " steps is enough."
+            f" {arguments.max_train_steps}: the learning rate never reaches {arguments.learning_rate:g}. A tenth"
+            " of the steps is enough."
         )
     rates = learning_rates(arguments, 1.0)
     if len(rates) > 1:
