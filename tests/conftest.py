@@ -1,5 +1,8 @@
 """Shared fixtures: the tiny models of `tiny_models.py`, and checkpoints to corrupt."""
 
+import os
+from collections.abc import Callable
+
 import pytest
 import torch
 from refusals import place, prior, text_prior, tokenizer, tokenizer_file  # noqa: F401, fixtures
@@ -8,9 +11,23 @@ from tiny_models import make_class_pipeline, make_decoder, make_encoder, make_pi
 from flextok_hf.models.modeling_decoder import FlexTokFlowDecoder
 from flextok_hf.models.modeling_encoder import FlexTokEncoder
 from flextok_hf.pipelines.pipeline_flextok import FlexTokPipeline
+from flextok_hf.utils import tuning
 
 
 torch.set_num_threads(1)
+os.environ["FLEXTOK_TUNING"] = "off"  # bit-equal results between processes; also in those that tests start
+
+
+@pytest.fixture
+def take(monkeypatch, tmp_path) -> Callable[[str, str | None], None]:
+    """Returns a function that makes every choice of a kind, such as "product", take a way; `None` chooses by timing."""
+    monkeypatch.setenv("FLEXTOK_TUNING", "on")
+    monkeypatch.setattr(tuning, "cache_file", lambda: tmp_path / "times.json")
+    for name in ("measured", "forced"):
+        monkeypatch.setattr(tuning, name, {})
+    tuning.stored.cache_clear()
+    yield lambda kind, way: tuning.forced.__setitem__(kind, way)
+    tuning.stored.cache_clear()
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ from flextok_hf.evaluation.distributions import (
 from flextok_hf.evaluation.image_measures import PLAIN_MEASURES, load_lpips, measure_images
 from flextok_hf.evaluation.images import image_checksums
 from flextok_hf.evaluation.intervals import NUM_GROUPS, jackknife, wilson_interval
-from flextok_hf.models.packed_linear import MIN_CALLS
+from flextok_hf.models.packed_linear import PACKED
+from flextok_hf.utils import tuning
 from flextok_hf.utils.flops import FlopCounter
 
 
@@ -283,10 +284,10 @@ def test_impossible_counts_are_refused(successes, trials):
 
 
 @torch.no_grad()
-def test_every_step_counts_the_same_operations_packed_or_not(tiny_tokenizer_pipeline):
-    """Longer loops use other kernels on a CPU."""
+def test_every_step_counts_the_same_operations_packed_or_not(tiny_tokenizer_pipeline, take):
     counts = []
-    for num_steps in (MIN_CALLS - 2, MIN_CALLS - 1, MIN_CALLS):
+    for num_steps, way in ((2, tuning.LIBRARY), (3, tuning.LIBRARY), (4, PACKED)):
+        take("product", way)
         with FlopCounter() as counter:
             tiny_tokenizer_pipeline.detokenize(torch.zeros(1, 2, dtype=torch.long), num_inference_steps=num_steps)
         counts.append(counter.total)

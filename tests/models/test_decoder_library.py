@@ -258,5 +258,5 @@ def test_a_decoder_with_adapters_is_not_saved_whole(tmp_path):
 
 def test_layers_with_adapters_are_not_packed():
     decoder = adapted(targets=["to_q"])
-    packed = PackedWeights(decoder, num_calls=100).weights
+    packed = PackedWeights(decoder, num_calls=100).layers
     assert not packed.keys() & {block.attention.to_q.base_layer for block in decoder.transformer_blocks}

@@ -1,23 +1,36 @@
 """Packed weights: the same results, only inside a `with` block, and only where they can be used."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
 
 from flextok_hf.models import packed_linear
 from flextok_hf.models.packed_linear import (
+    ONEDNN,
+    PACKED,
+    PADDED,
+    UPCAST,
+    PackedWeights,
     can_pack,
-    is_faster_in_onednn,
+    is_emulated,
     is_offloaded,
     linear,
-    packable,
     packed_weights,
 )
+from flextok_hf.utils import tuning
 from flextok_hf.utils.flops import FlopCounter
 
 
-CAN_PACK = can_pack([torch.zeros(1, 1)])
-needs_kernels = pytest.mark.skipif(not CAN_PACK, reason="this build or machine has no kernels for packed weights")
+HAS_KERNELS = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+needs_kernels = pytest.mark.skipif(not HAS_KERNELS, reason="this build has no kernels for packed weights")
+WAYS = (tuning.LIBRARY, ONEDNN, UPCAST, PACKED, PADDED)
+
+
+@pytest.fixture(autouse=True)
+def packing(take):
+    take("product", PACKED)
 
 
 class TwoLayers(nn.Sequential):
@@ -27,61 +40,89 @@ class TwoLayers(nn.Sequential):
 
 def make_model(bias=False, dtype=torch.float32):
     torch.manual_seed(0)
-    return TwoLayers(packable(24, 40, bias), packable(40, 17, bias)).to(dtype)
+    return TwoLayers(nn.Linear(24, 40, bias), nn.Linear(40, 17, bias)).to(dtype)
 
 
 def random(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
+def is_packed(layer, inputs):
+    with packed_weights(layer, num_calls=100), torch.no_grad(), torch.profiler.profile() as profile:
+        linear(layer, inputs)
+    return "mkldnn::_reorder_linear_weight" in {event.name for event in profile.events()}
+
+
 @needs_kernels
-@pytest.mark.parametrize("shape", [(24,), (1, 24), (2, 24), (2, 1, 24), (3, 5, 24), (2, 70, 24)])
+@pytest.mark.parametrize("shape", [(24,), (1, 24), (2, 24), (2, 1, 24), (3, 5, 24), (2, 70, 24), (0, 24)])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("bias", [False, True])
 @torch.no_grad()
-def test_results_are_the_same_for_any_number_of_rows(shape, bias):
+def test_every_way_gives_the_same_for_any_number_of_rows(shape, way, bias, take):
     model, inputs = make_model(bias), random(*shape)
     expected = model(inputs)
+    take("product", way)
     with packed_weights(model, num_calls=100):
-        assert all(layer.packed_weights for layer in model)
         actual = model(inputs)
     assert actual.shape == expected.shape
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model(inputs), expected, atol=1e-5, rtol=0)  # outside the loop
 
 
 @needs_kernels
-def test_results_in_half_precision_are_rounded_once(monkeypatch):
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pytest.skip("this machine has no kernels for bfloat16")
-    layer, inputs = make_model(dtype=torch.bfloat16)[0], random(3, 24).bfloat16()
-    with packed_weights(layer, num_calls=100), torch.no_grad():
-        assert layer.packed_weights
-        exact = inputs.float() @ layer.weight.float().T
-        torch.testing.assert_close(linear(layer, inputs).float(), exact, atol=0, rtol=2**-7)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("num_rows", [1, 3, 40])
+@torch.no_grad()
+def test_half_precision_is_rounded_once(dtype, way, num_rows, take):
+    layer, inputs = make_model(bias=True, dtype=dtype)[0], random(num_rows, 24).to(dtype)
+    exact = nn.functional.linear(*(tensor.float() for tensor in (inputs, layer.weight, layer.bias)))
+    take("product", way)
+    with packed_weights(layer, num_calls=100):
+        actual = linear(layer, inputs)
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual.float(), exact, atol=1e-3, rtol=2**-7)
 
 
 @needs_kernels
-@pytest.mark.parametrize("bias", [False, True])
 @torch.no_grad()
-def test_large_matmuls_give_the_same_without_packing(bias):
-    layer = packable(512, 300, bias)
-    inputs = random(2, 20, 512)
-    with torch.profiler.profile() as profile, FlopCounter() as counter:
-        linear(layer, inputs)
-    assert "mkldnn::_linear_pointwise" in {event.name for event in profile.events()}
-    assert counter.total == 2 * 40 * 512 * 300
-    torch.testing.assert_close(linear(layer, inputs), nn.functional.linear(inputs, layer.weight, layer.bias))
+def test_operations_are_counted_whatever_the_way(take):
+    layer = nn.Linear(512, 300)
+    for way in WAYS:
+        take("product", way)
+        with FlopCounter() as counter, packed_weights(layer, num_calls=100):
+            linear(layer, random(2, 20, 512))
+        assert counter.total == 2 * 40 * 512 * 300
 
 
-@torch.no_grad()
-def test_onednn_is_not_used_where_it_does_not_apply(monkeypatch):
-    layer, inputs = packable(512, 300), random(20, 512)
+@needs_kernels
+def test_weights_are_packed_only_where_that_is_possible(monkeypatch):
+    layer, inputs = make_model()[0], random(3, 24)
+    assert is_packed(layer, inputs)
+    assert not is_packed(layer.double(), inputs.double())
+    layer.float()
     with torch.autocast("cpu", torch.bfloat16):
-        assert not is_faster_in_onednn(layer, inputs)
-        assert linear(layer, inputs).dtype == torch.bfloat16
-    assert not is_faster_in_onednn(layer, inputs.double())
-    assert not is_faster_in_onednn(packable(24, 40), random(20, 24))  # too small
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert not is_faster_in_onednn(layer, inputs)
+        assert not is_packed(layer, inputs)
+    monkeypatch.setattr(packed_linear, "MAX_SHARE_OF_MEMORY", 1e-9)
+    assert not is_packed(layer, inputs)
+
+
+@torch.no_grad()
+def test_nothing_else_is_done_than_the_library_does_with_tuning_off(monkeypatch):
+    monkeypatch.setenv("FLEXTOK_TUNING", "off")
+    layer, inputs = make_model()[0], random(20, 24)
+    assert not is_packed(layer, inputs)
+    assert linear(layer, inputs).equal(layer(inputs))
+
+
+@torch.no_grad()
+def test_emulated_precision_is_avoided_without_a_loop(take):
+    if not is_emulated(torch.float16):
+        pytest.skip("this machine computes float16 in hardware")
+    take("product", None)
+    layer, inputs = make_model(dtype=torch.float16)[0], random(20, 24).half()
+    exact = inputs.float() @ layer.weight.float().T
+    assert linear(layer, inputs).equal(exact.half())
 
 
 class OtherWeight(torch.Tensor):
@@ -111,9 +152,10 @@ def test_layers_that_others_changed_are_called_as_they_are(change):
     model, inputs = make_model(), random(20, 24)
     change(model)
     expected = model[1](nn.functional.silu(model[0](inputs)))
-    with packed_weights(model, num_calls=100):
-        assert not getattr(model[0], "packed_weights", None)
+    weights = PackedWeights(model, num_calls=100)
+    with weights.in_use():
         torch.testing.assert_close(model(inputs), expected, atol=1e-5, rtol=1e-5)
+    assert model[0] not in weights.weights
 
 
 def test_quantizers_find_plain_linear_layers(tiny_pipeline):
@@ -140,29 +182,64 @@ def test_gradients_are_the_same_while_weights_are_packed():
 
 
 @needs_kernels
+@torch.no_grad()
 def test_packed_weights_end_with_their_block_even_after_an_error():
-    model = make_model()
-    names = set(model.state_dict())
+    model, inputs = make_model(), random(2, 24)
     with pytest.raises(KeyError), packed_weights(model, num_calls=100):
-        assert set(model.state_dict()) == names
+        model(inputs)
         raise KeyError
-    assert not model[0].packed_weights
-    with torch.no_grad():
-        model[0].weight.zero_()
-        assert not linear(model[0], random(2, 24)).any()
+    model[0].weight.zero_()
+    with packed_weights(model, num_calls=100):
+        assert not linear(model[0], inputs).any()
+    assert not linear(model[0], inputs).any()
+    assert not packed_linear.packed_elsewhere
 
 
 @needs_kernels
-def test_nothing_is_packed_where_it_is_not_worth_it_or_not_possible(monkeypatch):
-    def is_packed(model, num_calls=100):
-        with packed_weights(model, num_calls):
-            return any(layer.packed_weights for layer in model)
+@torch.no_grad()
+def test_a_loop_that_another_thread_closes_ends_where_it_began():
+    model, inputs = make_model(), random(2, 24)
 
-    assert is_packed(make_model())
-    assert not is_packed(make_model(), num_calls=packed_linear.MIN_CALLS - 1)
-    assert not is_packed(make_model(dtype=torch.float64))
-    assert not is_packed(make_model().to("meta"))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not is_packed(make_model())
-    monkeypatch.setattr(packed_linear, "MAX_SHARE_OF_MEMORY", 1e-9)
-    assert not is_packed(make_model())
+    def loop():
+        with packed_weights(model, num_calls=100):
+            yield model(inputs)
+
+    suspended = loop()
+    next(suspended)
+    thread = threading.Thread(target=suspended.close)
+    thread.start()
+    thread.join()
+    model[0].weight.zero_()
+    assert not linear(model[0], inputs).any()
+
+
+@needs_kernels
+@torch.no_grad()
+def test_long_loops_time_what_is_not_known_and_short_ones_do_not(take, monkeypatch):
+    take("product", None)
+    model, inputs = make_model(), random(2, 24)
+    with packed_weights(model, num_calls=100):
+        model(inputs)
+    assert not tuning.measured
+    with packed_weights(model, num_calls=1000):
+        model(inputs)
+    (times,) = tuning.measured.values()
+    assert len(times) == 2  # one for each shape
+    assert all(
+        {tuning.LIBRARY, ONEDNN, PACKED, PADDED, packed_linear.PACKING} == ways.keys() for ways in times.values()
+    )
+    monkeypatch.setattr(packed_linear, "time_ways", lambda *_: pytest.fail("timed again"))
+    with packed_weights(model, num_calls=1000):
+        model(inputs)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("num_calls", "way"), [(10, tuning.LIBRARY), (1000, PACKED)])
+@torch.no_grad()
+def test_packing_must_pay_off_within_the_loop(num_calls, way, take):
+    take("product", None)
+    layer, inputs = make_model()[0], random(5, 24)
+    times = {tuning.LIBRARY: 1.0, ONEDNN: 1.5, PACKED: 0.8, packed_linear.PACKING: 10.0}
+    tuning.measured[tuning.machine()] = {packed_linear.product_name(layer, inputs): times}
+    loop = PackedWeights(layer, num_calls)
+    assert loop.way(layer, inputs) == way

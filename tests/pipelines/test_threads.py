@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
 
-from flextok_hf.models import packed_linear
+from flextok_hf.models.packed_linear import PACKED
 from flextok_hf.pipelines.bulk_tokenization import tokenize_batches
 
 
@@ -79,9 +79,9 @@ def assert_threads_do_not_meet(pipe, num_draws, calls=CALLS):
 
 
 @pytest.fixture
-def packing(monkeypatch):
+def packing(take):
     """Packed weights, which the small models of the tests are not worth otherwise."""
-    monkeypatch.setattr(packed_linear, "MIN_CALLS", 4)
+    take("product", PACKED)
 
 
 def test_calls_in_four_threads_are_bit_identical_to_single_ones(tiny_pipeline, packing):

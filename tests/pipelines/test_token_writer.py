@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from flextok_hf.models import packed_linear
-from flextok_hf.models.packed_linear import can_pack
+from flextok_hf.models.packed_linear import PACKED
 from flextok_hf.pipelines.pipeline_flextok import FlexTokPipeline
 
 
@@ -103,16 +103,20 @@ def test_two_interleaved_streams_do_not_affect_each_other(tiny_pipeline):
             assert count == expected_count and torch.equal(image, expected_image)
 
 
-@pytest.mark.skipif(not can_pack([torch.zeros(1, 1)]), reason="this machine has no kernels for packed weights")
-def test_short_parts_use_the_same_packed_weights_as_the_whole(tiny_pipeline, monkeypatch):
-    monkeypatch.setattr(packed_linear, "MIN_CALLS", tiny_pipeline.num_registers)
-    head, is_packed = tiny_pipeline.prior.head, []
-    handle = tiny_pipeline.prior.norm.register_forward_pre_hook(lambda *_: is_packed.append(bool(head.packed_weights)))
+def test_all_parts_belong_to_one_loop_which_is_left_between_them(tiny_pipeline, take):
+    head, loops = tiny_pipeline.prior.head, []
+    take("product", PACKED)
+
+    def loop_of_head():
+        return getattr(packed_linear.active, "loops", {}).get(head)
+
+    handle = tiny_pipeline.prior.norm.register_forward_pre_hook(lambda *_: loops.append(loop_of_head()))
     streams = [tiny_pipeline.stream("a red circle", [1, 2, 6], generator=seeded(), **FEW_STEPS) for _ in range(2)]
     for _ in zip(*streams, strict=True):
-        assert not head.packed_weights  # the model is unchanged between parts
+        assert loop_of_head() is None
     handle.remove()
-    assert is_packed == [True] * 2 * tiny_pipeline.num_registers
+    assert len(loops) == 2 * tiny_pipeline.num_registers and None not in loops
+    assert len(set(loops)) == 2 and {loop.num_calls for loop in loops} == {tiny_pipeline.num_registers}
 
 
 def test_a_stream_with_a_static_cache_ends_with_the_full_image(tiny_pipeline, monkeypatch):

@@ -6,9 +6,13 @@ made encoding a fifth slower (docs/speed.md).
 Letters: B batch, C latent channels, h w latent grid, H W image height and width, K registers.
 """
 
+import copy
+
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
+
+from .packed_linear import is_emulated
 
 
 @torch.no_grad()
@@ -19,19 +23,37 @@ def encode_latents(vae: AutoencoderKL | None, pixel_values: Tensor) -> Tensor:
     """
     if vae is None:
         return pixel_values
-    return vae.encode(_prepare(pixel_values, vae)).latent_dist.mode() * vae.config.scaling_factor
+    latents = in_hardware_precision(vae).encode(_prepare(pixel_values, vae)).latent_dist.mode()
+    return latents.to(vae.dtype) * vae.config.scaling_factor
 
 
 def decode_latents(vae: AutoencoderKL | None, latents: Tensor) -> Tensor:
     """Decode latents (B, C, h, w) as images (B, 3, H, W), roughly in [-1, 1] and not clamped."""
     if vae is None:
         return latents
-    return vae.decode(_prepare(latents / vae.config.scaling_factor, vae)).sample
+    return in_hardware_precision(vae).decode(_prepare(latents / vae.config.scaling_factor, vae)).sample.to(vae.dtype)
 
 
 def _prepare(tensor: Tensor, vae: AutoencoderKL) -> Tensor:
     layout = torch.channels_last if tensor.device.type == "cpu" else torch.preserve_format
-    return tensor.to(vae.dtype, memory_format=layout)
+    tensor = tensor.to(vae.dtype, memory_format=layout)
+    return tensor.float() if computes_in_float32(vae) else tensor
+
+
+def computes_in_float32(vae: AutoencoderKL) -> bool:
+    """Whether this CPU would emulate the precision of the VAE, whose convolutions then take 300 times as long."""
+    return vae.device.type == "cpu" and is_emulated(vae.dtype) and not torch.is_grad_enabled()
+
+
+def in_hardware_precision(vae: AutoencoderKL) -> AutoencoderKL:
+    """Return the VAE, or where the CPU would emulate its precision, a copy in float32 for one call."""
+    if not computes_in_float32(vae):
+        return vae
+    tensors = [*vae.parameters(), *vae.buffers()]
+    converted = {id(tensor): tensor.detach().float() for tensor in tensors}  # in place of the copies
+    for parameter in vae.parameters():
+        converted[id(parameter)] = nn.Parameter(converted[id(parameter)], requires_grad=False)
+    return copy.deepcopy(vae, converted)
 
 
 def check_token_ids(token_ids: Tensor, pixel_values: Tensor, encoder: nn.Module, vae: AutoencoderKL | None) -> None:

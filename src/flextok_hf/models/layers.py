@@ -11,11 +11,13 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from torch import Tensor, nn
 
-from .packed_linear import linear, packable
+from ..utils import tuning
+from .packed_linear import is_emulated, linear, num_calls_in_loop
 
 
 LAYER_NORM_EPS = 1e-5
-MIN_LOGITS, MAX_LOGITS = 2**12, 2**24  # per head, and over all heads: sizes at which two matmuls beat SDPA
+MATMULS = "matmuls"  # a way to compute attention
+MAX_LOGITS = 2**24  # of a sample: what `attend_with_matmuls` may hold in memory
 
 # Diffusers' backends that run on CPUs, and those that apply any mask; of a mask, "flash_varlen" sees only padding.
 CPU_BACKENDS: tuple[str, ...] = ("native", "flex", "_native_math", "_native_flash")
@@ -52,7 +54,7 @@ def attend(
     """
     chosen = _AttentionBackendRegistry.get_active_backend()[0] if backend is None else backend
     is_default = backend is None and chosen == "native"
-    use_matmuls = is_default and not is_causal and is_faster_with_matmuls(query, key)
+    use_matmuls = is_default and not is_causal and is_faster_with_matmuls(query, key, value)
     if key_bias is not None and (use_matmuls or query.device.type == "cuda" or chosen not in MASK_BACKENDS):
         # Kernels without a mask are the fastest here, so the bias is encoded in extra head dimensions.
         scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -87,18 +89,30 @@ def check_backend(backend: AttentionBackendName, device_type: str, has_mask: boo
     raise ValueError(f"The attention backend {name!r} {problem}. Choose another one: {', '.join(allowed)}.")
 
 
-def is_faster_with_matmuls(query: Tensor, key: Tensor) -> bool:
-    """Whether `attend_with_matmuls` beats PyTorch's fused kernel: in bfloat16 on a CPU, it takes a third less time."""
-    if query.device.type != "cpu" or query.dtype != torch.bfloat16 or torch.compiler.is_compiling():
+def is_faster_with_matmuls(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `attend_with_matmuls` beats PyTorch's fused kernel, which loops on a CPU find out by timing both."""
+    is_slow = query.device.type != "cpu" or is_emulated(query.dtype)
+    if is_slow or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    num_logits = query.shape[1] * key.shape[1]  # per head
-    if num_logits < MIN_LOGITS or num_logits * query.shape[2] > MAX_LOGITS or torch.is_grad_enabled():
+    (num_queries, num_heads), num_keys = query.shape[1:3], key.shape[1]
+    if num_queries * num_keys * num_heads > MAX_LOGITS or num_queries == 1:
         return False
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    at_most = [1 << (length - 1).bit_length() for length in (num_queries, num_keys)]
+    choice = f"attention, {query.dtype}, {num_heads} heads of {query.shape[-1]}, up to {at_most[0]} x {at_most[1]}"
+
+    def measure() -> tuning.Times:
+        states = [part.transpose(1, 2) for part in (query, key, value)]
+        sdpa = (tuning.LIBRARY, lambda: F.scaled_dot_product_attention(*states))
+        return tuning.time_calls(
+            tuning.NUM_TIMINGS * [sdpa, (MATMULS, lambda: attend_with_matmuls(query, key, value))]
+        )
+
+    times = tuning.loop_times(choice, 2, num_calls_in_loop(), measure)
+    return tuning.fastest("attention", (tuning.LIBRARY, MATMULS), times) == MATMULS
 
 
 def attend_with_matmuls(
-    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scale: float | None
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
     """Compute `attend` as two matmuls and a softmax, one sample at a time to reuse memory.
 
@@ -216,10 +230,10 @@ class Attention(nn.Module, AttentionModuleMixin):
         super().__init__()
         self.head_dim = head_dim
         self.scale = 8 / head_dim
-        self.to_q = packable(hidden_size, hidden_size)
-        self.to_k = packable(hidden_size, hidden_size)
-        self.to_v = packable(hidden_size, hidden_size)
-        self.to_out = packable(hidden_size, hidden_size)
+        self.to_q = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.to_k = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.to_v = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.to_out = nn.Linear(hidden_size, hidden_size, bias=False)
         self.processor = AttentionProcessor()
 
     def set_processor(self, processor: AttentionProcessor) -> None:
@@ -265,11 +279,11 @@ class GatedMLP(nn.Module):
         intermediate_size = intermediate_size or 2 * (4 * hidden_size) // 3
         self.is_fused = is_fused
         if is_fused:
-            self.gate_up_proj = packable(hidden_size, 2 * intermediate_size, bias)  # rows: gate, up
+            self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias)  # rows: gate, up
         else:
-            self.gate_proj = packable(hidden_size, intermediate_size, bias)
-            self.up_proj = packable(hidden_size, intermediate_size, bias)
-        self.down_proj = packable(intermediate_size, hidden_size, bias)
+            self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias)
+            self.up_proj = nn.Linear(hidden_size, intermediate_size, bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Apply the MLP to every position of (B, L, D)."""

@@ -23,7 +23,7 @@ from transformers.utils import can_return_tuple
 from ..utils.numbers import is_whole_number
 from .configuration_prior import FlexTokPriorConfig
 from .generation_prior import PriorGenerationMixin
-from .packed_linear import linear, packable
+from .packed_linear import linear
 from .prior_cache import CACHE_NAME, prepare_cache
 from .prior_inputs import UNCONDITIONAL_LABEL, PriorInputs, check_forward_inputs, check_targets
 from .prior_layers import PriorBlock, TextProjector, make_norm
@@ -89,7 +89,7 @@ class FlexTokPriorForCausalLM(WholeWeightsMixin, PreTrainedModel, PriorGeneratio
         self.blocks = nn.ModuleList(PriorBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
         self.norm = make_norm(config) if config.use_final_norm else nn.Identity()
         self.head_norm = nn.LayerNorm(config.hidden_size, HEAD_NORM_EPS) if config.use_head_norm else nn.Identity()
-        self.head = packable(config.hidden_size, config.codebook_size, config.use_bias)
+        self.head = nn.Linear(config.hidden_size, config.codebook_size, config.use_bias)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -1,132 +1,198 @@
-"""Faster linear layers on CPUs: oneDNN kernels, and in loops, weights packed in the layout that these kernels read.
+"""Linear layers on CPUs: each product is computed in the fastest of several ways, found by timing (`utils.tuning`).
 
-PyTorch runs float32 matmuls with another library, which takes a fifth longer for hundreds of rows. A step of the prior
-multiplies a few rows by every weight, so it is bound by reading the weights; the default matmul reaches half of the
-memory bandwidth or less. Results are the same up to summation order.
+Ways differ in the order of summation only. In loops, weights may be packed in the layout that oneDNN's kernels read:
+a step of the prior multiplies a few rows by every weight, so it is bound by reading weights. Where a CPU has no half
+precision, PyTorch emulates it, several times slower than float32; products are then computed in float32 and rounded
+once, as the emulation does.
 """
 
 import ctypes
 import platform
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import get_ident
+from functools import partial
+from weakref import WeakValueDictionary
 
 import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..utils import tuning
 
-MIN_SIZE, MIN_ROWS_UNPACKED = 2**17, 16  # of weight and input; below, calling oneDNN costs more than it saves
-MIN_CALLS = 8  # packing a weight takes as long as a few matmuls
-MIN_ROWS = 4  # the kernels for 1 to 3 rows are slower than the one for 4
-USUAL_ROWS = 64  # a hint to oneDNN that matters little
-IS_X86 = platform.machine() in ("x86_64", "AMD64")
+
+LIBRARY, ONEDNN, UPCAST, PACKED, PADDED = tuning.LIBRARY, "onednn", "float32", "packed", "packed, 4 rows"
+IN_LOOPS, PACKING = (PACKED, PADDED), "packing"  # packing is timed with the ways
+PADDED_ROWS = 4  # some kernels are slower for 1 to 3 rows than for 4
+LAYERS_PER_BLOCK = 8  # at most
+FEW_ROWS = 8  # converting a weight takes longer than an emulated product with fewer rows
 MAX_SHARE_OF_MEMORY = 0.25  # of total RAM; packed weights are held in addition to the model's own
+PACKED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-
-def packable(in_features: int, out_features: int, bias: bool = False) -> nn.Linear:
-    """Make a plain `nn.Linear` that `linear` calls, so that its weight may be packed."""
-    layer = nn.Linear(in_features, out_features, bias=bias)
-    layer.packed_weights = {}  # type: ignore[assignment]  # thread -> weight; not a buffer: lasts only for a loop
-    return layer
+active = threading.local()  # `loops`: layer -> the loop of this thread that calls it
+packed_elsewhere: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # id of a layer -> weight, all threads
 
 
 def linear(layer: nn.Module, hidden_states: Tensor) -> Tensor:
-    """Call a layer on (..., in_features), by a faster kernel where that is the same; all large layers are called here.
+    """Call a layer on (..., in_features), in a faster way where that is the same; all large layers are called here.
 
     Only a plain `nn.Linear` on a CPU takes another way. What gradients, compilers, hooks, quantizers and adapters need
     is their own: quantizers look for exactly this class, and whatever they put in its place is called as it is.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not is_plain(layer):
+    if hidden_states.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return layer(hidden_states)
-    rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-    num_rows, packed = rows.shape[0], getattr(layer, "packed_weights", None)  # a layer put in place of ours has none
-    weight = packed.get(get_ident()) if packed else None
-    if weight is None:
-        if not (num_rows >= MIN_ROWS_UNPACKED and is_faster_in_onednn(layer, hidden_states)):
-            return layer(hidden_states)
-        weight = layer.weight
-    elif num_rows < MIN_ROWS:
-        rows = F.pad(rows, (0, 0, 0, MIN_ROWS - num_rows))
-    product = torch.ops.mkldnn._linear_pointwise(rows, weight, layer.bias, "none", [], "")
-    return product[:num_rows].view(*hidden_states.shape[:-1], -1)
+    if not is_plain(layer) or layer.weight.dtype != hidden_states.dtype or torch.is_autocast_enabled("cpu"):
+        return layer(hidden_states)
+    rows, loop = hidden_states.reshape(-1, hidden_states.shape[-1]), getattr(active, "loops", {}).get(layer)
+    way = single_way(layer, rows) if loop is None else loop.way(layer, rows)
+    if way == LIBRARY:
+        return layer(hidden_states)
+    weight = loop.packed_weight(layer) if loop is not None and way in IN_LOOPS else layer.weight
+    return multiply(way, rows, weight, layer.bias).view(*hidden_states.shape[:-1], layer.out_features)
 
 
-def is_plain(layer: nn.Linear) -> bool:
+def multiply(way: str, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply rows (R, in_features) by a weight, packed or not as the way needs it; returns (R, out_features)."""
+    if way == LIBRARY:
+        return F.linear(rows, weight, bias)
+    if way == UPCAST:
+        return F.linear(rows.float(), weight.float(), None if bias is None else bias.float()).to(rows.dtype)
+    states = F.pad(rows, (0, 0, 0, PADDED_ROWS - rows.shape[0])) if way == PADDED else rows
+    states, bias = states.to(weight.dtype), None if bias is None else bias.to(weight.dtype)
+    product = torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
+    return product[: rows.shape[0]].to(rows.dtype)
+
+
+def is_plain(layer: nn.Module) -> bool:
     """Whether a layer multiplies by a plain weight and nothing else happens: no hooks, no tensor subclass."""
     if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter or "forward" in layer.__dict__:
         return False
     return not (layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_diffusers_hook"))
 
 
-def is_faster_in_onednn(layer: nn.Linear, hidden_states: Tensor) -> bool:
-    """Whether oneDNN supports the unpacked weight and is faster; PyTorch uses it for half precision anyway."""
-    if layer.weight.numel() < MIN_SIZE or hidden_states.device.type != "cpu":
-        return False
-    is_float32 = layer.weight.dtype == hidden_states.dtype == torch.float32
-    return is_float32 and has_kernels() and not torch.is_autocast_enabled("cpu")
+def possible_ways(rows: Tensor, is_loop: bool) -> list[str]:
+    """Return the ways to multiply rows (R, in_features)."""
+    ways = [LIBRARY]
+    if not has_kernels():
+        return ways
+    if rows.dtype == torch.float32:
+        ways.append(ONEDNN)
+    elif is_emulated(rows.dtype):
+        ways.append(UPCAST)
+    if is_loop:
+        ways += IN_LOOPS if rows.shape[0] < PADDED_ROWS else [PACKED]
+    return ways
 
 
-@contextmanager
-def packed_weights(model: nn.Module, num_calls: int) -> Iterator[None]:
-    """Pack the weights of `model` for a `with` block, if it is worth it and the machine has the kernels.
+def single_way(layer: nn.Linear, rows: Tensor) -> str:
+    """Return the way of a call outside loops: the fastest one if an earlier process timed them."""
+    ways = possible_ways(rows, is_loop=False)
+    default = UPCAST if UPCAST in ways and rows.shape[0] >= FEW_ROWS else LIBRARY
+    return tuning.fastest("product", ways, tuning.stored_times(product_name(layer, rows)), default)
 
-    Args:
-        model: its plain `packable` layers are packed; a no-op unless they are on the CPU.
-        num_calls: how many times the block will call the model.
-    """
-    weights = PackedWeights(model, num_calls)
-    try:
-        with weights.in_use():
-            yield
-    finally:
-        weights.free()
+
+def product_name(layer: nn.Linear, rows: Tensor) -> str:
+    """Name a product by precision, sizes and number of rows, rounded up to a power of two."""
+    num_rows = 1 << max(rows.shape[0] - 1, 0).bit_length()
+    return f"product, {rows.dtype}, {layer.in_features} to {layer.out_features}, up to {num_rows} rows"
 
 
 class PackedWeights:
-    """Packed copies of weights for a loop that may pause: the model uses them only inside `in_use`.
+    """Products of a loop that may pause: inside `in_use`, layers take the fastest way, with packed weights if need be.
 
-    Empty if packing is not worth it or not possible, or if an enclosing block has already packed the model. Loops of
-    other threads do not change a thread's results, but those that run at the same time share copies.
+    Without effect if packing is not possible, or if an enclosing block does the same for the model. Loops of other
+    threads do not change a thread's results, but those that run at the same time share copies.
 
     Args:
-        model, num_calls: as for `packed_weights`.
+        model: its plain linear layers are meant; those that adapters wrap are called by these.
+        num_calls: how many times the loop will call the model.
     """
 
     def __init__(self, model: nn.Module, num_calls: int):
-        layers = [
-            module
-            for name, module in model.named_modules()  # adapters call the layers that they wrap themselves
-            if hasattr(module, "packed_weights") and is_plain(module) and not name.endswith("base_layer")
-        ]
         is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
-        is_packed = any(get_ident() in layer.packed_weights for layer in layers)
-        is_worth_it = num_calls >= MIN_CALLS and not (is_compiled or is_packed or is_offloaded(model))
+        modules = [module for name, module in model.named_modules() if not name.endswith("base_layer")]
+        layers = dict.fromkeys(filter(is_plain, modules))
+        is_nested = any(layer in getattr(active, "loops", {}) for layer in layers)
+        is_possible = not (is_compiled or is_nested or is_offloaded(model))
+        self.layers = layers if is_possible and can_pack([layer.weight for layer in layers]) else {}
+        self.num_calls = num_calls
+        self.ways: dict[str, str] = {}  # product -> way, the same throughout the loop
         self.weights: dict[nn.Linear, Tensor] = {}
-        if is_worth_it and can_pack([layer.weight for layer in layers]):
-            reorder = torch.ops.mkldnn._reorder_linear_weight
-            for layer in layers:
-                shared = list(layer.packed_weights.values())[:1]  # of another thread
-                self.weights[layer] = shared[0] if shared else reorder(layer.weight.detach(), USUAL_ROWS)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Make the model use the packed weights within a `with` block, in this thread."""
-        thread = get_ident()
+        """Make the model take the fastest ways within a `with` block, in this thread."""
+        loops = active.__dict__.setdefault("loops", {})  # kept here: another thread may close a suspended generator
         try:
-            for layer, weight in self.weights.items():
-                layer.packed_weights[thread] = weight
+            loops.update(dict.fromkeys(self.layers, self))
             yield
         finally:
-            for layer in self.weights:
-                layer.packed_weights.pop(thread, None)
+            for layer in self.layers:
+                loops.pop(layer, None)
 
     def free(self) -> None:
         """Free the memory; from now on the model uses its own weights."""
         if self.weights:
             self.weights.clear()
             return_freed_memory()
+
+    def packed_weight(self, layer: nn.Linear) -> Tensor:
+        """Return the packed weight of a layer, from another thread's loop if it has one."""
+        if layer not in self.weights:
+            weight = packed_elsewhere.get(id(layer))
+            self.weights[layer] = packed_elsewhere[id(layer)] = pack(layer) if weight is None else weight
+        return self.weights[layer]
+
+    def way(self, layer: nn.Linear, rows: Tensor) -> str:
+        """Return the way that takes the least time for all calls of the loop; times those that are not known."""
+        product = product_name(layer, rows)
+        if product not in self.ways:
+            ways = possible_ways(rows, is_loop=True)
+            alike = [other for other in self.layers if other.weight.shape == layer.weight.shape]
+            num_products = self.num_calls * len(alike)
+            times = tuning.loop_times(product, len(ways), num_products, lambda: time_ways(alike, rows, ways))
+            if times is not None:
+                packing = times.get(PACKING, 0.0) / self.num_calls  # the share of one call
+                times = {way: seconds + packing * (way in IN_LOOPS) for way, seconds in times.items()}
+            self.ways[product] = tuning.fastest("product", ways, times, single_way(layer, rows))
+        return self.ways[product]
+
+
+def num_calls_in_loop() -> int:
+    """Return how often the loop of this thread, if there is one, calls each kind of layer once per block."""
+    loops = getattr(active, "loops", {})
+    return max((loop.num_calls * len(loop.layers) // LAYERS_PER_BLOCK for loop in loops.values()), default=0)
+
+
+def time_ways(layers: list[nn.Linear], rows: Tensor, ways: list[str]) -> tuning.Times:
+    """Return the seconds of each way and of packing; few rows are timed with weights from memory, as in a model."""
+    layers = layers[: tuning.NUM_TIMINGS]
+    packing = tuning.time_calls([(PACKING, partial(pack, layer)) for layer in layers])
+    weights = [(layer.weight, pack(layer), layer.bias) for layer in layers]
+    calls = [
+        (way, partial(multiply, way, rows, packed if way in IN_LOOPS else weight, bias))
+        for weight, packed, bias in weights
+        for way in ways
+    ]
+    return packing | tuning.time_calls(calls, is_from_memory=rows.shape[0] < FEW_ROWS)
+
+
+def pack(layer: nn.Linear) -> Tensor:
+    """Return the weight in the layout of oneDNN's kernels, in float32 where half precision would be emulated."""
+    weight = layer.weight.detach()
+    return torch.ops.mkldnn._reorder_linear_weight(weight.float() if is_emulated(weight.dtype) else weight)
+
+
+@contextmanager
+def packed_weights(model: nn.Module, num_calls: int) -> Iterator[None]:
+    """Use `PackedWeights` for a `with` block that calls `model` so many times."""
+    weights = PackedWeights(model, num_calls)
+    try:
+        with weights.in_use():
+            yield
+    finally:
+        weights.free()
 
 
 def is_offloaded(model: nn.Module) -> bool:
@@ -144,20 +210,23 @@ def return_freed_memory() -> None:
 
 
 def has_kernels() -> bool:
-    """Whether this PyTorch build has the oneDNN kernels and the CPU is x86, where they were measured."""
+    """Whether this build of PyTorch has oneDNN's kernels, and they are not switched off."""
     is_built = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    return is_built and torch.backends.mkldnn.enabled and IS_X86
+    return is_built and torch.backends.mkldnn.enabled and tuning.mode() != "off"
+
+
+def is_emulated(dtype: torch.dtype) -> bool:
+    """Whether PyTorch computes products of this dtype on this CPU without hardware for it."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    kernels = torch.ops.mkldnn
+    is_supported = kernels._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else kernels._is_mkldnn_fp16_supported
+    return not (torch.backends.mkldnn.is_available() and is_supported())
 
 
 def can_pack(weights: list[Tensor]) -> bool:
     """Whether this build of PyTorch and this machine can pack weights of these dtypes and sizes."""
-    if not has_kernels():
+    if not (has_kernels() and all(weight.device.type == "cpu" and weight.dtype in PACKED_TYPES for weight in weights)):
         return False
-    dtypes = {torch.float32}
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        dtypes.add(torch.bfloat16)
-    if not all(weight.device.type == "cpu" and weight.dtype in dtypes for weight in weights):
-        return False
-    num_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
-    is_small = num_bytes <= MAX_SHARE_OF_MEMORY * psutil.virtual_memory().total
-    return is_small and not torch.is_autocast_enabled("cpu")  # it picks the dtype of each matmul
+    num_bytes = sum(4 * weight.numel() for weight in weights)  # at most
+    return num_bytes <= MAX_SHARE_OF_MEMORY * psutil.virtual_memory().total and not torch.is_autocast_enabled("cpu")

@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .chosen_attention import FUSED, attend_as_chosen
 from .configuration_prior import FlexTokPriorConfig
 from .layers import GatedMLP, attend
-from .packed_linear import linear, packable
+from .packed_linear import linear
 
 
 def make_norm(config: FlexTokPriorConfig) -> nn.Module:
@@ -32,7 +32,7 @@ def make_qk_norm(config: FlexTokPriorConfig, is_used: bool) -> nn.Module:
 
 def residual_projection(in_features: int, out_features: int, bias: bool) -> nn.Linear:
     """Make the last layer of a residual update, marked because it starts smaller than other layers."""
-    return mark_residual(packable(in_features, out_features, bias))
+    return mark_residual(nn.Linear(in_features, out_features, bias))
 
 
 def mark_residual(layer: nn.Linear) -> nn.Linear:
@@ -51,7 +51,7 @@ class CausalSelfAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scale = self.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         # rows: query, key, value
-        self.qkv_proj = packable(config.hidden_size, 3 * config.hidden_size, config.use_bias)
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, config.use_bias)
         self.out_proj = residual_projection(config.hidden_size, config.hidden_size, config.use_bias)
         self.query_norm = make_qk_norm(config, config.qk_norm)
         self.key_norm = make_qk_norm(config, config.qk_norm)
@@ -99,7 +99,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         self.head_dim = config.hidden_size // config.num_attention_heads
-        self.query_proj = packable(config.hidden_size, config.hidden_size, config.use_bias)
+        self.query_proj = nn.Linear(config.hidden_size, config.hidden_size, config.use_bias)
         # rows: key, value
         self.key_value_proj = nn.Linear(config.hidden_size, 2 * config.hidden_size, bias=config.use_bias)
         self.out_proj = residual_projection(config.hidden_size, config.hidden_size, config.use_bias)
