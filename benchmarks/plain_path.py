@@ -1,7 +1,7 @@
 """The same models without any optimization: the baseline for every speedup, and the reference for its results.
 
-The functions do all the work of the official code, step by step: all K registers for any number of tokens, a
-modulation vector for every position in every call, full masks, guidance in two passes, a prior that processes the
+The functions do all the work of the official code, step by step, with PyTorch's own kernels: all K registers for any
+number of tokens, the modulation in every call, full attention with a mask in the encoder, guidance in two passes, a prior that processes the
 whole sequence again for each new token. They take the models of the package, so both paths share their weights.
 
 Letters: B batch, C latent channels, h w latent grid, N patches, K registers, k codes, L = N + K, D hidden size, Q code
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flextok_hf import FlexTokEncoder, FlexTokFlowDecoder, FlexTokPipeline, FlexTokPriorForCausalLM
-from flextok_hf.models.layers import Attention, layer_norm
+from flextok_hf.models.layers import Attention, GatedMLP, layer_norm
 from flextok_hf.models.patches import unpatchify
 from flextok_hf.pipelines.guidance import Guidance
 
@@ -26,10 +26,10 @@ def features(encoder: FlexTokEncoder, latents: Tensor) -> Tensor:
     num_patches, length = patches.shape[1], hidden_states.shape[1]
     position = torch.arange(length, device=latents.device)
     mask = (position[None, :] < num_patches) | (position[None, :] <= position[:, None])  # (L, L)
-    mask = mask.expand(latents.shape[0], 1, -1, -1).contiguous()
+    mask = torch.zeros(mask.shape, dtype=patches.dtype, device=mask.device).masked_fill(~mask, -torch.inf)
     for block in encoder.blocks:
         hidden_states = hidden_states + attend(block.attention, layer_norm(hidden_states), mask)
-        hidden_states = hidden_states + block.mlp(layer_norm(hidden_states))
+        hidden_states = hidden_states + feed_forward(block.mlp, layer_norm(hidden_states))
     return encoder.feature_proj(layer_norm(hidden_states)[:, num_patches:])
 
 
@@ -51,24 +51,40 @@ def velocity(
     if is_unconditional:
         registers = decoder.null_token.expand_as(registers)
     hidden_states = torch.cat([patches, registers], dim=1)  # (B, L, D)
-    mask = torch.ones(len(codes), 1, *[hidden_states.shape[1]] * 2, dtype=torch.bool, device=codes.device)
     temb = F.silu(decoder.time_embedder(sigma))  # (B, D)
     for block in decoder.transformer_blocks:
-        halves = block.modulation(temb).unflatten(-1, (2, 1, -1))  # (B, 2, 1, 6 D)
-        counts = (patches.shape[1], num_registers)
-        modulation = torch.cat([halves[:, i].expand(-1, count, -1) for i, count in enumerate(counts)], dim=1)
-        gate_attn, gate_mlp, shift_attn, scale_attn, shift_mlp, scale_mlp = modulation.chunk(6, dim=-1)
-        update = attend(block.attention, layer_norm(hidden_states) * (1 + scale_attn) + shift_attn, mask)
-        hidden_states = hidden_states + gate_attn * update
-        update = block.mlp(layer_norm(hidden_states) * (1 + scale_mlp) + shift_mlp)
-        hidden_states = hidden_states + gate_mlp * update
+        # (B, 2, 1, 6 D): patches and registers
+        gate_attn, gate_mlp, *to_attention, shift_mlp, scale_mlp = (
+            block.modulation(temb).unflatten(-1, (2, 1, -1)).chunk(6, dim=-1)
+        )
+        update = attend(block.attention, modulate(hidden_states, *to_attention, patches.shape[1]))
+        hidden_states = add_gated(hidden_states, update, gate_attn, patches.shape[1])
+        update = feed_forward(block.mlp, modulate(hidden_states, shift_mlp, scale_mlp, patches.shape[1]))
+        hidden_states = add_gated(hidden_states, update, gate_mlp, patches.shape[1])
     shift, scale = decoder.final_modulation(temb)[:, None].chunk(2, dim=-1)
     patches = layer_norm(hidden_states[:, : patches.shape[1]]) * (1 + scale) + shift
     return unpatchify(decoder.velocity_proj(patches), decoder.config.patch_size, *noisy_latents.shape[-2:])
 
 
-def attend(attention: Attention, hidden_states: Tensor, mask: Tensor) -> Tensor:
-    """Return the self-attention of (B, L, D) with a mask (B, 1, L, L)."""
+def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor, num_patches: int) -> Tensor:
+    """Normalize, scale and shift (B, L, D); (B, 2, 1, D) holds vectors for patches and for registers."""
+    parts = layer_norm(hidden_states).tensor_split([num_patches], dim=1)
+    return torch.cat([part * (1 + scale[:, i]) + shift[:, i] for i, part in enumerate(parts)], dim=1)
+
+
+def add_gated(hidden_states: Tensor, update: Tensor, gate: Tensor, num_patches: int) -> Tensor:
+    """Add an update (B, L, D) times its gate, (B, 2, 1, D)."""
+    parts = update.tensor_split([num_patches], dim=1)
+    return hidden_states + torch.cat([part * gate[:, i] for i, part in enumerate(parts)], dim=1)
+
+
+def feed_forward(mlp: GatedMLP, hidden_states: Tensor) -> Tensor:
+    """Return the feed-forward layer of (B, L, D), with PyTorch's own products."""
+    return mlp.down_proj(F.silu(mlp.gate_proj(hidden_states)) * mlp.up_proj(hidden_states))
+
+
+def attend(attention: Attention, hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return the self-attention of (B, L, D) with a mask (L, L) that is added to the logits."""
     projections = (attention.to_q, attention.to_k, attention.to_v)
     query, key, value = (
         projection(hidden_states).unflatten(-1, (-1, attention.head_dim)) for projection in projections
