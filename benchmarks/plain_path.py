@@ -1,8 +1,9 @@
 """The same models without any optimization: the baseline for every speedup, and the reference for its results.
 
 The functions do all the work of the official code, step by step, with PyTorch's own kernels: all K registers for any
-number of tokens, the modulation in every call, full attention with a mask in the encoder, guidance in two passes, a prior that processes the
-whole sequence again for each new token. They take the models of the package, so both paths share their weights.
+number of tokens, the modulation in every call, full attention with a mask in the encoder, guidance in two passes, a
+prior that processes the whole sequence again for each new token. They take the models of the package, so both paths
+share their weights.
 
 Letters: B batch, C latent channels, h w latent grid, N patches, K registers, k codes, L = N + K, D hidden size, Q code
 dimensions.

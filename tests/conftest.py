@@ -20,7 +20,7 @@ os.environ["FLEXTOK_TUNING"] = "off"  # bit-equal results between processes; als
 
 @pytest.fixture
 def take(monkeypatch, tmp_path) -> Callable[[str, str | None], None]:
-    """Returns a function that makes every choice of a kind, such as "product", take a way; `None` chooses by timing."""
+    """Returns a function: every choice of a kind, such as "product", takes a way, or with `None` one found by timing."""
     monkeypatch.setenv("FLEXTOK_TUNING", "on")
     monkeypatch.setattr(tuning, "cache_file", lambda: tmp_path / "times.json")
     for name in ("measured", "forced"):

@@ -13,7 +13,6 @@ from flextok_hf.models.packed_linear import (
     PADDED,
     UPCAST,
     PackedWeights,
-    can_pack,
     is_emulated,
     is_offloaded,
     linear,

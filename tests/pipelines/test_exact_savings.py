@@ -1,5 +1,6 @@
 """Every optimization that is on by default matches the plain path, which does all the work (float32, 1e-5)."""
 
+import copy
 import itertools
 from importlib import import_module
 
@@ -9,13 +10,24 @@ from diffusers import AutoencoderKL
 from tiny_models import CODEBOOK_SIZE, FSQ_LEVELS, NUM_REGISTERS, make_decoder, make_encoder, make_pipeline, make_prior
 
 from flextok_hf.models.latents import decode_latents, encode_latents
-from flextok_hf.models.layers import append_bias_dimensions, attend
+from flextok_hf.models.layers import MATMULS, append_bias_dimensions, attend
 from flextok_hf.models.nested_dropout import merged_tail_bias
+from flextok_hf.models.packed_linear import ONEDNN, PACKED, PADDED, is_emulated
 from flextok_hf.pipelines import length_groups
 from flextok_hf.pipelines.length_groups import LengthGroups, group_by_length
 
 
 plain = import_module("plain_path")
+
+
+@pytest.fixture(params=[("product", ONEDNN), ("product", PACKED), ("product", PADDED), ("attention", MATMULS), None])
+def way(request, take):
+    """Each way that timing may choose, in turn; the last takes the library's own kernels."""
+    if request.param is not None:
+        take(*request.param)
+
+
+pytestmark = pytest.mark.usefixtures("way")
 
 
 def seeded(seed=0):
@@ -150,11 +162,30 @@ def test_the_prior_generates_the_tokens_of_the_plain_path(kind):
     assert expected.unique().numel() > 3
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
-def test_the_vae_gives_the_same_result_with_channels_last():
+def test_the_vae_is_not_computed_in_a_precision_that_the_cpu_emulates(dtype):
+    if not is_emulated(dtype):
+        pytest.skip(f"this machine computes {dtype} in hardware")
+    vae = make_vae().to(dtype)
+    vae.enable_slicing()
+    exact = copy.deepcopy(vae).float()
+    pixel_values = torch.rand(2, 3, 16, 16, generator=seeded()).to(dtype)
+    latents = encode_latents(vae, pixel_values)
+    assert latents.equal(encode_latents(exact, pixel_values.float()).to(dtype))
+    assert decode_latents(vae, latents.float()).equal(decode_latents(exact, latents.float()).to(dtype))
+    assert {parameter.dtype for parameter in vae.parameters()} == {dtype}
+
+
+def make_vae():
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    vae = AutoencoderKL(**blocks, block_out_channels=(8, 16), norm_num_groups=4, latent_channels=3).eval()
+    return AutoencoderKL(**blocks, block_out_channels=(8, 16), norm_num_groups=4, latent_channels=3).eval()
+
+
+@torch.no_grad()
+def test_the_vae_gives_the_same_result_with_channels_last():
+    vae = make_vae()
     pixel_values = torch.rand(2, 3, 16, 16, generator=seeded()) * 2 - 1
     latents = encode_latents(vae, pixel_values)
     assert_same(latents, vae.encode(pixel_values).latent_dist.mode() * vae.config.scaling_factor)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..utils.numbers import is_finite_number, is_whole_number
 from .argument_checks import MAX_GUIDANCE_SCALE, check_tensor
+from .packed_linear import linear
 from .patches import shape_features
 
 
@@ -140,7 +141,7 @@ class DecoderConditionMixin:
         pair = self.embed_condition(sigma, latent_shape, next_sigma, guidance_scale)  # 2 x (B, D)
         tembs = [F.silu(temb) for temb in pair]
         layers = zip(self.modulation_layers(), self.lateness(), strict=True)
-        parts = [layer(tembs[is_late]) for layer, is_late in layers]
+        parts = [linear(layer, tembs[is_late]) for layer, is_late in layers]
         rows = max(part.shape[0] for part in parts)  # (1,) stands for all
         return torch.cat([part.expand(rows, -1) for part in parts], dim=-1)
 

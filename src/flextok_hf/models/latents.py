@@ -24,7 +24,7 @@ def encode_latents(vae: AutoencoderKL | None, pixel_values: Tensor) -> Tensor:
     if vae is None:
         return pixel_values
     latents = in_hardware_precision(vae).encode(_prepare(pixel_values, vae)).latent_dist.mode()
-    return latents.to(vae.dtype) * vae.config.scaling_factor
+    return (latents * vae.config.scaling_factor).to(vae.dtype)
 
 
 def decode_latents(vae: AutoencoderKL | None, latents: Tensor) -> Tensor:
@@ -36,8 +36,7 @@ def decode_latents(vae: AutoencoderKL | None, latents: Tensor) -> Tensor:
 
 def _prepare(tensor: Tensor, vae: AutoencoderKL) -> Tensor:
     layout = torch.channels_last if tensor.device.type == "cpu" else torch.preserve_format
-    tensor = tensor.to(vae.dtype, memory_format=layout)
-    return tensor.float() if computes_in_float32(vae) else tensor
+    return tensor.to(torch.float32 if computes_in_float32(vae) else vae.dtype, memory_format=layout)
 
 
 def computes_in_float32(vae: AutoencoderKL) -> bool:

@@ -22,6 +22,7 @@ from .decoder_tools import DecoderToolsMixin
 from .default_steps import check_default_steps
 from .layers import Attention, GatedMLP, TimestepEmbedder, add_gated, layer_norm, norm_and_modulate
 from .nested_dropout import count_kept, mask_tail, merged_tail_bias
+from .packed_linear import linear
 from .patches import PatchEmbedding, check_positions, unpatchify
 from .whole_weights import WholeWeightsMixin
 
@@ -66,7 +67,7 @@ class DecoderBlock(nn.Module):
             New hidden states, (B, N + S, D).
         """
         if modulation is None:
-            modulation = self.modulation(F.silu(temb))
+            modulation = linear(self.modulation, F.silu(temb))
         modulation = modulation.unflatten(-1, (-1, 6, hidden_states.shape[-1]))  # (B, 2, 6, D): patches and registers
         gate_attn, gate_mlp, shift_attn, scale_attn, shift_mlp, scale_mlp = modulation.unbind(2)  # (B, 2, D)
         attention_input = norm_and_modulate(hidden_states, shift_attn, scale_attn, num_patches)
@@ -324,7 +325,8 @@ class FlexTokFlowDecoder(WholeWeightsMixin, DecoderConditionMixin, DecoderToolsM
             else:
                 hidden_states = block(*arguments)
 
-        head_modulation = self.final_modulation(F.silu(pair[1])) if head_modulation is None else head_modulation
+        if head_modulation is None:
+            head_modulation = linear(self.final_modulation, F.silu(pair[1]))
         shift, scale = head_modulation.unsqueeze(1).chunk(2, dim=-1)  # (B, 1, D)
         patches = layer_norm(hidden_states[:, :num_patches]) * (1 + scale) + shift  # (B, N, D)
         velocity = unpatchify(self.velocity_proj(patches), self.config.patch_size, *noisy_latents.shape[-2:])

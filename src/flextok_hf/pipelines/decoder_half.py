@@ -153,7 +153,7 @@ class DecoderHalf(DiffusionPipeline):
         if self.decoder.predicts_mean:
             kind, sigmas = MeanVelocity, run.scheduler.sigmas.cpu()  # with the one after the last step
         velocity_at = kind(self.decoder, sigmas, codes, num_tokens, guidance_scale, guidance, latents.shape)
-        loop = packed_weights(self.decoder, num_calls=len(timesteps) * latents.shape[0])
+        loop = packed_weights(self.decoder, num_calls=len(timesteps))
         with loop, self.progress_bar(total=len(timesteps)) as progress_bar:
             for step, timestep in enumerate(timesteps):
                 latents = run.scheduler.step(velocity_at(latents, step), timestep, latents, return_dict=False)[0]

@@ -11,6 +11,7 @@ Summation order differs between ways, so results may differ in the last digits b
 between the process that measured and later ones.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -134,11 +135,15 @@ def read_times() -> dict[str, dict[str, Times]]:
             return {}
         content = json.loads(path.read_text(encoding="utf-8"))
         return {
-            str(place): {choice: {way: float(seconds[way]) for way in seconds} for choice, seconds in choices.items()}
+            place: {choice: dict(times) for choice, times in choices.items() if are_times(times)}
             for place, choices in content.items()
         }
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
+
+
+def are_times(times: dict) -> bool:
+    return all(isinstance(seconds, float) and 0 < seconds < math.inf for seconds in times.values())
 
 
 def store() -> None:
@@ -146,7 +151,5 @@ def store() -> None:
     content = read_times()
     for place, choices in measured.items():
         content.setdefault(place, {}).update(choices)
-    try:
+    with contextlib.suppress(OSError, ValueError):  # read-only or full: the next process measures again
         write_text(cache_file(), json.dumps(content, indent=1) + "\n")
-    except (OSError, ValueError):
-        pass  # read-only or full: the next process measures again
