@@ -20,7 +20,7 @@ os.environ["FLEXTOK_TUNING"] = "off"  # bit-equal results between processes; als
 
 @pytest.fixture
 def take(monkeypatch, tmp_path) -> Callable[[str, str | None], None]:
-    """Returns a function: every choice of a kind, such as "product", takes a way, or with `None` one found by timing."""
+    """Returns a function that sets the way of a kind of choice, such as "product"; with `None`, timing decides."""
     monkeypatch.setenv("FLEXTOK_TUNING", "on")
     monkeypatch.setattr(tuning, "cache_file", lambda: tmp_path / "times.json")
     for name in ("measured", "forced"):
