@@ -234,13 +234,15 @@ def _add_stream(commands) -> None:
     parser = _add_command(commands, "stream", "show an image while its tokens are being generated")
     parser.add_argument("prompt", help='what to generate, such as "a cat"; or a class')
     parser.add_argument(
-        "--output", required=True, metavar="FILE", help=".webp: one animation; others: cat-04.png, ..."
+        "--output", required=True, metavar="FILE", help=".webp or .gif: one animation; others: cat-04.png, ..."
     )
     parser.add_argument(
         "--token-counts", type=positive_int, nargs="+", metavar="N", help="counts to show, increasing (1 2 4 ... all)"
     )
     _add_size(parser, of_photos=False)
-    parser.add_argument("--frame-ms", type=positive_int, metavar="N", help="milliseconds per frame of a .webp (700)")
+    parser.add_argument(
+        "--frame-ms", type=positive_int, metavar="N", help="milliseconds per frame of an animation (700)"
+    )
     _add_prior(parser)
     _add_decoding(parser)
     _add_shared(parser)
@@ -266,7 +268,9 @@ def _add_prior(parser: argparse.ArgumentParser) -> None:
 
 def _add_tokenize(commands) -> None:
     parser = _add_command(commands, "tokenize", "turn photos into token ids")
-    parser.add_argument("photos", nargs="+", metavar="PHOTO", help="image files of any size and mode")
+    parser.add_argument(
+        "photos", nargs="+", metavar="PHOTO", help="image files of any size and mode, or folders of them"
+    )
     parser.add_argument("--output", required=True, metavar="FILE", help="JSON file for the ids")
     parser.add_argument("--max-tokens", type=positive_int, metavar="N", help="maximum number of tokens (all)")
     _add_size(parser, of_photos=True)
@@ -285,8 +289,13 @@ def _add_detokenize(commands) -> None:
 
 def _add_reconstruct(commands) -> None:
     parser = _add_command(commands, "reconstruct", "reconstruct photos from increasing numbers of tokens")
-    parser.add_argument("photos", nargs="+", metavar="PHOTO", help="image files of any size and mode, one row each")
-    parser.add_argument("--output", required=True, metavar="FILE", help="image file for the contact sheet")
+    parser.add_argument("photos", nargs="+", metavar="PHOTO", help="image files of any size, or folders; one row each")
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="image file for the contact sheet; or a new folder, a sheet each",
+    )
     parser.add_argument(
         "--max-tokens",
         type=positive_int,

@@ -6,6 +6,10 @@ import socket
 
 from ..embedded import resolve_model
 from ..utils.files import ANIMATED, IMAGE_EXTENSIONS, check_output_folder, check_output_path
+from ..utils.image_formats import PHOTO_EXTENSIONS
+
+
+MAX_SHEET_ROWS = 200  # of 128 pixels or more
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -24,17 +28,58 @@ def check_options(options: argparse.Namespace) -> None:
         check_needed(options, "prior", "text_encoder", "prior_revision")
         check_needed(options, "tokenizer", "revision")
         return
-    if "output" in options:
-        check_output_path(options.output, (".json",) if options.command == "tokenize" else IMAGE_EXTENSIONS)
+    if "photos" in options:
+        options.photos, options.found = find_photos(options.photos)
+    if options.command == "reconstruct" and not os.path.splitext(options.output)[1]:
+        check_output_folder(options.output)
+    elif "output" in options:
+        kinds = {"tokenize": (".json",), "stream": (*IMAGE_EXTENSIONS, ".gif")}
+        check_output_path(options.output, kinds.get(options.command, IMAGE_EXTENSIONS))
     check_inputs(options)
+    if (
+        options.command == "reconstruct"
+        and len(options.photos) > MAX_SHEET_ROWS
+        and os.path.splitext(options.output)[1]
+    ):
+        raise ValueError(
+            f"{len(options.photos):,} photos are too many for one sheet: name a new folder as `--output`, for a sheet"
+            " of each"
+        )
     check_counts(options)
     if getattr(options, "frame_ms", None) is not None and not options.output.lower().endswith(ANIMATED):
-        raise ValueError(f"`--frame-ms` is for an animation: pass an `--output` that ends in {ANIMATED}")
+        raise ValueError(f"`--frame-ms` is for an animation: pass an `--output` that ends in {' or '.join(ANIMATED)}")
     if getattr(options, "models", False) and options.model is not None:
         raise ValueError("`--models` lists what there is: leave out `--model`, or `--models` to describe that one")
     options.model = resolve_model(options.model)
     if options.command == "demo":
         check_port(options.host, options.port)
+
+
+def find_photos(paths: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Return the files at these paths, folders replaced by the images below them, and the folder of each of these.
+
+    Raises:
+        ValueError: if there are no images below a folder.
+    """
+    photos: list[str] = []
+    found: dict[str, str] = {}
+    for path in paths:
+        if not os.path.isdir(path):
+            photos.append(path)
+            continue
+        files = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+        images = sorted(file for file in files if is_photo(file))
+        if not images:
+            raise ValueError(f"the folder {path!r} holds no images ({', '.join(PHOTO_EXTENSIONS)})")
+        photos += [file for file in images if file not in found]
+        found |= dict.fromkeys(images, path)
+    return photos, found
+
+
+def is_photo(path: str) -> bool:
+    """Whether a file in a folder is an image by its name, and not hidden."""
+    name = os.path.basename(path).lower()
+    return name.endswith(PHOTO_EXTENSIONS) and not name.startswith(".") and os.path.isfile(path)
 
 
 def check_needed(options: argparse.Namespace, needed: str, *names: str) -> None:

@@ -2,29 +2,26 @@
 
 import argparse
 import itertools
-import json
-import shutil
-import textwrap
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers.utils import logging as transformers_logging
 
-from ..embedded import embedded_model, list_models
+from ..embedded import embedded_model
 from ..pipelines.bulk_tokenization import tokenize_batches
-from ..pipelines.images import load_image, prepare_each, resize_and_crop
-from ..pipelines.known_words import known_names
-from ..pipelines.loading import load_pipeline
+from ..pipelines.images import prepare_each, resize_and_crop
 from ..pipelines.pipeline_flextok import FlexTokPipeline
 from ..pipelines.token_checks import check_token_counts
 from ..utils.files import ANIMATED, numbered_paths, read_json, save_animation, save_image
 from ..utils.sheets import contact_sheet, token_count_title
+from .info import info
+from .opening import open_pipeline, report, set_verbosity
+from .photos import PhotoReader
 from .token_files import parse_token_file, write_token_file
 
 
@@ -68,11 +65,11 @@ def stream(options: argparse.Namespace) -> None:
         **sampling(options),
     ):
         frames.append(image)
-        if path.suffix.lower() != ANIMATED:
+        if path.suffix.lower() not in ANIMATED:
             frame_path = path.with_stem(f"{path.stem}-{count:0{width}d}")
             save_image(image, frame_path)
             report(options, f"{frame_path}: {token_count_title(count)}")
-    if path.suffix.lower() == ANIMATED:
+    if path.suffix.lower() in ANIMATED:
         save_animation(frames, path, options.frame_ms or FRAME_MS)
         report(options, f"{path}: {len(frames)} frame{'s'[: len(frames) > 1]}, up to {token_count_title(count)}")
 
@@ -96,23 +93,26 @@ def tokenize(options: argparse.Namespace) -> None:
     """Turn photos into a JSON file of token ids."""
     pipe = open_pipeline(options)
     start = time.perf_counter()
-    choose_size = pipe.size_rules.chooser(options.size)
+    choose_size, reader = pipe.size_rules.chooser(options.size), PhotoReader(options.found)
     sizes: list[tuple[int, int]] = []
 
     def read() -> Iterator[torch.Tensor]:  # in batches of one size
         for _, batch in batches(options.photos, options, "photos", pipe):
-            pixels = prepare_each([load_image(path) for path in batch], choose_size)
+            photos = reader.read(batch)
+            pixels = prepare_each(photos, choose_size) if photos else []
             sizes.extend((image.shape[1], image.shape[2]) for image in pixels)
             for _, group in itertools.groupby(pixels, key=lambda image: image.shape):
                 yield torch.stack(list(group))
 
     rows = [ids for batch in tokenize_batches(pipe, read(), options.max_tokens) for ids in batch.tolist()]
+    reader.check_any()
     speed = len(rows) / (time.perf_counter() - start)
     images = [
         {"file": path, "height": height, "width": width, "token_ids": ids}
-        for path, (height, width), ids in zip(options.photos, sizes, rows, strict=True)
+        for path, (height, width), ids in zip(reader.used, sizes, rows, strict=True)
     ]
     write_token_file(options.output, images, pipe.codebook_size, pipe.num_registers)
+    reader.report(options)
     report(options, f"{options.output}: {len(rows)} x {token_count_title(len(rows[0]))}, {speed:.1f} photos/s")
 
 
@@ -143,28 +143,86 @@ def detokenize(options: argparse.Namespace) -> None:
 
 
 def reconstruct(options: argparse.Namespace) -> None:
-    """Save a contact sheet: a row per photo, a column per token count."""
+    """Save a contact sheet with a column per token count and a row per photo; or into a folder, a sheet per photo."""
+    sheets = {} if Path(options.output).suffix else sheet_paths(options)
     pipe = open_pipeline(options)
+    pipe.set_progress_bar_config(disable=True)
     counts = check_token_counts(options.max_tokens, pipe.num_registers)
-    choose_size = pipe.size_rules.chooser(options.size)
-    rows: list[list[Image.Image]] = []
-    for start, batch in batches(options.photos, options, "photos", pipe):
-        photos = [load_image(path) for path in batch]
-        columns = pipe.reconstruct(
-            photos,
-            max_tokens=counts,
-            num_inference_steps=options.num_inference_steps,
-            guidance_scale=options.guidance_scale,
-            generator=[seeded(options.seed + start + number) for number in range(len(batch))],
-            size=options.size,
-        )
-        sizes = [choose_size(photo.height, photo.width) for photo in photos]
-        originals = [fit_original(photo, size) for photo, size in zip(photos, sizes, strict=True)]
-        rows += [list(row) for row in zip(originals, *columns)]
+    choose_size, reader = pipe.size_rules.chooser(options.size), PhotoReader(options.found)
     titles = ["original", *map(token_count_title, counts)]
-    sheet = contact_sheet(rows, titles)
-    save_image(sheet, options.output)
-    report(options, f"{options.output}: {len(rows)} row{'s'[: len(rows) > 1]}, {', '.join(titles)}")
+    rows: list[list[Image.Image]] = []
+    total = len(options.photos) * len(counts)
+    is_hidden = True if options.quiet else None  # None: shown only in a terminal
+    with tqdm(total=total, unit=" images", disable=is_hidden, leave=False) as progress:
+        for start in range(0, len(options.photos), BATCH_SIZE):
+            batch = options.photos[start : start + BATCH_SIZE]
+            photos = reader.read(batch)
+            progress.total -= (len(batch) - len(photos)) * len(counts)
+            if not photos:
+                continue
+            columns = reconstruct_batch(pipe, photos, counts, options, start, progress.update)
+            sizes = [choose_size(photo.height, photo.width) for photo in photos]
+            originals = [fit_original(photo, size) for photo, size in zip(photos, sizes, strict=True)]
+            new_rows = [list(row) for row in zip(originals, *columns, strict=True)]
+            if not sheets:
+                rows += new_rows
+                continue
+            for path, row in zip(reader.used[-len(photos) :], new_rows, strict=True):
+                sheets[path].parent.mkdir(parents=True, exist_ok=True)
+                save_image(contact_sheet([row], titles), sheets[path])
+    reader.check_any()
+    if not sheets:
+        save_image(contact_sheet(rows, titles), options.output)
+    reader.report(options)
+    what = f"{len(reader.used)} {'sheet' if sheets else 'row'}{'s'[: len(reader.used) > 1]}"
+    report(options, f"{options.output}: {what}, {', '.join(titles)}")
+
+
+def reconstruct_batch(
+    pipe: FlexTokPipeline,
+    photos: list[Image.Image],
+    counts: list[int],
+    options: argparse.Namespace,
+    start: int,
+    update: Callable[[int], Any],
+) -> list[list[Image.Image]]:
+    """Return what `pipe.reconstruct` does, column by column, so that `update` learns of every one.
+
+    Args:
+        pipe: the model.
+        photos: a batch.
+        counts: numbers of tokens, one column each.
+        options: of the command.
+        start: number of the first photo: photo n of seed s is decoded from the noise of seed s + n.
+        update: called with the number of new images.
+    """
+    read = pipe.tokenize(photos, max(counts), options.size, return_dict=True)
+    generators = [seeded(options.seed + start + number) for number in range(len(photos))]
+    noise = pipe.prepare_latents(len(photos), generators, sizes=read.sizes)
+    columns = []
+    for count in counts:
+        decoding = {"num_inference_steps": options.num_inference_steps, "guidance_scale": options.guidance_scale}
+        columns.append(pipe.detokenize(read.token_ids[:, :count], latents=noise, **decoding).images)
+        update(len(photos))
+    return columns
+
+
+def sheet_paths(options: argparse.Namespace) -> dict[str, Path]:
+    """Return where the sheet of each photo goes: below the output folder as it is below the folder it was found in.
+
+    Raises:
+        ValueError: if two photos would have the same sheet.
+    """
+    folder, paths = Path(options.output), {}
+    for photo in options.photos:
+        paths[photo] = (
+            folder / f"{os.path.relpath(photo, options.found.get(photo, os.path.dirname(photo) or '.'))}.png"
+        )
+    if len(set(paths.values())) < len(paths):
+        raise ValueError(
+            "two of the photos have the same name; reconstruct them one after the other, into two folders"
+        )
+    return paths
 
 
 def fit_original(photo: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -207,97 +265,6 @@ def convert(options: argparse.Namespace) -> None:
     report(options, f"{options.output}: {'a prior' if options.tokenizer is None else 'a pipeline'}")
 
 
-def info(options: argparse.Namespace) -> None:
-    """Print the components and sizes of a model, or the models known by name."""
-    if options.models:
-        models = list_models()
-        print(json.dumps(models, indent=2) if options.json else models_table(models))
-        return
-    pipe = open_pipeline(options)
-    if options.names:
-        known = known_names(pipe.prior)
-        if not known:
-            raise ValueError(
-                "this model does not say what it was trained on; scripts/collect_words.py adds that to a prior that"
-                " reads text"
-            )
-        print(json.dumps(known, indent=2, ensure_ascii=False) if options.json else names_list(known))
-        return
-    folder = Path(options.model)
-    components = {}
-    for name, component in pipe.components.items():
-        if component is None:
-            continue
-        entry: dict[str, Any] = {"class": type(component).__name__}
-        if isinstance(component, torch.nn.Module):
-            entry["parameters"] = sum(parameter.numel() for parameter in component.parameters())
-        if folder.is_dir():
-            entry["bytes_on_disk"] = sum(file.stat().st_size for file in (folder / name).rglob("*") if file.is_file())
-        components[name] = entry
-    facts = {
-        "model": options.model,
-        "resolution": pipe.resolution,
-        "num_registers": pipe.num_registers,
-        "codebook_size": pipe.codebook_size,
-        "components": components,
-    }
-    print(json.dumps(facts, indent=2) if options.json else info_table(facts))
-
-
-def names_list(known: dict[str, list[str]]) -> str:
-    """Return the lists of `flextok info --names`, wrapped to the width of the terminal."""
-    titles = {"classes": "classes", "names": "names", "other_words": "other words, the most frequent first"}
-    width = shutil.get_terminal_size().columns
-    return "\n\n".join(
-        f"{len(texts):,} {titles[kind]}\n" + textwrap.fill(", ".join(texts), width, break_on_hyphens=False)
-        for kind, texts in known.items()
-        if texts
-    )
-
-
-def models_table(models: list[dict[str, str]]) -> str:
-    """Return the models of `flextok info --models` as a readable table."""
-    rows = [list(models[0]), *(list(model.values()) for model in models)]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
-
-
-def info_table(facts: dict[str, Any]) -> str:
-    """Return the facts of `flextok info` as a readable table."""
-    side = facts["resolution"]
-    lines = [
-        f"model       {facts['model']}",
-        f"images      {side} x {side}",
-        f"tokens      1 to {facts['num_registers']} per image, {facts['codebook_size']:,} codes",
-        "",
-        f"{'component':<14}{'class':<34}{'parameters':>14}{'on disk':>12}",
-    ]
-    for name, entry in facts["components"].items():
-        parameters = f"{entry['parameters']:,}" if "parameters" in entry else "-"
-        on_disk = f"{entry['bytes_on_disk'] / 2**20:.1f} MiB" if "bytes_on_disk" in entry else "-"
-        lines.append(f"{name:<14}{entry['class']:<34}{parameters:>14}{on_disk:>12}")
-    total = sum(entry.get("parameters", 0) for entry in facts["components"].values())
-    total_bytes = sum(entry.get("bytes_on_disk", 0) for entry in facts["components"].values())
-    lines.append(f"{'total':<48}{total:>14,}{f'{total_bytes / 2**20:.1f} MiB' if total_bytes else '-':>12}")
-    return "\n".join(lines)
-
-
-def open_pipeline(options: argparse.Namespace) -> FlexTokPipeline:
-    """Load the pipeline in the options onto their device."""
-    set_verbosity(options)
-    return load_pipeline(options.model, options.device, getattr(torch, options.dtype))
-
-
-def set_verbosity(options: argparse.Namespace) -> None:
-    """Hide the loading bars of the libraries, and with `--quiet` also their warnings."""
-    if options.quiet:
-        diffusers_logging.set_verbosity_error()
-        transformers_logging.set_verbosity_error()
-    # Their loading bars would distract from the bars that show how long the work takes.
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-
-
 def batches(
     items: Sequence, options: argparse.Namespace, unit: str, pipe: FlexTokPipeline
 ) -> Iterator[tuple[int, Sequence]]:
@@ -316,12 +283,6 @@ def batches(
 def seeded(seed: int) -> torch.Generator:
     """Return a CPU generator, so that a seed gives the same random numbers on every device."""
     return torch.Generator("cpu").manual_seed(seed)
-
-
-def report(options: argparse.Namespace, line: str) -> None:
-    """Print one line about a result, unless `--quiet` is set."""
-    if not options.quiet:
-        print(line)
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {

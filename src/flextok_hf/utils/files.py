@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-ANIMATED = ".webp"  # the format that can hold an animation
+ANIMATED = (".webp", ".gif")  # the formats that can hold an animation
 
 
 def check_output_path(path: str | os.PathLike, extensions: tuple[str, ...]) -> Path:
@@ -136,19 +136,19 @@ def save_image(image: Image.Image, path: str | os.PathLike) -> None:
 
 
 def save_animation(frames: Sequence[Image.Image], path: str | os.PathLike, frame_ms: int) -> None:
-    """Write images as one lossless animated WebP that loops and pauses on the last image.
+    """Write images as one animation that loops and pauses on the last image: a lossless WebP, or a GIF of 256 colors.
 
     Args:
         frames: one or more images of the same size.
-        path: ends in `ANIMATED`.
+        path: ends in one of `ANIMATED`.
         frame_ms: how long each frame is shown, in milliseconds; the last one is shown three times as long.
     """
     durations = [frame_ms] * (len(frames) - 1) + [3 * frame_ms]
 
     def write(temporary: str) -> None:
-        frames[0].save(
-            temporary, save_all=True, append_images=frames[1:], duration=durations, loop=0, lossless=True, method=6
-        )
+        of_format = {} if temporary.lower().endswith(".gif") else {"lossless": True, "method": 6}
+        shared = {"append_images": frames[1:], "duration": durations, "loop": 0}
+        frames[0].save(temporary, save_all=True, **shared, **of_format)
 
     write_atomically(path, write)
 

@@ -10,6 +10,13 @@ from PIL import Image
 RASTER_FORMATS = "JPEG PNG WEBP GIF BMP TIFF AVIF JPEG2000 PPM ICO QOI SGI PCX TGA".split()
 
 
+# Endings of the files that are looked for in a folder
+PHOTO_EXTENSIONS = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+    *(".avif", ".jp2", ".ppm", ".qoi", ".tga"),
+)
+
+
 def open_image(file: str | Path | IO[bytes]) -> Image.Image:
     """Open an image as `PIL.Image.open` does, whatever its ending; its pixels are read later.
 
