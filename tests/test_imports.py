@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "training": {"utils", "models", "cards", "pipelines", "data"},
     "evaluation": {"utils", "models", "pipelines", "data"},
     "demo": {"utils", "models", "pipelines"},
-    "cli": {"embedded", "utils", "models", "pipelines", "conversion", "demo"},
+    "cli": {"embedded", "utils", "models", "pipelines", "conversion", "training", "demo"},
     "auto_classes": {"models", "pipelines"},
     "__init__": {"embedded", "models", "pipelines"},
 }

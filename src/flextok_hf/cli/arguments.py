@@ -1,4 +1,4 @@
-"""The command line: `flextok generate | stream | tokenize | detokenize | reconstruct | convert | demo | info`.
+"""The command line, `flextok COMMAND`.
 
 This module parses arguments; `checks.py` checks them together. The commands are in `commands.py`, which is imported
 only afterwards, so that mistakes are reported without waiting for PyTorch.
@@ -9,6 +9,8 @@ import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
+
+from . import personalize
 
 
 # Errors that a user can cause and fix. Anything else is a bug of ours and keeps its traceback.
@@ -23,6 +25,7 @@ EPILOGS = {
     "detokenize": "example:\n  flextok detokenize ids.json --output out.png",
     "reconstruct": "example:\n  flextok reconstruct photo.jpg --max-tokens 1 4 16 --output sheet.png",
     "demo": "example:\n  flextok demo --port 7860",
+    "personalize": 'example:\n  flextok personalize photos --name "my dog" --output my_dog',
     "convert": "example:\n  flextok convert EPFL-VILAB/flextok_d18_d28_dfn --output flextok_d18_d28",
     "info": "example:\n  flextok info --json",
 }
@@ -58,6 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_tokenize(commands)
     _add_detokenize(commands)
     _add_reconstruct(commands)
+    parser_of_own = _add_command(commands, "personalize", personalize.SUMMARY)
+    _add_shared(personalize.add_options(parser_of_own, positive_int), has_adapter=False)
     _add_demo(commands)
     _add_convert(commands)
     _add_info(commands)
@@ -182,10 +187,12 @@ def _add_command(commands, name: str, summary: str) -> argparse.ArgumentParser:
     )
 
 
-def _add_shared(parser: argparse.ArgumentParser, has_seed: bool = True) -> None:
+def _add_shared(parser: argparse.ArgumentParser, has_seed: bool = True, has_adapter: bool = True) -> None:
     if has_seed:
         parser.add_argument("--seed", type=seed, default=0, metavar="N", help="same seed, same result (0)")
     parser.add_argument("--model", metavar="PATH_OR_ID", help="folder or Hub id (the embedded model)")
+    if has_adapter:
+        parser.add_argument("--adapter", metavar="PATH_OR_ID", help="adapter (LoRA) for it: folder or Hub id")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (best available)")
     parser.add_argument(
         "--dtype", metavar="TYPE", choices=DTYPES, default="float32", help="float32, bfloat16, float16 (float32)"
@@ -337,5 +344,6 @@ def _add_info(commands) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     lists = parser.add_mutually_exclusive_group()
     lists.add_argument("--models", action="store_true", help="list the models known by name instead")
+    lists.add_argument("--machine", action="store_true", help="list the fastest ways to compute on this machine")
     lists.add_argument("--names", action="store_true", help="list names, classes and words the model knows instead")
     _add_shared(parser, has_seed=False)

@@ -7,6 +7,7 @@ import socket
 from ..embedded import resolve_model
 from ..utils.files import ANIMATED, IMAGE_EXTENSIONS, check_output_folder, check_output_path
 from ..utils.image_formats import PHOTO_EXTENSIONS
+from . import personalize
 
 
 MAX_SHEET_ROWS = 200  # of 128 pixels or more
@@ -27,6 +28,9 @@ def check_options(options: argparse.Namespace) -> None:
             raise ValueError("pass a TOKENIZER, a --prior, or both")
         check_needed(options, "prior", "text_encoder", "prior_revision")
         check_needed(options, "tokenizer", "revision")
+        return
+    if options.command == "personalize":
+        personalize.check(options)
         return
     if "photos" in options:
         options.photos, options.found = find_photos(options.photos)

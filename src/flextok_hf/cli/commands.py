@@ -19,6 +19,7 @@ from ..pipelines.pipeline_flextok import FlexTokPipeline
 from ..pipelines.token_checks import check_token_counts
 from ..utils.files import ANIMATED, numbered_paths, read_json, save_animation, save_image
 from ..utils.sheets import contact_sheet, token_count_title
+from . import personalize
 from .info import info
 from .opening import open_pipeline, report, set_verbosity
 from .photos import PhotoReader
@@ -292,6 +293,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "detokenize": detokenize,
     "reconstruct": reconstruct,
     "demo": demo,
+    "personalize": personalize.run,
     "convert": convert,
     "info": info,
 }

@@ -13,7 +13,10 @@ from ..pipelines.pipeline_flextok import FlexTokPipeline
 def open_pipeline(options: argparse.Namespace) -> FlexTokPipeline:
     """Load the pipeline in the options onto their device."""
     set_verbosity(options)
-    return load_pipeline(options.model, options.device, getattr(torch, options.dtype))
+    pipe = load_pipeline(options.model, options.device, getattr(torch, options.dtype))
+    if getattr(options, "adapter", None) is not None:
+        pipe.load_lora_weights(options.adapter)
+    return pipe
 
 
 def set_verbosity(options: argparse.Namespace) -> None:

@@ -34,9 +34,6 @@ def add_adapters(arguments: TrainingArguments, accelerator: Accelerator, model: 
     """
     if not arguments.lora_rank:
         return
-    need_peft()
-    from peft import LoraConfig, inject_adapter_in_model
-
     if accelerator.distributed_type not in PROCESSES:
         raise ValueError(
             f"`lora_rank` does not work with {accelerator.distributed_type.value}, which shards weights: an adapter"
@@ -45,23 +42,31 @@ def add_adapters(arguments: TrainingArguments, accelerator: Accelerator, model: 
     model.requires_grad_(False)
     for part in sorted(arguments.adapted_parts):
         base = getattr(model, part)
-        layers = choose_layers(base, part, arguments.lora_targets or [part])
         if accelerator.mixed_precision in COMPUTE_DTYPES:
             base.to(COMPUTE_DTYPES[accelerator.mixed_precision])
         alpha = arguments.lora_alpha or arguments.lora_rank
-        config = LoraConfig(r=arguments.lora_rank, lora_alpha=alpha, target_modules=layers)  # type: ignore[arg-type]
-        inject_adapter_in_model(config, base, ADAPTER_NAME)
-        for layer in low_rank_layers(base).values():
-            layer.lora_A.float()
-            layer.lora_B.float()
-    for trained_anew in [getattr(model, "alignment", None)]:
-        if trained_anew is not None:
-            trained_anew.requires_grad_(True)
+        freeze_with_adapter(base, part, arguments.lora_targets or [part], arguments.lora_rank, alpha)
+    alignment = getattr(model, "alignment", None)
+    if alignment is not None:  # REPA's projection is new
+        alignment.requires_grad_(True)
     save_only_trained(model)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
     logger.info("Adapter of rank %d: %s of %s weights (%.1f%%).", arguments.lora_rank, f"{trained:,}", f"{total:,}",
                 100 * trained / total)  # fmt: skip
+
+
+def freeze_with_adapter(base: nn.Module, part: str, targets: list[str], rank: int, alpha: float) -> None:
+    """Freeze a part of a pipeline and put a new adapter into the layers that `targets` stand for."""
+    need_peft()
+    from peft import LoraConfig, inject_adapter_in_model
+
+    layers = choose_layers(base, part, targets)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers)  # type: ignore[arg-type]
+    inject_adapter_in_model(config, base, ADAPTER_NAME)
+    for layer in low_rank_layers(base).values():  # in full precision whatever that of the base is
+        layer.lora_A.float()
+        layer.lora_B.float()
 
 
 def choose_layers(base: nn.Module, part: str, targets: list[str]) -> list[str]:
