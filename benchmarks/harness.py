@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from flextok_hf.utils import tuning
+
 
 Call = Callable[[], object]
 GIGA = 1e9
@@ -118,6 +120,7 @@ def describe_machine(device: str) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "versions": {package: version(package) for package in packages},
         "date": date.today().isoformat(),
+        "fastest": tuning.choices() if device == "cpu" else {},
     }
 
 
@@ -163,7 +166,8 @@ def finish(name: str, record: dict[str, Any], tables: list[str], results: Path |
         machine = record["machine"]
         heading = f"# {name}\n\n{machine['device']}, {machine['threads']} threads, {machine['date']}"
         versions = ", ".join(f"{package} {number}" for package, number in machine["versions"].items())
-        text = "\n\n".join([f"{heading}, {versions}.", *tables]) + "\n"
+        choices = [f"- {choice}: {way}" for choice, way in machine["fastest"].items()]
+        text = "\n\n".join([f"{heading}, {versions}.", *tables, *filter(None, ["\n".join(choices)])]) + "\n"
         (results / f"{name}.md").write_text(text, encoding="utf-8")
         (results / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(record), flush=True)

@@ -1,4 +1,4 @@
-"""The models known by name: complete, consistent with the docs, with calls that work."""
+"""`flextok info`: the models known by name are complete, with calls that work; what is fastest on this machine."""
 
 import json
 import re
@@ -8,6 +8,7 @@ import pytest
 from paths import ROOT
 
 from flextok_hf import FlexTokPipeline, cli, embedded_model, list_models
+from flextok_hf.utils import tuning
 
 
 PAGE = (ROOT / "docs" / "migration.md").read_text()
@@ -49,3 +50,12 @@ def test_the_command_lists_the_same_models(capsys):
 def test_listing_models_and_describing_one_exclude_each_other(capsys):
     assert cli.main(["info", "--models", "--model", "a/b"]) == 2
     assert "`--models`" in capsys.readouterr().err
+
+
+def test_info_lists_the_fastest_ways_on_this_machine(take, capsys):
+    cli.main(["info", "--machine"])
+    assert "nothing timed yet" in capsys.readouterr().out
+    tuning.loop_times("product, of a test", 2, 1000, lambda: {"library": 2.0, "packed": 1.0, "packing": 0.1})
+    cli.main(["info", "--machine", "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert facts == {"machine": tuning.machine(), "tuning": "on", "fastest": {"product, of a test": "packed"}}

@@ -225,7 +225,7 @@ def test_long_loops_time_what_is_not_known_and_short_ones_do_not(take, monkeypat
     (times,) = tuning.measured.values()
     assert len(times) == 2  # one for each shape
     assert all(
-        {tuning.LIBRARY, ONEDNN, PACKED, PADDED, packed_linear.PACKING} == ways.keys() for ways in times.values()
+        {tuning.LIBRARY, ONEDNN, PACKED, PADDED, tuning.PACKING} == ways.keys() for ways in times.values()
     )
     monkeypatch.setattr(packed_linear, "time_ways", lambda *_: pytest.fail("timed again"))
     with packed_weights(model, num_calls=1000):
@@ -238,7 +238,7 @@ def test_long_loops_time_what_is_not_known_and_short_ones_do_not(take, monkeypat
 def test_packing_must_pay_off_within_the_loop(num_calls, way, take):
     take("product", None)
     layer, inputs = make_model()[0], random(5, 24)
-    times = {tuning.LIBRARY: 1.0, ONEDNN: 1.5, PACKED: 0.8, packed_linear.PACKING: 10.0}
+    times = {tuning.LIBRARY: 1.0, ONEDNN: 1.5, PACKED: 0.8, tuning.PACKING: 10.0}
     tuning.measured[tuning.machine()] = {packed_linear.product_name(layer, inputs): times}
     loop = PackedWeights(layer, num_calls)
     assert loop.way(layer, inputs) == way

@@ -11,14 +11,19 @@ import torch
 
 from ..embedded import list_models
 from ..pipelines.known_words import known_names
+from ..utils import tuning
 from .opening import open_pipeline
 
 
 def info(options: argparse.Namespace) -> None:
-    """Print the components and sizes of a model, or the models known by name."""
+    """Print the components and sizes of a model, the models known by name, or what is the fastest on this machine."""
     if options.models:
         models = list_models()
         print(json.dumps(models, indent=2) if options.json else models_table(models))
+        return
+    if options.machine:
+        facts = {"machine": tuning.machine(), "tuning": tuning.mode(), "fastest": tuning.choices()}
+        print(json.dumps(facts, indent=2) if options.json else machine_table(facts))
         return
     pipe = open_pipeline(options)
     if options.names:
@@ -67,6 +72,13 @@ def models_table(models: list[dict[str, str]]) -> str:
     rows = [list(models[0]), *(list(model.values()) for model in models)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def machine_table(facts: dict[str, Any]) -> str:
+    """Return what `flextok info --machine` prints: which way of computing was the fastest here."""
+    lines = [facts["machine"], f"FLEXTOK_TUNING={facts['tuning']}", ""]
+    lines += [f"{choice}: {way}" for choice, way in facts["fastest"].items()]
+    return "\n".join(lines if facts["fastest"] else [*lines, "nothing timed yet; the first long call does it"])
 
 
 def info_table(facts: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from ..utils import tuning
 
 
 LIBRARY, ONEDNN, UPCAST, PACKED, PADDED = tuning.LIBRARY, "onednn", "float32", "packed", "packed, 4 rows"
-IN_LOOPS, PACKING = (PACKED, PADDED), "packing"  # packing is timed with the ways
+IN_LOOPS = (PACKED, PADDED)
 PADDED_ROWS = 4  # some kernels are slower for 1 to 3 rows than for 4
 LAYERS_PER_BLOCK = 8  # at most
 FEW_ROWS = 8  # converting a weight takes longer than an emulated product with fewer rows
@@ -153,7 +153,7 @@ class PackedWeights:
             num_products = self.num_calls * len(alike)
             times = tuning.loop_times(product, len(ways), num_products, lambda: time_ways(alike, rows, ways))
             if times is not None:
-                packing = times.get(PACKING, 0.0) / self.num_calls  # the share of one call
+                packing = times.get(tuning.PACKING, 0.0) / self.num_calls  # the share of one call
                 times = {way: seconds + packing * (way in IN_LOOPS) for way, seconds in times.items()}
             self.ways[product] = tuning.fastest("product", ways, times, single_way(layer, rows))
         return self.ways[product]
@@ -168,7 +168,7 @@ def num_calls_in_loop() -> int:
 def time_ways(layers: list[nn.Linear], rows: Tensor, ways: list[str]) -> tuning.Times:
     """Return the seconds of each way and of packing; few rows are timed with weights from memory, as in a model."""
     layers = layers[: tuning.NUM_TIMINGS]
-    packing = tuning.time_calls([(PACKING, partial(pack, layer)) for layer in layers])
+    packing = tuning.time_calls([(tuning.PACKING, partial(pack, layer)) for layer in layers])
     weights = [(layer.weight, pack(layer), layer.bias) for layer in layers]
     calls = [
         (way, partial(multiply, way, rows, packed if way in IN_LOOPS else weight, bias))

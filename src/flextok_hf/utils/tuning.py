@@ -30,6 +30,7 @@ from .files import write_text
 
 
 LIBRARY = "library"  # the way that PyTorch takes by itself
+PACKING = "packing"  # no way, but timed with them: what some ways need once
 MIN_GAIN = 0.05  # another way must take so much less time: smaller differences are noise
 NUM_TIMINGS = 3  # of each way
 MAX_SHARE = 0.06  # of the calls in a loop, to be timed; the ones that run most often cost a tenth of that
@@ -98,6 +99,14 @@ def time_calls(calls: Iterable[tuple[str, Callable[[], object]]], is_from_memory
         call()
         times[name] = min(time.perf_counter() - start, times.get(name, math.inf))
     return times
+
+
+def choices() -> dict[str, str]:
+    """Return the fastest way of everything that was timed on this machine, by this process or earlier ones."""
+    known = {**stored().get(machine(), {}), **measured.get(machine(), {})}
+    return {
+        choice: fastest("", [way for way in times if way != PACKING], times) for choice, times in sorted(known.items())
+    }
 
 
 @functools.cache
