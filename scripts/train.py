@@ -3,6 +3,7 @@
 accelerate launch scripts/train.py vae --config scripts/configs/embedded_vae.yaml
 accelerate launch scripts/train.py tokenizer --config scripts/configs/embedded_tokenizer.yaml
 accelerate launch scripts/train.py prior --config scripts/configs/embedded_prior.yaml
+accelerate launch scripts/train.py distill --config scripts/configs/embedded_distill.yaml
 """
 
 import argparse
@@ -10,6 +11,8 @@ import logging
 import sys
 
 from flextok_hf.training.arguments import PriorArguments, TokenizerArguments, VaeArguments
+from flextok_hf.training.distillation_arguments import DistillationArguments
+from flextok_hf.training.distillation_stage import train_distillation
 from flextok_hf.training.stages import train_prior, train_tokenizer, train_vae
 from flextok_hf.utils.option_parsing import parse_arguments
 from flextok_hf.utils.plain_errors import plain_errors
@@ -19,6 +22,7 @@ STAGES = {
     "vae": (VaeArguments, train_vae),
     "tokenizer": (TokenizerArguments, train_tokenizer),
     "prior": (PriorArguments, train_prior),
+    "distill": (DistillationArguments, train_distillation),
 }
 
 

@@ -41,6 +41,22 @@ class Guidance:
         update = clip_norm(self.running_update, self.norm_threshold)
         return conditional + (guidance_scale - 1) * remove_projection(update, conditional)
 
+    def limit(self, conditional: Tensor, unconditional: Tensor, guidance_scale: Tensor) -> Tensor:
+        """Combine two velocities as a run of infinitely many steps does, without having called it before.
+
+        From step to step the updates then hardly differ, and the momentum m adds them up to 1 / (1 - m) times one.
+
+        Args:
+            conditional, unconditional: (B, C, h, w).
+            guidance_scale: one per sample, (B,).
+        """
+        scale = guidance_scale.view(-1, 1, 1, 1)
+        update = conditional - unconditional
+        if self.method == "cfg":
+            return unconditional + scale * update
+        update = clip_norm(update / (1 - self.momentum), self.norm_threshold)
+        return conditional + (scale - 1) * remove_projection(update, conditional)
+
 
 def guidance_interval(guidance_scale: float, low: float, high: float) -> Callable[[float], float]:
     """Guide only at noise levels from `low` to `high`, which halves the cost of the other steps.

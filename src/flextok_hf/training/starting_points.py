@@ -55,7 +55,8 @@ def load_tokenizer(
         The pipeline, and the options with its resolution and sizes.
 
     Raises:
-        ValueError: `resolution` differs from that of the tokenizer, or `buckets` or `max_area` need other positions.
+        ValueError: `resolution` differs from that of the tokenizer, `buckets` or `max_area` need other positions, or
+            the decoder is distilled.
     """
     name = arguments.pretrained_tokenizer
     assert name is not None
@@ -63,6 +64,11 @@ def load_tokenizer(
     pipe = load_whole("pretrained_tokenizer", name, **({} if is_whole else dict.fromkeys(PRIOR_PARTS)))
     if not arguments.freeze_encoder:
         logger.info("Training the encoder changes token ids, so a prior of %s is left out.", name)
+    if pipe.decoder.predicts_mean:
+        raise ValueError(
+            f"`pretrained_tokenizer` {name!r} is distilled to few steps: its decoder predicts the mean velocity, which"
+            " this stage does not train. Start from the model that it was distilled from, and distill it again."
+        )
     if vae is not None:
         pipe.register_modules(vae=vae)
     if arguments.resolution not in (None, pipe.resolution):
@@ -78,12 +84,20 @@ def load_tokenizer(
         shapes: dict[str, Any] = {"positions": "stretch", "shape_conditioning": is_told}
         config = FlexTokEncoderConfig.from_dict({**encoder.config.to_dict(), **shapes})
         encoder = copy_weights(encoder, FlexTokEncoder(config))
-        decoder = copy_weights(decoder, FlexTokFlowDecoder.from_config({**decoder.config, **shapes}))
+        decoder = copy_weights(decoder, FlexTokFlowDecoder(**decoder_settings(decoder, **shapes)))
         pipe.register_modules(encoder=encoder, decoder=decoder)
     sizes = size_options(pipe.encoder, pipe.decoder)
     arguments = replace(arguments, resolution=pipe.resolution, **sizes)
     check_shapes(arguments, pipe.decoder.config.positions)
     return pipe, arguments
+
+
+def decoder_settings(decoder: FlexTokFlowDecoder, **changes: Any) -> dict[str, Any]:
+    """Return the settings of a decoder with changes, as its constructor takes them.
+
+    `from_config` would ignore changes of settings that the file of an older model does not mention.
+    """
+    return {name: value for name, value in decoder.config.items() if not name.startswith("_")} | changes
 
 
 def load_whole(option: str, name: str, **components: Any) -> FlexTokPipeline:

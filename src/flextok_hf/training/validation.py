@@ -6,6 +6,7 @@ Letters: B batch, H W sides of the images, R side of square ones.
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -116,6 +117,13 @@ def choose_other_shapes(
     return [images for images in found if images is not None]
 
 
+def fast_sampling(pipe: FlexTokPipeline, guidance_scale: float) -> dict[str, Any]:
+    """Return how validation samples; a distilled decoder has steps and guidance scales of its own."""
+    if pipe.decoder.predicts_mean:
+        return {"num_inference_steps": None, "guidance_scale": None}
+    return {"num_inference_steps": VALIDATION_STEPS, "guidance_scale": guidance_scale}
+
+
 def tokenizer_validation(
     arguments: TrainingArguments, images: Tensor | None, pipe: FlexTokPipeline, others: Sequence[Tensor] = ()
 ) -> Preview | None:
@@ -131,8 +139,7 @@ def tokenizer_validation(
         columns = pipe.reconstruct(
             originals,
             max_tokens=counts,
-            num_inference_steps=VALIDATION_STEPS,
-            guidance_scale=1.0,
+            **fast_sampling(pipe, guidance_scale=1.0),
             generator=torch.Generator().manual_seed(arguments.seed),
             output_type="pt",
             size=(originals.shape[2], originals.shape[3]),
@@ -168,7 +175,7 @@ def prior_validation(
         noise = pipe.prepare_latents(num_rows, torch.Generator().manual_seed(arguments.seed))
         columns = [
             pipe.detokenize(
-                token_ids[:, :count], VALIDATION_STEPS, VALIDATION_GUIDANCE, latents=noise, output_type="pt"
+                token_ids[:, :count], **fast_sampling(pipe, VALIDATION_GUIDANCE), latents=noise, output_type="pt"
             ).images
             for count in counts
         ]
