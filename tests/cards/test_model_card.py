@@ -129,6 +129,49 @@ def test_the_card_of_a_converted_model_states_its_origin(folder):
     assert "Converted from `owner/official` and `a_folder`" in card.text
 
 
+def test_a_local_card_loads_the_model_from_where_it_is(folder, monkeypatch, tmp_path):
+    def loaded_from():
+        return re.search(r"from_pretrained\((.*)\)", write_model_card(folder).read_text()).group(1)
+
+    monkeypatch.chdir(folder.parent)
+    assert loaded_from() == f'"{folder.name}"'
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert loaded_from() == f'"{folder.resolve()}"'
+
+
+def test_a_fine_tuned_model_names_its_origin_with_license_and_data(folder, tmp_path):
+    enrich(folder)
+    shutil.copytree(folder, tmp_path / "tuned", ignore=shutil.ignore_patterns("model_card.yaml", "results"))
+    arguments = {"pretrained_tokenizer": str(folder), "vae": "owner/vae", "train_data": ["photos"]}
+    arguments |= {"mixed_precision": "no", "train_batch_size": 2}
+    record = {"stage": "tokenizer", "steps": 3, "arguments": arguments, **training_facts(arguments, [], 2)}
+    (tmp_path / "tuned" / "training.json").write_text(json.dumps(record))
+    card = ModelCard.load(write_model_card(tmp_path / "tuned"))
+    text = " ".join(card.text.split())
+    assert "Trained on: `photos`." in text
+    assert f"Started from `{folder.name}` (A tiny model), license: mit." in text
+    assert "- Circles, CC0, <https://example.org/circles>" in text
+    assert "Started from `owner/vae`, license: see its card." in text and card.data.base_model == ["owner/vae"]
+    assert [stage["steps"] for stage in record["earlier"]] == [70, 4000]
+
+
+def test_a_model_changed_in_an_unrecorded_way_names_license_and_data_of_its_origin(folder, tmp_path):
+    enrich(folder)
+    pipe = FlexTokPipeline.from_pretrained(folder)
+    with torch.no_grad():
+        next(pipe.decoder.parameters()).add_(1)
+    pipe.save_pretrained(tmp_path / "tuned")
+    text = (tmp_path / "tuned" / "README.md").read_text()
+    assert "Made from `model`." in text and "license: mit" in text and "Circles, CC0" in text
+
+
+def test_a_prior_that_reads_text_without_its_text_encoder_is_not_called_with_a_class(folder, tmp_path):
+    pipe = FlexTokPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None)
+    pipe.save_pretrained(tmp_path / "no_text")
+    assert "image = pipe(" not in (tmp_path / "no_text" / "README.md").read_text()
+
+
 def test_unknown_facts_are_refused(folder):
     (folder / "model_card.yaml").write_text("licence: mit\n")
     with pytest.raises(ValueError, match="licence.*license"):

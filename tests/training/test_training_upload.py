@@ -85,6 +85,7 @@ def test_a_trained_model_is_uploaded_whole_with_its_card(hub, tmp_path, name):
     assert all((uploaded[key] == tensor).all() for (_, key), tensor in all_weights(folder / "encoder").items())
     card = ModelCard(hub.files["README.md"].decode())
     assert card.data.pipeline_tag == "image-to-image" and card.data.library_name == "flextok_hf"
+    assert f'from_pretrained("someone/{hub.name}")' in card.text
 
 
 def test_a_missing_permission_shows_before_the_first_step(hub, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ Besides configuration and weights, the folder of a saved model may hold:
 """
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,21 +22,28 @@ from safetensors import safe_open
 
 from ..utils.files import read_json, write_text
 from ..utils.tables import measure_title
-from .sections import (
+from .provenance import (
+    FACTS_FILE,
     ORIGINAL_FILE,
     RECIPE_FILE,
+    all_starting_points,
+    hub_ids,
+    is_hub_id,
+    origins,
+    starting_point,
+)
+from .sections import (
     component_folders,
     data_section,
     image_side,
     is_figure,
     model_section,
-    origins,
     results_section,
     training_section,
 )
 
 
-CARD_FILE, FACTS_FILE = "README.md", "model_card.yaml"
+CARD_FILE = "README.md"
 RESULTS_FOLDER, IMAGES_FOLDER, OUTDATED_FOLDER = "results", "images", "outdated"
 FACT_NAMES = (
     *("title", "summary", "prompt", "license", "license_name", "language", "base_model"),
@@ -48,13 +56,21 @@ METHOD = "(Bachmann et al., 2025, [arXiv 2502.13967](https://arxiv.org/abs/2502.
 TAGS = ["flextok", "image-tokenizer", "arxiv:2502.13967"]
 
 
-def write_model_card(folder: str | Path, name: str | None = None, changed_from: str | None = None) -> Path:
+def write_model_card(
+    folder: str | Path,
+    name: str | None = None,
+    changed_from: str | Path | None = None,
+    final_folder: str | Path | None = None,
+    title: str | None = None,
+) -> Path:
     """Write `README.md` for a saved pipeline or VAE from the files next to it (see the top of this module).
 
     Args:
         folder: the model, with whichever of these files exist.
-        name: what users load it by, such as a Hub id; defaults to the name of the folder.
+        name: what users load it by, such as a Hub id; by default the path of the folder.
         changed_from: the model that this one was made from, if its weights may have changed in an unrecorded way.
+        final_folder: where the folder will be moved.
+        title: of the card, unless the facts have one; by default `name`, or the name of the folder.
 
     Returns:
         The path of the card.
@@ -67,22 +83,24 @@ def write_model_card(folder: str | Path, name: str | None = None, changed_from: 
     record, original = read_json(folder / RECIPE_FILE, {}), read_json(folder / ORIGINAL_FILE, {})
     results = {path.stem: read_json(path) for path in sorted((folder / RESULTS_FOLDER).glob("*.json"))}
     results = {key: value for key, value in results.items() if value.get("results")}
-    name = name or folder.resolve().name
-    based_on = [*origins(original), *filter(None, [changed_from])]
-    data = card_data(folder, facts, name, results, [source for source in based_on if source.count("/") == 1])
+    place = Path(final_folder or folder)
+    title = title or name or place.resolve().name
+    started_from = [starting_point(changed_from)] if changed_from else []
+    based_on = [*filter(is_hub_id, origins(original)), *hub_ids([*all_starting_points(record), *started_from])]
+    data = card_data(folder, facts, title, results, list(dict.fromkeys(based_on)))
     sections = {
-        "Use": usage(folder, name, facts),
+        "Use": usage(folder, name or loadable_path(place), facts),
         "Images": images_section(folder),
         "Model": model_section(folder),
-        "Data": data_section(record, facts),
+        "Data": data_section(record, facts, started_from),
         "Training": training_section(record, original),
         "Evaluation": results_section(results),
         "Limitations and bias": limits(folder, facts),
     }
     if changed_from:
-        sections["Training"] = f"Made from `{changed_from}`. Any further training is not recorded."
+        sections["Training"] = f"Made from `{started_from[0]['name']}`. Any further training is not recorded."
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text)
-    title = facts.get("title") or name
+    title = facts.get("title") or title
     text = f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{summary(folder, facts)}\n\n{body}\n\n{MARK}\n"
     ModelCard(text)  # rejects metadata that cannot be read back
     path = folder / CARD_FILE
@@ -124,7 +142,7 @@ def write_saved_card(source_name: str | None, folder: Path, name: str | None) ->
         if not (source / "model_index.json").is_file():
             changed_from = source_name  # from the Hub, or deleted
         elif source.resolve() != folder.resolve() and not carry_card_files(source, folder):
-            changed_from = source.name
+            changed_from = source_name
     if is_replaceable(folder / CARD_FILE):
         write_model_card(folder, name, changed_from=changed_from)
 
@@ -279,19 +297,27 @@ def summary(folder: Path, facts: Mapping[str, Any]) -> str:
     )
 
 
+def loadable_path(folder: Path) -> str:
+    """Return a path that loads here: relative to the current folder if the model is below it."""
+    folder = folder.resolve()
+    return os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
+
+
 def usage(folder: Path, name: str, facts: Mapping[str, Any]) -> str:
     """Return example code that loads and uses the model."""
     quoted = json.dumps(name)
     if not (folder / "model_index.json").is_file():
         return f"```python\nfrom diffusers import AutoencoderKL\n\nvae = AutoencoderKL.from_pretrained({quoted})\n```"
     lines = ["from flextok_hf import FlexTokPipeline", "", f"pipe = FlexTokPipeline.from_pretrained({quoted})"]
-    if name == "embedded_model":
+    if folder.resolve().name == "embedded_model" and folder.resolve().parent.name == "flextok_hf":
         lines = ["from flextok_hf import FlexTokPipeline, embedded_model", ""]
         lines += ["pipe = FlexTokPipeline.from_pretrained(embedded_model())"]
-    if (folder / "prior").is_dir():
-        has_text = (folder / "text_encoder").is_dir()
-        condition = json.dumps(facts.get("prompt", "a prompt")) if has_text else "class_labels=[0]"
-        lines += [f"image = pipe({condition}, max_tokens=8).images[0]"]
+    reads = read_json(folder / "prior" / "config.json", {})
+    if (folder / "text_encoder").is_dir() and reads:
+        prompt = facts.get("prompt") or next(iter(reads.get("known_names") or []), "a prompt")
+        lines += [f"image = pipe({json.dumps(prompt, ensure_ascii=False)}, max_tokens=8).images[0]"]
+    elif reads.get("num_classes"):
+        lines += ["image = pipe(class_labels=[0], max_tokens=8).images[0]"]
     lines += [
         'token_ids = pipe.tokenize("photo.jpg")  # coarse first',
         "few = pipe.detokenize(token_ids[:, :4]).images[0]",

@@ -14,10 +14,9 @@ from safetensors import safe_open
 
 from ..utils.files import read_json
 from ..utils.tables import markdown_table, measure_title
+from .provenance import all_starting_points, earlier_recipes, origins, provenance, source_line, starting_points
 
 
-RECIPE_FILE = "training.json"
-ORIGINAL_FILE = "original.json"  # what a converted model was converted from
 COMPONENT_TITLES = {
     "vae": "VAE",
     "encoder": "encoder",
@@ -81,6 +80,21 @@ def model_section(folder: Path) -> str:
             f" all tokens of an image take {registers * math.log2(size) / 8:.0f} bytes."
             + ("" if (folder / "vae").is_dir() else " The model works in pixel space, without a VAE.")
         )
+    decoder = read_json(folder / "decoder" / "config.json", {})
+    if decoder.get("predicts") == "mean_velocity":
+        low, high = decoder["guidance_range"]
+        scales = f"a guidance scale of {low:g}" if low == high else f"guidance scales from {low:g} to {high:g}"
+        lines.append(
+            f"The decoder is distilled to few steps: it predicts the mean velocity over a step"
+            f" ([arXiv 2510.24474](https://arxiv.org/abs/2510.24474)), with {scales} in its weights."
+        )
+    steps = decoder.get("default_num_inference_steps")
+    if isinstance(steps, Mapping):
+        lines.append(
+            "Default steps of the decoder: " + ", ".join(f"{n} from {c} tokens" for c, n in steps.items()) + "."
+        )
+    elif steps:
+        lines.append(f"Default steps of the decoder: {steps}.")
     return "\n\n".join(lines)
 
 
@@ -93,30 +107,16 @@ def training_facts(arguments: Mapping[str, Any], log: Sequence[Mapping[str, Any]
         images_per_step: images per optimizer step.
 
     Returns:
-        `hardware`, the `seconds` that the steps took, and `earlier`, the recipes of the previous stages.
+        `hardware`, the `seconds` that the steps took, `earlier`, the recipes of the previous stages, and
+        `started_from`, what is known about other models that training started from.
     """
     if torch.cuda.is_available():
         hardware = torch.cuda.get_device_name()
     else:
         hardware = f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
     seconds = round(logged_seconds(log, images_per_step), 1)
-    return {"hardware": hardware, "seconds": seconds, "earlier": earlier_recipes(arguments)}
-
-
-def earlier_recipes(arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the recipes of the stages that a stage builds on, earliest first, from the folders of their models."""
-    recipes = []
-    for option in ("vae", "tokenizer", "pretrained_tokenizer"):
-        if arguments.get(option):
-            record = read_json(Path(arguments[option]) / RECIPE_FILE, {})
-            recipes += [*record.pop("earlier", []), record] if record else []
-    return recipes
-
-
-def origins(original: Mapping[str, Any]) -> list[str]:
-    """Return the sources of a converted model, from its `original.json`."""
-    parts = (original.get(name, {}) for name in ("tokenizer", "prior"))
-    return [part["source"] for part in parts if isinstance(part, Mapping) and part.get("source")]
+    before = {"earlier": earlier_recipes(arguments), "started_from": starting_points(arguments)}
+    return {"hardware": hardware, "seconds": seconds, **before}
 
 
 def training_section(record: Mapping[str, Any], original: Mapping[str, Any] | None = None) -> str:
@@ -168,19 +168,22 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
-def data_section(record: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
-    """Describe the training data and its terms."""
+def data_section(
+    record: Mapping[str, Any], facts: Mapping[str, Any], started_from: Sequence[Mapping[str, Any]] = ()
+) -> str:
+    """Describe the training data and its terms, and the models that training started from, with theirs."""
     arguments = record.get("arguments", {})
     lines = [facts["data_note"].strip()] if facts.get("data_note") else []
     for source in facts.get("data", ()):
-        parts = [source["name"], source.get("license"), f"<{source['url']}>" if source.get("url") else None]
-        lines.append("- " + ", ".join(filter(None, parts)))
+        lines.append(source_line(source))
     if not facts.get("data"):
         names = [source for source in arguments.get("train_data", ()) if is_telling(source)]
         lines.append(f"Trained on: {', '.join(f'`{name}`' for name in names) or 'not recorded'}.")
         lines.append("The terms of this data are not stated here; they apply to anyone who uses the model.")
     bullets = [line for line in lines if line.startswith("- ")]
-    return "\n\n".join([*(line for line in lines if line not in bullets), *(["\n".join(bullets)] if bullets else [])])
+    lines = [*(line for line in lines if line not in bullets), *(["\n".join(bullets)] if bullets else [])]
+    before = provenance([*all_starting_points(record), *started_from])
+    return "\n\n".join(filter(None, [*lines, before]))
 
 
 def results_section(results: Mapping[str, Mapping[str, Any]]) -> str:

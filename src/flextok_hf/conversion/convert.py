@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..cards.model_card import write_model_card
-from ..cards.sections import ORIGINAL_FILE
+from ..cards.provenance import ORIGINAL_FILE
 from ..models.saved_model import named_errors
 from ..pipelines.pipeline_flextok import FlexTokPipeline
 from ..utils.files import check_output_folder

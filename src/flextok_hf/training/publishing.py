@@ -4,9 +4,10 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +15,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..cards.model_card import write_model_card
-from ..cards.sections import RECIPE_FILE, training_facts
+from ..cards.provenance import RECIPE_FILE
+from ..cards.sections import training_facts
 from ..pipelines.pipeline_flextok import FlexTokPipeline
 from ..utils.files import writing_error
 from .arguments import TrainingArguments
@@ -24,6 +26,8 @@ from .weights import unsharded
 
 
 logger = logging.getLogger(__name__)
+
+Options = TypeVar("Options", bound=TrainingArguments)
 
 
 def export(trainer: Trainer, pipe: FlexTokPipeline, stage: str) -> Path:
@@ -66,7 +70,7 @@ def publish(trainer: Trainer, stage: str, name: str, save: Callable[[Path], None
         with trainer.average.applied():
             save(unfinished)
         if trainer.accelerator.is_main_process:
-            write_facts(trainer, stage, unfinished)
+            write_facts(trainer, stage, unfinished, folder)
             finish_folder(folder)
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -80,8 +84,8 @@ def publish(trainer: Trainer, stage: str, name: str, save: Callable[[Path], None
     return folder
 
 
-def write_facts(trainer: Trainer, stage: str, folder: Path) -> None:
-    """Write how a model was trained, and its card."""
+def write_facts(trainer: Trainer, stage: str, folder: Path, final_folder: Path) -> None:
+    """Write how a model was trained, and its card, which names the repository if the model is uploaded."""
     arguments = asdict(trainer.arguments) | {"mixed_precision": trainer.accelerator.mixed_precision}
     record = {"stage": stage, "steps": trainer.step, "images_per_step": trainer.images_per_step}
     record |= {
@@ -90,7 +94,9 @@ def write_facts(trainer: Trainer, stage: str, folder: Path) -> None:
     }
     (folder / RECIPE_FILE).write_text(json.dumps(record, indent=2) + "\n")
     if not trainer.arguments.lora_rank:  # the card of an adapter is its own
-        write_model_card(folder, hub_name(trainer.arguments))
+        name = hub_name(trainer.arguments)
+        is_public = trainer.arguments.push_to_hub
+        write_model_card(folder, name if is_public else None, final_folder=final_folder, title=name)
 
 
 def hub_name(arguments: TrainingArguments) -> str:
@@ -98,15 +104,21 @@ def hub_name(arguments: TrainingArguments) -> str:
     return arguments.hub_model_id or Path(arguments.output_dir).resolve().name
 
 
-def check_upload(arguments: TrainingArguments, accelerator: Accelerator) -> None:
-    """Create the repository before training, so that a missing permission shows immediately."""
+def check_upload(arguments: Options, accelerator: Accelerator) -> Options:
+    """Create the repository before training, so that a missing permission shows immediately.
+
+    Returns:
+        The options with the full id of the repository.
+    """
     if arguments.push_to_hub and accelerator.is_main_process:
         name = hub_name(arguments)
         try:
             repository = HfApi().create_repo(name, exist_ok=True)
             HfApi().auth_check(repository.repo_id, write=True)  # it may exist and belong to someone else
+            return replace(arguments, hub_model_id=repository.repo_id)
         except (HfHubHTTPError, ValueError) as error:
             raise ValueError(f"`push_to_hub` cannot upload to {name!r}: {error}") from error
+    return arguments
 
 
 def upload(folder: Path, name: str) -> str:

@@ -61,7 +61,7 @@ def stage(train: Callable[[Options, Accelerator], Path]) -> Callable[[Options], 
         accelerator = build_accelerator(arguments)
         with locked(Path(arguments.output_dir), accelerator):
             start_trackers(arguments, accelerator)
-            check_upload(arguments, accelerator)
+            arguments = check_upload(arguments, accelerator)
             set_seed(arguments.seed)
             return train(arguments, accelerator)
 
