@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import find_executable_batch_size
 from torch import Tensor, nn
 
 from ..pipelines.loading import choose_device, load_pipeline
+from ..pipelines.pipeline_flextok import FlexTokPipeline
 from ..pipelines.token_checks import check_token_counts
 from ..utils.files import check_folder_around
 from ..utils.flops import FlopCounter
@@ -18,15 +20,39 @@ from .accumulators import Accumulator
 from .distributions import check_sample_count
 from .feature_networks import FeatureNetwork, load_feature_network
 from .images import CROP, EvaluationImages, load_split
-from .options import NO_NETWORK, EvaluationOptions
+from .options import AUTO, NO_NETWORK, EvaluationOptions
 from .progress import Evaluation
 from .results import describe_machine, describe_model, public_name, rounded
 from .sampling import cost_of
 
 
 SPLITS = ("train", "validation")
+CPU_BATCH_SIZE, MAX_BATCH_SIZE = 16, 512
 # May change when a measurement is resumed: figures do not depend on them; weights are compared by their hash.
 FREE_OPTIONS = ("output", "model", "model_name", "device", "batch_size")
+
+
+def choose_batch_size(pipe: FlexTokPipeline) -> int:
+    """Return half the largest batch that fits into the memory of an accelerator: measures need some too.
+
+    A CPU is not faster with large batches, and its memory has no firm end: there it is 16.
+    """
+    return CPU_BATCH_SIZE if pipe.device.type == "cpu" else max(1, largest_batch_size(pipe, MAX_BATCH_SIZE) // 2)
+
+
+@torch.no_grad()
+def largest_batch_size(pipe: FlexTokPipeline, most: int) -> int:
+    """Return how many images, up to about `most`, a pipeline can encode and decode at once; it tries."""
+
+    @find_executable_batch_size(starting_batch_size=most)
+    def try_out(batch_size: int) -> int:
+        side = pipe.resolution
+        pipe.tokenize_pixels(torch.zeros(batch_size, 3, side, side, dtype=torch.uint8, device=pipe.device))
+        token_ids = torch.zeros(batch_size, pipe.num_registers, dtype=torch.long)
+        pipe.detokenize(token_ids, 1, generator=torch.Generator().manual_seed(0), output_type="pt")
+        return batch_size
+
+    return try_out()
 
 
 class Cost(Accumulator):
@@ -83,6 +109,8 @@ class Measurement:
         self.network: FeatureNetwork | None = None
         if options.feature_network != NO_NETWORK:
             self.network = load_feature_network(options.feature_network).to(self.device)
+        is_auto = options.batch_size == AUTO
+        self.batch_size = choose_batch_size(self.pipe) if is_auto else int(options.batch_size)
         model_name = options.model_name or (public_name(options.model) if options.model else "embedded")
         self.model = describe_model(self.pipe, model_name)
         self.protocol: dict[str, Any] = {
@@ -140,7 +168,7 @@ class Measurement:
         folder = Path(self.options.output) / f".{self.name}-begun"
         options = {key: value for key, value in asdict(self.options).items() if key not in FREE_OPTIONS}
         known = {"protocol": self.protocol, "options": options, "weights_sha256": self.model["weights_sha256"]}
-        evaluation = Evaluation(name, accumulators, num_samples, self.options.batch_size, known, folder, self.state)
+        evaluation = Evaluation(name, accumulators, num_samples, self.batch_size, known, folder, self.state)
         evaluation.run(measure)
         self.skipped |= {f"{name} {sample}": reason for sample, reason in evaluation.skipped.items()}
         self.seconds += evaluation.seconds

@@ -7,6 +7,7 @@ from .sampling import Sampling
 
 
 NO_NETWORK = "none"
+AUTO = "auto"
 
 
 def check_positive(name: str, value: int | None) -> None:
@@ -28,7 +29,9 @@ class EvaluationOptions:
     token_counts: list[int] | None = field(
         default=None, metadata={"help": "Numbers of tokens to measure; by default 1, 2, 4, ... all."}
     )
-    batch_size: int = field(default=16, metadata={"help": "Samples per batch; results do not depend on it."})
+    batch_size: str = field(
+        default="16", metadata={"help": "Samples per batch, or `auto`; results do not depend on it."}
+    )
     seed: int = field(default=0, metadata={"help": "Sample i uses seed + i; also selects random subsets."})
     feature_network: str = field(
         default=NO_NETWORK,
@@ -39,10 +42,11 @@ class EvaluationOptions:
     sheet_rows: int = field(default=12, metadata={"help": "Rows of the contact sheet."})
 
     def __post_init__(self):
-        if self.batch_size < 1 or self.sheet_rows < 1:
-            raise ValueError(
-                f"`batch_size` and `sheet_rows` must be 1 or more, got {self.batch_size} and {self.sheet_rows}."
-            )
+        size = str(self.batch_size)
+        if size != AUTO and not (size.isdecimal() and int(size) >= 1):
+            raise ValueError(f"`batch_size` must be 1 or more, or `{AUTO}`, got {size}.")
+        if self.sheet_rows < 1:
+            raise ValueError(f"`sheet_rows` must be 1 or more, got {self.sheet_rows}.")
 
 
 @dataclass(kw_only=True)
