@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..embedded import embedded_model, resolve_model
-from ..utils.files import check_output_folder
 
 
 SUMMARY = "learn your own images, to draw them from a prompt"
@@ -32,6 +31,8 @@ def add_options(parser: argparse.ArgumentParser, count: Callable[[str], int]) ->
 
 def check(options: argparse.Namespace) -> None:
     """Check the options, and resolve the model, before PyTorch is loaded."""
+    from ..utils.files import check_output_folder  # here, as it loads Pillow, for which `flextok --help` must not wait
+
     check_output_folder(options.output)
     options.name = " ".join(options.name.split())
     if not options.name:
