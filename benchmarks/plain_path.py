@@ -9,6 +9,8 @@ Letters: B batch, C latent channels, h w latent grid, N patches, K registers, k 
 dimensions.
 """
 
+from unittest.mock import patch
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +19,7 @@ from flextok_hf import FlexTokEncoder, FlexTokFlowDecoder, FlexTokPipeline, Flex
 from flextok_hf.models.layers import Attention, GatedMLP, layer_norm
 from flextok_hf.models.patches import unpatchify
 from flextok_hf.pipelines.guidance import Guidance
+from flextok_hf.utils import tuning
 
 
 def features(encoder: FlexTokEncoder, latents: Tensor) -> Tensor:
@@ -123,6 +126,7 @@ def detokenize(
     return pipe.vae.decode((latents / pipe.vae.config.scaling_factor).to(pipe.vae.dtype)).sample
 
 
+@patch.dict(tuning.forced, product=tuning.LIBRARY)
 @torch.no_grad()
 def generate(
     prior: FlexTokPriorForCausalLM, num_tokens: int, conditions: dict, negative: dict, guidance_scale: float
