@@ -9,17 +9,15 @@ from ..utils.tables import markdown_table
 CARD_NAME = "README.md"
 
 
-def adapter_card(
-    facts: Mapping[str, Any], adapter: Mapping[str, Any], prompts: Sequence[str] = (), notes: Sequence[str] = ()
-) -> str:
+def adapter_card(facts: Mapping[str, Any], adapter: Mapping[str, Any], notes: Sequence[str] = ()) -> str:
     """Write the card of an adapter.
 
     Args:
-        facts: `base_model` and `changes_token_ids`.
+        facts: `base_model`, `changes_token_ids`, and `prompts`, what it was trained to draw.
         adapter: for each part, something with `ranks` and `tensors`.
-        prompts: what it was trained to draw.
         notes: further sentences.
     """
+    prompts = facts["prompts"]
     base = facts["base_model"] or "the model it was trained for"
     rows = [
         [part, str(len(own.ranks)), describe(own.ranks.values()), f"{sum(t.numel() for t in own.tensors.values()):,}"]

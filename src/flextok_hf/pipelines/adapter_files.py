@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from ..models.low_rank import LowRankAdapter
 from ..models.saved_model import local_folder, read_header
-from ..utils.files import write_atomically
+from ..utils.files import read_json, write_atomically
+from ..utils.numbers import is_finite_number
 
 
 FACTS_KEY = "flextok_adapter"  # of a file's metadata: the tokens that it was trained with, and its base model
@@ -31,6 +33,18 @@ def write_file(adapter: Adapter, facts: dict[str, Any], path: Path) -> None:
     metadata = {LORA_ADAPTER_METADATA_KEY: settings, FACTS_KEY: facts}
     texts = {"format": "pt", **{key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, texts))
+
+
+def facts_of(config: Any, encoder: Any, adapter: Adapter, prompts: Sequence[str]) -> dict[str, Any]:
+    """Return what an adapter's file says about the model that it is for, and about itself."""
+    return {
+        "base_model": str(config.get("_name_or_path") or ""),
+        "token_layout": encoder.config.token_layout,
+        "num_registers": encoder.config.num_registers,
+        "codebook_size": encoder.quantizer.codebook_size,
+        "changes_token_ids": "encoder" in adapter,
+        "prompts": list(prompts),
+    }
 
 
 def find_file(
@@ -82,7 +96,22 @@ def read_file(path: Path, source: str) -> tuple[dict[str, Tensor], dict[str, Any
             f"{source} has no settings of LoRA in its metadata ({LORA_ADAPTER_METADATA_KEY}), so its scale is unknown."
             " Save it with `save_lora_weights`, or with Diffusers 0.33 or newer."
         )
+    prompts = groups[1].setdefault("prompts", [])
+    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"{source}: `prompts` in its metadata must be a list of texts, got {str(prompts)[:80]}.")
     return tensors, *groups
+
+
+def read_index(path: Path) -> tuple[list[str], dict[str, float], bool]:
+    """Return the adapters that a pipeline was saved with, the weights of the active ones, and whether they are on."""
+    index = read_json(path)
+    names, active, is_on = map(index.get, ("adapters", "active", "is_on")) if isinstance(index, dict) else (None,) * 3
+    is_valid = isinstance(names, list) and isinstance(active, dict) and isinstance(is_on, bool)
+    if not is_valid or not set(active) <= set(names) or not all(map(is_finite_number, active.values())):
+        raise ValueError(
+            f"{str(path)!r} must list `adapters`, those `active` with weights, and `is_on`. Save it again."
+        )
+    return names, active, is_on
 
 
 def within(part: str, values: dict[str, Any]) -> dict[str, Any]:

@@ -23,15 +23,18 @@ from ..models.low_rank import (
     taken_out,
 )
 from ..models.saved_model import check_files, local_folder
-from ..utils.files import read_json, write_text
+from ..utils.files import write_text
 from ..utils.numbers import is_finite_number
+from ..utils.words import split_words
 from .adapter_files import (
     INDEX,
     LORA_WEIGHT_NAME_SAFE,
     SAVED_FOLDER,
     Adapter,
+    facts_of,
     find_file,
     read_file,
+    read_index,
     remove_saved_adapters,
     within,
     write_file,
@@ -42,19 +45,21 @@ PARTS = ("encoder", "decoder", "prior")
 
 
 class AdapterMixin(DiffusionPipeline):
-    """What a pipeline does with adapters. Those that are not in use, or at weight 0, leave no trace in the models.
+    """What a pipeline does with adapters; those not in use, or at weight 0, leave no trace in the models.
 
     Attributes:
         _adapters: all adapters by name, as far as the models do not hold them.
         _adapter_weights: the weights of those that are active.
         _adapters_on: false between `disable_lora` and `enable_lora`.
         _unfused: the weights before `fuse_lora`, by part and layer; empty if nothing is fused.
+        _adapter_prompts: what each was trained to draw, as far as its file says.
     """
 
     _adapters: dict[str, Adapter]
     _adapter_weights: dict[str, float]
     _adapters_on: bool
     _unfused: dict[str, dict[str, Tensor]]
+    _adapter_prompts: dict[str, list[str]]
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,26 +97,36 @@ class AdapterMixin(DiffusionPipeline):
                 f"`adapter_name` {adapter_name!r} is taken. Choose another, or call `delete_adapters` first."
             )
         path = find_file(pretrained_model_name_or_path, weight_name, subfolder, hub_options)
-        self._adapters[adapter_name] = self._read_adapter(path)
+        self._adapters[adapter_name] = self._read_adapter(path, adapter_name)
         self._adapter_weights = {adapter_name: 1.0}
         self._apply()
 
-    def save_lora_weights(self, save_directory: str | os.PathLike, adapter_name: str | None = None) -> None:
+    def save_lora_weights(
+        self,
+        save_directory: str | os.PathLike,
+        adapter_name: str | None = None,
+        prompts: Sequence[str] = (),
+        notes: Sequence[str] = (),
+    ) -> None:
         """Save an adapter as one safetensors file with its settings, and a card beside it.
 
         Args:
             save_directory: folder, created if needed; upload it with `huggingface_hub.upload_folder`.
             adapter_name: which one; may be left out if there is only one.
+            prompts: what it was trained to draw, for the card; their words will not be reported as unknown.
+            notes: further sentences for the card.
         """
         self._read_models()
         name = self._only(adapter_name)
+        if prompts:
+            self._adapter_prompts[name] = list(prompts)
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"`save_directory` {str(folder)!r} is a file; pass a folder.")
         folder.mkdir(parents=True, exist_ok=True)
-        self._write_adapter(name, folder / LORA_WEIGHT_NAME_SAFE)
+        write_file(self._adapters[name], self._facts(name), folder / LORA_WEIGHT_NAME_SAFE)
         if not (folder / CARD_NAME).exists():
-            write_text(folder / CARD_NAME, adapter_card(self._facts(name), self._adapters[name]))
+            write_text(folder / CARD_NAME, adapter_card(self._facts(name), self._adapters[name], notes))
 
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
@@ -221,7 +236,8 @@ class AdapterMixin(DiffusionPipeline):
     # State
 
     def _reset_adapters(self) -> None:
-        self._adapters, self._adapter_weights, self._adapters_on, self._unfused = {}, {}, True, {}
+        self._adapters, self._adapter_weights, self._adapter_prompts = {}, {}, {}
+        self._adapters_on, self._unfused = True, {}
 
     def _adapted_parts(self) -> dict[str, nn.Module]:
         parts = {part: getattr(self, part) for part in PARTS}
@@ -282,21 +298,12 @@ class AdapterMixin(DiffusionPipeline):
     # Files
 
     def _facts(self, name: str) -> dict[str, Any]:
-        config = self.encoder.config
-        return {
-            "base_model": str(self.config.get("_name_or_path") or ""),
-            "token_layout": config.token_layout,
-            "num_registers": config.num_registers,
-            "codebook_size": self.encoder.quantizer.codebook_size,
-            "changes_token_ids": "encoder" in self._adapters[name],
-        }
+        return facts_of(self.config, self.encoder, self._adapters[name], self._adapter_prompts.get(name, []))
 
-    def _write_adapter(self, name: str, path: Path) -> None:
-        write_file(self._adapters[name], self._facts(name), path)
-
-    def _read_adapter(self, path: Path) -> Adapter:
+    def _read_adapter(self, path: Path, adapter_name: str) -> Adapter:
         source = f"The adapter {str(path)!r}"
         tensors, settings, facts = read_file(path, source)
+        self._adapter_prompts[adapter_name] = prompts = facts.get("prompts", [])
         for name in ("token_layout", "num_registers", "codebook_size"):
             own = (
                 self.encoder.quantizer.codebook_size if name == "codebook_size" else getattr(self.encoder.config, name)
@@ -306,16 +313,16 @@ class AdapterMixin(DiffusionPipeline):
                     f"{source} was trained for a model whose `{name}` is {str(facts[name])[:80]}, but that of this one"
                     f" is {own}: token ids mean something else. Load that model."
                 )
-        adapter, parts = {}, sorted({name.partition(".")[0] for name in tensors})
-        for part in parts:
+        adapter = {}
+        for part in sorted({name.partition(".")[0] for name in tensors}, key=lambda part: (part in PARTS, part)):
             if part not in PARTS:
                 raise ValueError(f"{source} adapts {part!r}, but a FlexTok pipeline adapts {', '.join(PARTS)}.")
             if getattr(self, part) is None:
                 raise ValueError(f"{source} adapts the `{part}`, but this pipeline has none. Load one that has.")
-        for part in parts:
             own_settings, own_tensors = (within(part, values) for values in (settings, tensors))
             adapter[part] = parse_adapter(own_settings, own_tensors, source)
             check_fits(adapter[part], getattr(self, part), part, source)
+        self._reported_words.update(split_words(" ".join(prompts)))
         return adapter
 
     def _write_adapters(self, folder: Path) -> None:
@@ -324,7 +331,8 @@ class AdapterMixin(DiffusionPipeline):
             return
         (folder / SAVED_FOLDER).mkdir(exist_ok=True)
         for name in self._adapters:
-            self._write_adapter(name, folder / SAVED_FOLDER / f"{name}.safetensors")
+            path = folder / SAVED_FOLDER / f"{name}.safetensors"
+            write_file(self._adapters[name], self._facts(name), path)
         index = {"adapters": list(self._adapters), "active": self._adapter_weights, "is_on": self._adapters_on}
         write_text(folder / SAVED_FOLDER / INDEX, json.dumps(index, indent=2) + "\n")
 
@@ -335,15 +343,8 @@ class AdapterMixin(DiffusionPipeline):
             return
         need_peft()
         check_files(folder)
-        index = read_json(folder / INDEX)
-        names, active = (index.get(key) for key in ("adapters", "active")) if isinstance(index, dict) else (None, None)
-        is_valid = isinstance(names, list) and isinstance(active, dict) and isinstance(index.get("is_on"), bool)
-        if not is_valid or not all(is_finite_number(active[key]) for key in active) or not set(active) <= set(names):
-            raise ValueError(
-                f"{str(folder / INDEX)!r} must list `adapters`, those `active`, and `is_on`. Save it again."
-            )
+        names, active, is_on = read_index(folder / INDEX)
         for one in names:
-            path = folder / f"{check_adapter_name(one, 'adapters')}.safetensors"
-            self._adapters[one] = self._read_adapter(path)
-        self._adapter_weights, self._adapters_on = active, index["is_on"]
+            self._adapters[one] = self._read_adapter(folder / f"{check_adapter_name(one)}.safetensors", one)
+        self._adapter_weights, self._adapters_on = active, is_on
         self._apply()

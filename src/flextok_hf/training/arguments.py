@@ -96,6 +96,10 @@ class TokenizerArguments(TrainingArguments):
     )
     repa_weight: float = option(1.0, "Weight of the REPA loss.")
     repa_layer: int = option(1, "Decoder block whose output is aligned, counted from 0.")
+    extra_loss: str | None = option(
+        None, "Your own loss, `module:function`, on images, one-step reconstructions and token ids."
+    )
+    extra_loss_weight: float = option(1.0, "Weight of `extra_loss`.")
 
     LIMITS: ClassVar[dict[str, tuple[float, float]]] = TrainingArguments.LIMITS | {
         "num_registers": (1, inf),
@@ -116,6 +120,7 @@ class TokenizerArguments(TrainingArguments):
         "correlation_penalty": (0, inf),
         "repa_weight": (0, inf),
         "repa_layer": (0, inf),
+        "extra_loss_weight": (0, inf),
     }
     ADAPTED_PARTS, START = ("decoder", "encoder"), "pretrained_tokenizer"
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = TrainingArguments.CHOICES | {
@@ -153,8 +158,9 @@ class TokenizerArguments(TrainingArguments):
             for name in ("unrounded_probability", "feature_penalty", "correlation_penalty"):
                 if getattr(self, name) > 0:
                     raise ValueError(f"`{name}` trains the encoder, which `freeze_encoder` freezes: set it to 0.")
-        if self.repa_network is not None and self.cache_latents:
-            raise ValueError("`repa_network` needs images, which `cache_latents` does not keep: drop one of them.")
+        for name in ("repa_network", "extra_loss"):
+            if getattr(self, name) is not None and self.cache_latents:
+                raise ValueError(f"`{name}` needs images, which `cache_latents` does not keep: drop one of them.")
         if self.repa_network is not None and (self.buckets or self.max_area is not None):
             raise ValueError("`repa_network` needs squares of `resolution`: drop it, or `buckets` and `max_area`.")
 

@@ -20,13 +20,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..cards.adapter_card import CARD_NAME, adapter_card
+from ..cards.adapter_card import CARD_NAME
 from ..data.seeds import draw_seed
 from ..models.latents import encode_latents
 from ..pipelines.images import prepare_images
 from ..pipelines.pipeline_flextok import FlexTokPipeline
-from ..utils.files import save_image, write_text
+from ..utils.files import save_image
 from ..utils.sheets import contact_sheet
+from ..utils.words import split_words
 from .adapters import freeze_with_adapter
 from .arguments import PriorArguments, TokenizerArguments
 from .personal_images import PersonalImages, prompts_of
@@ -35,7 +36,7 @@ from .step_rng import StepRng
 from .tokenizer import TokenizerForTraining
 
 
-DRAW_BATCH, DRAW_STEPS = 16, 10
+DRAW_BATCH, DRAW_STEPS = 16, 6
 PREVIEW_IMAGES, PREVIEW_ROWS = 4, 6
 WARMUP, MAX_NORM, BETAS = 0.05, 1.0, (0.9, 0.99)
 PREVIEW_FILE = "preview.png"
@@ -46,22 +47,24 @@ class PersonalizeOptions:
     """How to learn; the defaults were chosen with the embedded model.
 
     Attributes:
-        steps: optimizer steps; each sees `new_per_step` own images and `kept_per_step` of those the model drew.
+        steps: optimizer steps; half of what each sees are own images, half are drawn by the model before.
         lora_rank: of the adapters of prior and decoder.
         learning_rate: peak, of both.
         num_kept: images that the model draws beforehand, to keep what it knows; 0 for none.
+        prior_batch: images per step of the prior; their tokens cost little.
+        decoder_batch: images per step of the decoder.
         seed: of all draws.
         previews: how many rows of images are drawn while training.
     """
 
-    steps: int = 300
+    steps: int = 200
     lora_rank: int = 8
     learning_rate: float = 2e-3
-    num_kept: int = 96
-    new_per_step: int = 8
-    kept_per_step: int = 8
+    num_kept: int = 64
+    prior_batch: int = 16
+    decoder_batch: int = 4
     seed: int = 0
-    previews: int = 5
+    previews: int = 4
 
 
 @dataclass
@@ -107,6 +110,7 @@ def personalize(
     pipe.set_progress_bar_config(disable=True)
     folder.mkdir(parents=True, exist_ok=True)
     devices = [pipe.device] if pipe.device.type == "cuda" else []
+    pipe._reported_words.update(split_words(" ".join(own.captions)))
     with torch.random.fork_rng(devices), stop_requests() as is_asked:
         torch.manual_seed(options.seed)
         new = read_examples(pipe, own)
@@ -115,7 +119,9 @@ def personalize(
         done = trainer.train(Previews(pipe, name, own, folder, options), is_quiet, is_asked)
     for model in (pipe.encoder, pipe.decoder, pipe.prior):
         model.eval()
-    save(pipe, own, name, folder, done)
+    (folder / CARD_NAME).unlink(missing_ok=True)
+    notes = [f"Learned in {done} steps from {len(own.images)} images by `flextok personalize`.", *own.notes]
+    pipe.save_lora_weights(folder, prompts=prompts_of(own.captions, name), notes=notes)
     return done
 
 
@@ -158,7 +164,7 @@ def draw_examples(
             break
         some = prompts[start : start + DRAW_BATCH]
         ids.append(pipe.generate_tokens(some, prior_guidance_scale=1.0, generator=generator))
-        drawn = pipe.detokenize(ids[-1], DRAW_STEPS, generator=generator, output_type="latent").images
+        drawn = pipe.detokenize(ids[-1], DRAW_STEPS, 1.0, generator=generator, output_type="latent").images
         latents.append(drawn)
     if not ids:
         return None
@@ -206,20 +212,26 @@ class Personalizer:
         previews.draw(self.options.steps)
         return self.options.steps
 
+    def mix(self, count: int, draw: random.Random) -> tuple[Tensor, Tensor, list[str]]:
+        """Draw own images, and as many of those that the model drew."""
+        if self.kept is None or count == 1:
+            return self.new.pick(count, draw)
+        (new_ids, new, ours), (kept_ids, kept, known) = (
+            self.new.pick(-(-count // 2), draw),
+            self.kept.pick(count // 2, draw),
+        )
+        return torch.cat([new_ids, kept_ids]), torch.cat([new, kept]), ours + known
+
     def train_step(self, step: int) -> dict[str, float]:
         """Run one step on own images and drawn ones."""
         options, draw = self.options, random.Random(draw_seed(self.options.seed, step))
-        parts = [self.new.pick(options.new_per_step, draw)]
-        if self.kept is not None and options.kept_per_step:
-            parts.append(self.kept.pick(options.kept_per_step, draw))
-        token_ids, latents = (torch.cat([part[index] for part in parts]) for index in (0, 1))
-        captions = [caption for part in parts for caption in part[2]]
-        device = latents.device
+        token_ids, _, captions = self.mix(options.prior_batch, draw)
+        _, latents, _ = self.mix(options.decoder_batch, draw)
         self.tokenizer.train()
         self.prior.train()
-        flow_loss, _ = self.tokenizer({"latents": latents}, step, StepRng(draw_seed(options.seed, step, 1), device))
-        batch = {"token_ids": token_ids, "captions": captions}
-        token_loss, _ = self.prior(batch, step, StepRng(draw_seed(options.seed, step, 2), device))
+        rng = StepRng(draw_seed(options.seed, step), latents.device)
+        flow_loss, _ = self.tokenizer({"latents": latents}, step, rng)
+        token_loss, _ = self.prior({"token_ids": token_ids, "captions": captions}, step, rng)
         (flow_loss + token_loss).backward()
         torch.nn.utils.clip_grad_norm_(self.trained, MAX_NORM)
         self.optimizer.step()
@@ -256,17 +268,6 @@ class Previews:
                                    generator=generators).images)  # fmt: skip
         self.titles.append(f"{self.name!r} after {step} steps")
         save_image(contact_sheet(self.rows, [""] * PREVIEW_IMAGES, row_titles=self.titles), self.path)
-
-
-def save(pipe: FlexTokPipeline, own: PersonalImages, name: str, folder: Path, steps: int) -> None:
-    """Save the adapter, with a card that says what it draws."""
-    (folder / CARD_NAME).unlink(missing_ok=True)
-    pipe.save_lora_weights(folder)
-    pipe._read_models()
-    (adapter_name,) = pipe._adapters
-    notes = [f"Learned in {steps} steps from {len(own.images)} images by `flextok personalize`.", *own.notes]
-    card = adapter_card(pipe._facts(adapter_name), pipe._adapters[adapter_name], prompts_of(own.captions, name), notes)
-    write_text(folder / CARD_NAME, card)
 
 
 @contextmanager

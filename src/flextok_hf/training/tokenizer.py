@@ -17,6 +17,7 @@ from ..pipelines.flow import add_noise, sample_sigma, velocity_target
 from ..pipelines.length_groups import LengthGroups
 from .arguments import TokenizerArguments
 from .collapse import correlation_penalty, count_distinct, spread_penalty
+from .extra_loss import call_extra_loss, estimate_clean, load_extra_loss
 from .repa import FeatureAlignment, LayerTap
 from .step_rng import StepRng
 
@@ -41,6 +42,7 @@ class TokenizerForTraining(nn.Module):
         self.decoder = decoder
         self.arguments = arguments
         self.frozen = {"vae": vae}  # in a dictionary, so that its weights are neither trained nor saved
+        self.extra_loss = None if arguments.extra_loss is None else load_extra_loss(arguments.extra_loss)
         self.alignment = None
         if arguments.repa_network is not None:
             if arguments.repa_layer >= len(decoder.transformer_blocks):
@@ -82,24 +84,30 @@ class TokenizerForTraining(nn.Module):
 
         # 3. Losses
         flow_loss = F.mse_loss(velocity.float(), velocity_target(latents, noise).float())
-        metrics = {"flow_loss": flow_loss.detach()}
+        metrics = {"flow_loss": flow_loss}
         with torch.no_grad():
             token_ids = self.encoder.quantizer.codes_to_ids(self.encoder.quantizer(features))
             metrics["distinct_ids"] = count_distinct(token_ids)
         if not self.training:
-            return flow_loss, metrics
+            return flow_loss, {name: value.detach() for name, value in metrics.items()}
         loss = flow_loss
         scale = 1 - 5 / 6 * self.fade(step)
         if arguments.feature_penalty > 0:
             loss = loss + scale * arguments.feature_penalty * spread_penalty(features)
         if arguments.correlation_penalty > 0:
             loss = loss + scale * arguments.correlation_penalty * correlation_penalty(features)
+        if self.alignment is not None or self.extra_loss is not None:
+            images = batch["pixel_values"].to(latents.device, non_blocking=True).repeat(len(copies), 1, 1, 1)
         if self.alignment is not None:
-            pixel_values = batch["pixel_values"].to(latents.device, non_blocking=True).repeat(len(copies), 1, 1, 1)
-            alignment_loss = self.alignment(patches, pixel_values)
-            metrics["repa_loss"] = alignment_loss.detach()
-            loss = loss + arguments.repa_weight * alignment_loss
-        return loss, metrics
+            metrics["repa_loss"] = self.alignment(patches, images)
+            loss = loss + arguments.repa_weight * metrics["repa_loss"]
+        if self.extra_loss is not None:
+            estimate = estimate_clean(noisy_latents, velocity, sigma)
+            known = {"sigma": sigma, "num_tokens": num_tokens.masked_fill(is_unconditional, 0)}
+            known["token_ids"] = token_ids.repeat(len(copies), 1)
+            metrics["extra_loss"] = call_extra_loss(self.extra_loss, self.frozen["vae"], images, estimate, **known)
+            loss = loss + arguments.extra_loss_weight * metrics["extra_loss"]
+        return loss, {name: value.detach() for name, value in metrics.items()}
 
     def draw(self, batch_size: int, rng: StepRng, is_full: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Draw noise levels, numbers of tokens to keep, and which samples ignore their tokens, each (B,)."""
