@@ -22,6 +22,7 @@ from flextok_hf.pipelines.bulk_tokenization import tokenize_batches
 
 
 NAN, INF = float("nan"), float("inf")
+MEAN_VELOCITY = {"predicts": "mean_velocity", "interval_blocks": 1, "guidance_range": [1.0, 4.0]}
 
 # Values by name: a new one for each use, since a call may keep what it is given.
 VALUES: dict[str, Callable[[], Any]] = {
@@ -193,6 +194,13 @@ def model_calls(text: FlexTokPipeline, classes: FlexTokPipeline) -> dict[str, Ca
             aliases={"noisy_latents": ("latents", "codes", "sigma")},  # the other arguments have its batch size
             passes_on=True,
         ),
+        "decoder(mean velocity)": Call(
+            make_decoder(**MEAN_VELOCITY),
+            {"noisy_latents": latents, "sigma": torch.tensor([0.5, 0.1]), "codes": codes}
+            | {"next_sigma": torch.tensor([0.2, 0.0]), "guidance_scale": torch.tensor([2.0])},
+            aliases={"noisy_latents": ("latents", "codes", "sigma")},
+            passes_on=True,
+        ),
         "prior(text)": Call(
             prior,
             {"input_ids": ids, "encoder_hidden_states": states, "encoder_attention_mask": None, "labels": None}
@@ -231,6 +239,9 @@ def configurations() -> dict[str, Call]:
         "FlexTokEncoderConfig": Call(FlexTokEncoderConfig, {**encoder, "token_layout": "registers"}, errors=strict),
         "FlexTokPriorConfig": Call(FlexTokPriorConfig, prior, errors=strict),
         "FlexTokFlowDecoder": Call(FlexTokFlowDecoder, {**decoder, "token_layout": "registers"}),
+        "FlexTokFlowDecoder(mean velocity)": Call(
+            FlexTokFlowDecoder, {**decoder, **MEAN_VELOCITY, "default_num_inference_steps": {1: 4, 3: 2}}
+        ),
         "FiniteScalarQuantizer": Call(FiniteScalarQuantizer, {"levels": FSQ_LEVELS}),
     }
 

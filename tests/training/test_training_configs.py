@@ -8,6 +8,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from paths import SCRIPTS
 
 from flextok_hf.training.arguments import PriorArguments, TokenizerArguments, VaeArguments
+from flextok_hf.training.distillation_arguments import DistillationArguments
 from flextok_hf.training.prior import build_prior
 from flextok_hf.training.tokenizer import build_tokenizer
 from flextok_hf.training.vae import build_vae
@@ -16,6 +17,7 @@ from flextok_hf.utils.option_parsing import parse_arguments
 
 CONFIGS = SCRIPTS / "configs"
 STAGES = {"vae": VaeArguments, "tokenizer": TokenizerArguments, "prior": PriorArguments}
+STAGES |= {"distill": DistillationArguments}
 PAPER = sorted(CONFIGS.glob("paper/*.yaml"))
 
 
