@@ -196,6 +196,27 @@ def test_packed_weights_end_with_their_block_even_after_an_error():
 
 @needs_kernels
 @torch.no_grad()
+def test_weights_that_change_within_a_loop_are_packed_again():
+    model, inputs = make_model(), random(2, 24)
+    with packed_weights(model, num_calls=100):
+        before = linear(model[0], inputs)
+        model[0].weight.mul_(2)
+        torch.testing.assert_close(linear(model[0], inputs), 2 * before, atol=1e-5, rtol=0)
+        model[0].weight = nn.Parameter(torch.zeros(40, 24))
+        assert not linear(model[0], inputs).any()
+
+
+@needs_kernels
+def test_weights_made_in_inference_mode_are_packed():
+    with torch.inference_mode():
+        model, inputs = make_model(), random(2, 24)
+        expected = model(inputs)
+        with packed_weights(model, num_calls=100):
+            torch.testing.assert_close(model(inputs), expected, atol=1e-5, rtol=0)
+
+
+@needs_kernels
+@torch.no_grad()
 def test_a_loop_that_another_thread_closes_ends_where_it_began():
     model, inputs = make_model(), random(2, 24)
 
@@ -224,9 +245,7 @@ def test_long_loops_time_what_is_not_known_and_short_ones_do_not(take, monkeypat
         model(inputs)
     (times,) = tuning.measured.values()
     assert len(times) == 2  # one for each shape
-    assert all(
-        {tuning.LIBRARY, ONEDNN, PACKED, PADDED, tuning.PACKING} == ways.keys() for ways in times.values()
-    )
+    assert all({tuning.LIBRARY, ONEDNN, PACKED, PADDED, tuning.PACKING} == ways.keys() for ways in times.values())
     monkeypatch.setattr(packed_linear, "time_ways", lambda *_: pytest.fail("timed again"))
     with packed_weights(model, num_calls=1000):
         model(inputs)

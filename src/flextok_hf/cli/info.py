@@ -22,8 +22,8 @@ def info(options: argparse.Namespace) -> None:
         print(json.dumps(models, indent=2) if options.json else models_table(models))
         return
     if options.machine:
-        facts = {"machine": tuning.machine(), "tuning": tuning.mode(), "fastest": tuning.choices()}
-        print(json.dumps(facts, indent=2) if options.json else machine_table(facts))
+        choices = {"machine": tuning.machine(), "tuning": tuning.mode(), "fastest": tuning.choices()}
+        print(json.dumps(choices, indent=2) if options.json else machine_table(choices))
         return
     pipe = open_pipeline(options)
     if options.names:

@@ -31,7 +31,7 @@ MAX_SHARE_OF_MEMORY = 0.25  # of total RAM; packed weights are held in addition 
 PACKED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 active = threading.local()  # `loops`: layer -> the loop of this thread that calls it
-packed_elsewhere: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # id of a layer -> weight, all threads
+packed_elsewhere: WeakValueDictionary[tuple, Tensor] = WeakValueDictionary()  # state of a weight -> packed weight
 
 
 def linear(layer: nn.Module, hidden_states: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class PackedWeights:
         self.layers = layers if is_possible and can_pack([layer.weight for layer in layers]) else {}
         self.num_calls = num_calls
         self.ways: dict[str, str] = {}  # product -> way, the same throughout the loop
-        self.weights: dict[nn.Linear, Tensor] = {}
+        self.weights: dict[nn.Linear, tuple[tuple, Tensor]] = {}  # state of the weight when it was packed, and packed
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -138,11 +138,14 @@ class PackedWeights:
             return_freed_memory()
 
     def packed_weight(self, layer: nn.Linear) -> Tensor:
-        """Return the packed weight of a layer, from another thread's loop if it has one."""
-        if layer not in self.weights:
-            weight = packed_elsewhere.get(id(layer))
-            self.weights[layer] = packed_elsewhere[id(layer)] = pack(layer) if weight is None else weight
-        return self.weights[layer]
+        """Return the packed weight of a layer, perhaps of another thread's loop; packed again if it has changed."""
+        weight = layer.weight
+        state = (id(layer), weight.data_ptr(), None if weight.is_inference() else weight._version)
+        if layer not in self.weights or self.weights[layer][0] != state:
+            packed = packed_elsewhere.get(state)
+            self.weights[layer] = state, pack(layer) if packed is None else packed
+            packed_elsewhere[state] = self.weights[layer][1]
+        return self.weights[layer][1]
 
     def way(self, layer: nn.Linear, rows: Tensor) -> str:
         """Return the way that takes the least time for all calls of the loop; times those that are not known."""

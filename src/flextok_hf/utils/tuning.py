@@ -115,7 +115,8 @@ def cpu() -> str:
     names = ("vendor_id", "cpu family", "model", "model name")
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
-        values = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
+        pairs = (line.partition(":") for line in lines)
+        values = {name.strip(): value.strip() for name, _, value in pairs}
     except OSError:
         values = {}
     found = [values[name] for name in names if name in values] or [platform.machine(), platform.processor()]
