@@ -205,6 +205,24 @@ def test_reconstruction_is_reported_for_every_token_count(run, tmp_path):
     assert not list(tmp_path.glob(".*begun"))
 
 
+def test_baselines_and_recognition_stand_beside_the_model(run, tmp_path):
+    record = run("reconstruction", "--split", "train", "--baselines", "true", "--recognition_among", 10)
+    assert record["protocol"]["recognition_among"] == 10
+    assert list(record["baselines"]) == ["thumbnail_1", "thumbnail_4"]  # this model has no VAE
+    assert record["thumbnails"]["4"]["size"] == [1, 2]  # four of 15 codes: 15.6 bits
+    for figures in (*record["results"].values(), *record["baselines"].values()):
+        for key in ("recognized_by_thumbnail", "recognized_by_edges"):
+            assert 0 <= figures[key]["low"] <= figures[key]["share"] <= figures[key]["high"] <= 1
+    assert record["baselines"]["thumbnail_1"]["psnr_db"]["mean"] > record["results"]["1"]["psnr_db"]["mean"]
+    assert "1 x 2 pixels, 24 bits" in (tmp_path / "reconstruction.md").read_text()
+
+
+@pytest.mark.parametrize("number", [9, 11])
+def test_recognition_among_fewer_than_measured_or_more_than_there_are_is_refused(run, number):
+    with pytest.raises(ValueError, match="`recognition_among` must be at least the 10 images"):
+        run("reconstruction", "--split", "train", "--recognition_among", number)
+
+
 def test_the_main_table_is_printed_at_the_end_in_columns_of_equal_width(run, tmp_path, capsys):
     run("reconstruction")
     *table, empty, last = capsys.readouterr().out.splitlines()

@@ -63,10 +63,20 @@ class ReconstructionOptions(EvaluationOptions):
         default=None, metadata={"help": "Also report means per value of this column; default: style, if present."}
     )
     sheet_group: str | None = field(default=None, metadata={"help": "Group to show on the contact sheet."})
+    baselines: bool = field(
+        default=False, metadata={"help": "Also measure thumbnails of as many bits as the tokens, and the VAE alone."}
+    )
+    recognition_among: int | None = field(
+        default=None, metadata={"help": "Find each original among this many of the split; default: do not."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
         check_positive("max_images", self.max_images)
+        if self.recognition_among is not None and self.recognition_among < 2:
+            raise ValueError(
+                f"`recognition_among` must be 2 or more, the originals to choose from, got {self.recognition_among}."
+            )
         wrong = sorted(set(self.extra_measures) - set(EXTRA_MEASURES))
         if wrong:
             raise ValueError(f"`extra_measures` must be among {', '.join(EXTRA_MEASURES)}, got {wrong}.")

@@ -13,6 +13,8 @@ MEASURE_TITLES = {
     "lpips": "LPIPS",
     "dreamsim": "DreamSim",
     "name": "name found",
+    "recognized_by_thumbnail": "recognized by 16 x 16 colors",
+    "recognized_by_edges": "recognized by edges",
     "all": "all attributes",
     "clip_score": "CLIP score",
     "fid": "FID",
