@@ -32,7 +32,7 @@ def check_scheduler(decoder: FlexTokFlowDecoder, scheduler: SchedulerMixin) -> N
     for option in ("stochastic_sampling", "invert_sigmas"):
         if scheduler.config.get(option):
             raise ValueError(
-                f"`scheduler` has `{option}`, but this decoder predicts the mean velocity over a whole step. Turn it off."
+                f"`scheduler` has `{option}`, but this decoder predicts the mean velocity over a step. Turn it off."
             )
 
 
