@@ -6,7 +6,9 @@ from dataclasses import replace
 import datasets
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from image_rows import png
+from tiny_models import make_decoder, make_encoder
 from training_processes import SMALL_TOKENIZER, assert_same_state, errors, run
 
 from flextok_hf.pipelines.images import prepare_each
@@ -167,6 +169,22 @@ def test_a_tokenizer_of_squares_is_fine_tuned_to_other_shapes(tmp_path, data):
     options["pretrained_tokenizer"] = str(tmp_path / "shapes" / "pipeline")
     again = arguments_for(tmp_path / "again", data, **{**options, **squares})  # the defaults: the model knows better
     assert load_tokenizer(again, None)[0].decoder.config.positions == "stretch"
+
+
+def test_a_tokenizer_saved_without_the_settings_of_shapes_is_prepared_as_well(tmp_path, data):
+    parts = make_encoder(), make_decoder(), FlowMatchEulerDiscreteScheduler()
+    FlexTokPipeline(*parts, default_guidance_scale=3.0).save_pretrained(tmp_path)
+    for part in ("encoder", "decoder"):
+        path = tmp_path / part / "config.json"
+        config = json.loads(path.read_text())
+        removed = {name: config.pop(name, None) for name in STRETCH}
+        assert removed["positions"] == "crop"
+        path.write_text(json.dumps(config))
+    pipe, _ = load_tokenizer(arguments_for("x", data, pretrained_tokenizer=str(tmp_path), buckets=True), None)
+    for model in (pipe.encoder, pipe.decoder):
+        assert model.config.positions == "stretch" and model.config.shape_conditioning is True
+        assert not model.shape_proj.weight.any()
+    assert pipe.decoder.config.default_guidance_scale == 3.0
 
 
 def test_the_vae_and_cached_latents_train_in_buckets(tmp_path, data, monkeypatch):
