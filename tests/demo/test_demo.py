@@ -15,7 +15,8 @@ from PIL import Image
 from tiny_models import make_decoder, make_encoder
 
 from flextok_hf import FlexTokPipeline
-from flextok_hf.demo.actions import MAX_PHOTO_BYTES, MAX_PROMPT_CHARACTERS, NOT_UPLOADED, DemoActions
+from flextok_hf.demo.actions import MAX_PROMPT_CHARACTERS, DemoActions
+from flextok_hf.demo.uploads import MAX_PHOTO_BYTES, NOT_UPLOADED
 
 
 PHOTO = str(ROOT / "docs" / "assets" / "parrots.jpg")
@@ -267,7 +268,7 @@ def test_the_page_has_the_tabs_that_its_model_supports(tiny_pipeline, tiny_token
         config = build_demo(pipe, "a model").get_config_file()
         return [part["props"]["label"] for part in config["components"] if part["type"] == "tabitem"]
 
-    assert tabs(tiny_pipeline) == ["Reconstruct", "Generate", "Vary", "Tokens"]
+    assert tabs(tiny_pipeline) == ["Generate", "Reconstruct", "Vary", "Tokens"]
     assert tabs(tiny_tokenizer_pipeline) == ["Reconstruct", "Tokens"]
 
 

@@ -20,8 +20,8 @@ pytest.importorskip("gradio")
 pytest.importorskip("fcntl")  # named pipes
 httpx = pytest.importorskip("httpx")
 
-from flextok_hf.demo.actions import MAX_PHOTO_BYTES, NOT_UPLOADED  # noqa: E402
 from flextok_hf.demo.server import MAX_BODY_BYTES, NOT_UNDERSTOOD  # noqa: E402
+from flextok_hf.demo.uploads import MAX_PHOTO_BYTES, NOT_UPLOADED  # noqa: E402
 
 
 ANSWER_S = 30

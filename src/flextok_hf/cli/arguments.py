@@ -321,6 +321,7 @@ def _add_demo(commands) -> None:
         "--host", default="127.0.0.1", metavar="NAME", help="0.0.0.0 allows other machines (127.0.0.1)"
     )
     parser.add_argument("--port", type=port, default=7860, metavar="N", help="port to listen on (7860)")
+    parser.add_argument("--share", action="store_true", help="a public address for a week, through Gradio's servers")
     _add_shared(parser, has_seed=False)
 
 

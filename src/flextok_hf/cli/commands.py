@@ -242,7 +242,13 @@ def demo(options: argparse.Namespace) -> None:
         raise ValueError('the demo needs Gradio; install it: pip install "flextok_hf[demo]"') from error
     is_embedded = options.model == embedded_model()
     page = build_demo(open_pipeline(options), "the embedded model" if is_embedded else options.model)
-    page.launch(server_name=options.host, server_port=options.port, quiet=options.quiet, **launch_options())
+    page.launch(
+        server_name=options.host,
+        server_port=options.port,
+        quiet=options.quiet,
+        share=options.share,
+        **launch_options(),
+    )
 
 
 def convert(options: argparse.Namespace) -> None:

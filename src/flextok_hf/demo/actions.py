@@ -3,11 +3,12 @@
 All input is untrusted: each method checks it, and raises an error with a message for the visitor if it is wrong.
 """
 
+import functools
 import math
 import os
-import stat
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
@@ -17,19 +18,21 @@ from PIL import Image
 
 from ..models.nested_dropout import token_ladder
 from ..pipelines.images import PILLOW_BOMBS, PILLOW_ERRORS, ImageValueError, load_image, resize_and_crop
+from ..pipelines.known_words import known_names
 from ..pipelines.pipeline_flextok import FlexTokPipeline
+from ..utils.files import save_animation
 from ..utils.image_formats import open_image
 from ..utils.measures import peak_signal_to_noise, stack_images
+from ..utils.sheets import contact_sheet
+from .uploads import read_upload
 
 
 MAX_PROMPT_CHARACTERS = 500
 MAX_PHOTO_MEGAPIXELS = 50  # about 150 MB once decoded
-MAX_PHOTO_BYTES = 20 * 2**20
 MAX_GUIDANCE = 100
 MAX_SECONDS = 300  # per request, checked after every decoder step and every image
-# One message for every file, so that answers do not tell which files exist.
-NOT_UPLOADED = "The photo must be a file that was uploaded on this page. Choose it again."
 NUM_VARIATIONS = 4
+ANIMATION_SIDE, FRAME_MS = 256, 700
 
 Shape = tuple[int | None, int | None]  # height and width; `None` for the model's square
 
@@ -43,39 +46,6 @@ class Reconstruction:
     num_tokens: int
     bits: float
     psnr_db: float
-
-
-def is_inside(path: str, folder: str) -> bool:
-    """Whether a path, as written and with links resolved, is in a folder."""
-    real = os.path.realpath(folder)
-    try:
-        is_written_inside = any(
-            os.path.commonpath([os.path.abspath(path), parent]) == parent for parent in (os.path.abspath(folder), real)
-        )  # first, so that paths elsewhere are not even looked up
-        return is_written_inside and os.path.commonpath([os.path.realpath(path), real]) == real
-    except (ValueError, OSError):  # a null character, another drive, a name that is too long
-        return False
-
-
-def read_upload(path: str, folder: str) -> bytes:
-    """Return the content of a file in a folder. It is opened once, without waiting for pipes, and checked once open.
-
-    Raises:
-        ValueError: the same for every path that is not a regular file in the folder, or if it is too large.
-    """
-    if not is_inside(path, folder):
-        raise ValueError(NOT_UPLOADED)
-    flags = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOFOLLOW", "O_BINARY"))
-    try:
-        with open(os.open(path, flags), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ValueError(NOT_UPLOADED)
-            content = file.read(MAX_PHOTO_BYTES + 1)
-    except OSError:
-        raise ValueError(NOT_UPLOADED) from None
-    if len(content) > MAX_PHOTO_BYTES:
-        raise ValueError(f"This file is too large: upload one of at most {MAX_PHOTO_BYTES >> 20} MB.")
-    return content
 
 
 def time_limit() -> Callable[..., dict]:
@@ -111,6 +81,11 @@ class DemoActions:
     def reads_prompts(self) -> bool:
         """Whether the model generates images from prompts."""
         return self.pipe.prior is not None and self.pipe.text_encoder is not None
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """Names that the model knows, as far as it records them."""
+        return known_names(self.pipe.prior).get("names", [])
 
     @property
     def bits_per_token(self) -> float:
@@ -162,6 +137,23 @@ class DemoActions:
         psnr = peak_signal_to_noise(stack_images([image]), stack_images([photo])).item()
         return Reconstruction(photo, image, count, count * self.bits_per_token, psnr)
 
+    def reconstruct_all(self, path: str | None, seed: Any = 0, keeps_shape: Any = False) -> Iterator[Reconstruction]:
+        """Reconstruct a photo from 1, 2, 4, ... tokens, all from the same noise."""
+        photo = self.open_photo(path, keeps_shape)
+        size = photo.height, photo.width
+        first = self.check_seed(seed)
+        token_ids = self.pipe.tokenize(photo, size=size)[0].tolist()
+        stop = time_limit()
+
+        def images() -> Iterator[Reconstruction]:
+            for count in token_ladder(self.num_registers):
+                image = self.decode(token_ids[:count], first, size)
+                psnr = peak_signal_to_noise(stack_images([image]), stack_images([photo])).item()
+                yield Reconstruction(photo, image, count, count * self.bits_per_token, psnr)
+                stop()
+
+        return images()
+
     def generate(
         self,
         prompt: Any,
@@ -189,6 +181,20 @@ class DemoActions:
                 stop()
 
         return numbered()
+
+    def notes(self, prompt: Any) -> list[str]:
+        """Return what the visitor should know about a prompt: words that the model does not know, and cut ends."""
+        return self.pipe.prompt_notes(self.check_prompt(prompt, may_be_empty=True))
+
+    def animation(self, images: Sequence[tuple[Image.Image, str]], prompt: Any) -> str:
+        """Return the path of a GIF of images, each with its title, and with the prompt."""
+        frames = [
+            contact_sheet([[image]], [title], ANIMATION_SIDE, row_titles=[str(prompt)]) for image, title in images
+        ]
+        os.makedirs(self.upload_folder, exist_ok=True)
+        path = os.path.join(tempfile.mkdtemp(dir=self.upload_folder), "flextok.gif")
+        save_animation(frames, path, FRAME_MS)
+        return path
 
     def vary(
         self, path: str | None, keep_tokens: Any, prompt: Any = "", seed: Any = 0, keeps_shape: Any = False
@@ -226,6 +232,15 @@ class DemoActions:
         """Return the token ids that the prior generates for a prompt."""
         text = self.check_prompt(prompt)
         return self.pipe.generate_tokens(text, generator=self.generator(seed))[0].tolist()
+
+    @staticmethod
+    def difference(before: Image.Image, after: Image.Image) -> tuple[Image.Image, float]:
+        """Return where two images differ, in gray, white where they do most; and the mean difference, 0 to 1."""
+        gap = (
+            torch.stack([stack_images([before]), stack_images([after])]).diff(dim=0).abs()[0, 0].amax(dim=0)
+        )  # (H, W)
+        gray = (255 * gap / gap.max().clamp(min=1 / 255)).round().to(torch.uint8)
+        return Image.fromarray(gray.numpy(), "L"), gap.mean().item()
 
     def token_rows(self, token_ids: list[int]) -> list[list]:
         """Return a row per token: its number (from 1), its id and its FSQ digits."""
@@ -276,6 +291,10 @@ class DemoActions:
     def check_count(self, count: Any, what: str) -> int:
         """Check a number of tokens against what the model has."""
         return self._whole_number(count, f"The number of {what}", 1, self.num_registers)
+
+    def check_step(self, step: Any, most: int) -> int:
+        """Check the number of an image among those that were drawn."""
+        return self._whole_number(step, "The step", 1, most)
 
     def check_guidance(self, scale: Any) -> float | None:
         """Check a guidance scale; `None` is the model's own."""

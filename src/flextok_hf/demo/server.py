@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 from starlette.responses import JSONResponse
 
-from .actions import MAX_PHOTO_BYTES, NOT_UPLOADED, is_inside
+from .uploads import MAX_PHOTO_BYTES, NOT_UPLOADED, is_inside
 
 
 logger = logging.getLogger(__name__)
