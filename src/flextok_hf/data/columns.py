@@ -61,7 +61,7 @@ class Columns:
         for name in SIZE_COLUMNS if self.token_ids is not None and self.reads_sizes else ():
             if name not in features or not _holds(features[name], 0, ("int", "uint")):
                 raise ValueError(
-                    f"`shape_conditioning` needs the size of the image of each row of token ids, but the dataset has no"
+                    "`shape_conditioning` needs the size of the image of each row of token ids, but the dataset has no"
                     f" column '{name}' of whole numbers. scripts/tokenize_dataset.py writes it: make the ids again."
                 )
         if self.caption is not None and not _holds(features[self.caption], 1, ("string", "large_string")):
