@@ -4,6 +4,7 @@ Letters: B batch, C latent channels, h w latent grid, K registers, Q code dimens
 """
 
 import random
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +14,18 @@ import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from outcomes import judge
+from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
-from tiny_models import CODEBOOK_SIZE, FSQ_LEVELS, NUM_REGISTERS, SHAPES, make_decoder, make_encoder, make_prior
+from tiny_models import (
+    CODEBOOK_SIZE,
+    FSQ_LEVELS,
+    NUM_REGISTERS,
+    SHAPES,
+    make_decoder,
+    make_encoder,
+    make_prior,
+    make_text_pipeline,
+)
 
 from flextok_hf import FlexTokEncoderConfig, FlexTokFlowDecoder, FlexTokPipeline, FlexTokPriorConfig
 from flextok_hf.models.quantizer import FiniteScalarQuantizer
@@ -120,7 +131,7 @@ class Call:
 
 def public_calls(text: FlexTokPipeline, classes: FlexTokPipeline) -> dict[str, Call]:
     """Return the public calls by name, on pipelines with text and with classes."""
-    return {**pipeline_calls(text, classes), **model_calls(text, classes), **configurations()}
+    return {**pipeline_calls(text, classes), **adapter_calls(), **model_calls(text, classes), **configurations()}
 
 
 def pipeline_calls(text: FlexTokPipeline, classes: FlexTokPipeline) -> dict[str, Call]:
@@ -174,6 +185,30 @@ def pipeline_calls(text: FlexTokPipeline, classes: FlexTokPipeline) -> dict[str,
             {"batches": [image[None]], "max_tokens": 2},
             aliases={"batches": ("pixels",)},
         ),
+    }
+
+
+def adapter_calls() -> dict[str, Call]:
+    pipe, folder = make_text_pipeline(), Path(tempfile.mkdtemp())
+    torch.manual_seed(0)
+    inject_adapter_in_model(LoraConfig(r=1, target_modules=["to_q"]), pipe.decoder, "a")
+    pipe.save_lora_weights(folder)
+
+    def load(**arguments):
+        other = make_text_pipeline()
+        other.load_lora_weights(**arguments)
+        return other.get_active_adapters()
+
+    def fuse(**arguments):
+        other = FlexTokPipeline.from_pipe(pipe)
+        other.fuse_lora(**arguments)
+        other.unfuse_lora()
+
+    loaded = {"pretrained_model_name_or_path": folder, "adapter_name": "b", "weight_name": None, "subfolder": None}
+    return {
+        "load_lora_weights": Call(load, loaded, errors=(ValueError, TypeError, OSError)),
+        "set_adapters": Call(pipe.set_adapters, {"adapter_names": ["a"], "adapter_weights": [1.0]}),
+        "fuse_lora": Call(fuse, {"lora_scale": 1.0, "adapter_names": None}),
     }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_an_adapter_of_the_decoder_is_trained_and_token_ids_stay(whole_run, base
     assert pipe.decoder(IMAGES, sigma, codes).velocity.equal(before.decoder(IMAGES, sigma, codes).velocity)
     recipe = json.loads((whole_run / "adapter" / "training.json").read_text())
     assert recipe["arguments"]["lora_rank"] == 2 and recipe["arguments"]["resolution"] == 16
-    assert base in (whole_run / "adapter" / "README.md").read_text()
+    assert f"Base model: {Path(base).name}." in (whole_run / "adapter" / "README.md").read_text()
 
 
 def test_checkpoints_hold_only_the_adapter(whole_run):

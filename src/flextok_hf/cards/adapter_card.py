@@ -18,7 +18,7 @@ def adapter_card(facts: Mapping[str, Any], adapter: Mapping[str, Any], notes: Se
         notes: further sentences.
     """
     prompts = facts["prompts"]
-    base = facts["base_model"] or "the model it was trained for"
+    base = facts["base_model"] or "not recorded"
     rows = [
         [part, str(len(own.ranks)), describe(own.ranks.values()), f"{sum(t.numel() for t in own.tensors.values()):,}"]
         for part, own in adapter.items()
@@ -37,7 +37,7 @@ def adapter_card(facts: Mapping[str, Any], adapter: Mapping[str, Any], notes: Se
         "",
         "# Adapter (LoRA) of a FlexTok model",
         "",
-        f"Base model: `{base}`. {ids}",
+        f"Base model: {base}. {ids}",
         "",
         *([f"Trained for: {', '.join(f'`{prompt}`' for prompt in prompts)}.", ""] if prompts else []),
         *([" ".join(notes), ""] if notes else []),

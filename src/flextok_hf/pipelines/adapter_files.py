@@ -9,9 +9,10 @@ from typing import Any
 
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from ..embedded import EMBEDDED_MODEL_FOLDER
 from ..models.low_rank import LowRankAdapter
 from ..models.saved_model import local_folder, read_header
 from ..utils.files import read_json, write_atomically
@@ -32,13 +33,17 @@ def write_file(adapter: Adapter, facts: dict[str, Any], path: Path) -> None:
         settings |= {f"{part}.{key}": value for key, value in own.settings.items()}
     metadata = {LORA_ADAPTER_METADATA_KEY: settings, FACTS_KEY: facts}
     texts = {"format": "pt", **{key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, texts))
+    content = save(tensors, texts)  # `save_file` would let nobody else read it
+    write_atomically(path, lambda temporary: Path(temporary).write_bytes(content))
 
 
 def facts_of(config: Any, encoder: Any, adapter: Adapter, prompts: Sequence[str]) -> dict[str, Any]:
     """Return what an adapter's file says about the model that it is for, and about itself."""
+    base = str(config.get("_name_or_path") or "")
+    if Path(base).is_dir():  # where it lies on this machine is nobody's business
+        base = "the embedded model" if Path(base) == EMBEDDED_MODEL_FOLDER else Path(base).name
     return {
-        "base_model": str(config.get("_name_or_path") or ""),
+        "base_model": base,
         "token_layout": encoder.config.token_layout,
         "num_registers": encoder.config.num_registers,
         "codebook_size": encoder.quantizer.codebook_size,
@@ -67,7 +72,12 @@ def find_file(
             f"`weight_name` {weight_name!r} is not a safetensors file, and other files can run code. Convert it first."
         )
     inner = os.path.join(subfolder or "", weight_name)
-    folder = path if path.is_dir() else local_folder(str(name), [inner], **hub_options)
+    try:
+        folder = path if path.is_dir() else local_folder(str(name), [inner], **hub_options)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"`pretrained_model_name_or_path` {str(name)[:200]!r} is no folder, and the Hub did not give it: {error}"
+        ) from error
     if not (folder / inner).is_file():
         others = sorted(file.name for file in (folder / (subfolder or "")).glob("*.safetensors"))
         hint = f"It has {', '.join(others[:8])}: pass one as `weight_name`." if others else "Check the path."

@@ -120,9 +120,9 @@ class AdapterMixin(DiffusionPipeline):
         name = self._only(adapter_name)
         if prompts:
             self._adapter_prompts[name] = list(prompts)
+        if not isinstance(save_directory, str | os.PathLike) or os.path.isfile(save_directory):
+            raise ValueError(f"`save_directory` must be a folder, got {str(save_directory)[:200]!r}.")
         folder = Path(save_directory)
-        if folder.is_file():
-            raise ValueError(f"`save_directory` {str(folder)!r} is a file; pass a folder.")
         folder.mkdir(parents=True, exist_ok=True)
         write_file(self._adapters[name], self._facts(name), folder / LORA_WEIGHT_NAME_SAFE)
         if not (folder / CARD_NAME).exists():
