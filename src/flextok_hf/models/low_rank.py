@@ -96,9 +96,10 @@ def parse_adapter(settings: dict[str, Any], tensors: dict[str, Tensor], source: 
     for layer, matrices in found.items():
         if len(matrices) != 2:
             raise ValueError(f"{source} has only {matrices.pop()} of {layer!r}. Fetch or save it again.")
-    alphas, pattern = {}, settings.get("alpha_pattern") or {}
+    alphas: dict[str, float] = {}
+    pattern = settings.get("alpha_pattern") or {}
     for layer in found:
-        alpha = pattern.get(layer, settings.get("lora_alpha")) if isinstance(pattern, dict) else None
+        alpha: Any = pattern.get(layer, settings.get("lora_alpha")) if isinstance(pattern, dict) else None
         if not is_finite_number(alpha) or alpha <= 0:
             raise ValueError(f"{source}: `lora_alpha` of {layer!r} must be a number above 0, got {alpha!r}.")
         alphas[layer] = alpha

@@ -27,7 +27,8 @@ Adapter = dict[str, LowRankAdapter]  # by the part of the pipeline
 
 def write_file(adapter: Adapter, facts: dict[str, Any], path: Path) -> None:
     """Write an adapter in the format of Diffusers, with facts about the model that it is for."""
-    tensors, settings = {}, {}
+    tensors: dict[str, Tensor] = {}
+    settings: dict[str, Any] = {}
     for part, own in adapter.items():
         tensors |= {f"{part}.{key}": value.cpu().contiguous() for key, value in own.tensors.items()}
         settings |= {f"{part}.{key}": value for key, value in own.settings.items()}
@@ -115,7 +116,10 @@ def read_file(path: Path, source: str) -> tuple[dict[str, Tensor], dict[str, Any
 def read_index(path: Path) -> tuple[list[str], dict[str, float], bool]:
     """Return the adapters that a pipeline was saved with, the weights of the active ones, and whether they are on."""
     index = read_json(path)
-    names, active, is_on = map(index.get, ("adapters", "active", "is_on")) if isinstance(index, dict) else (None,) * 3
+    entries: list[Any] = [
+        index.get(key) if isinstance(index, dict) else None for key in ("adapters", "active", "is_on")
+    ]
+    names, active, is_on = entries
     is_valid = isinstance(names, list) and isinstance(active, dict) and isinstance(is_on, bool)
     if not is_valid or not set(active) <= set(names) or not all(map(is_finite_number, active.values())):
         raise ValueError(
