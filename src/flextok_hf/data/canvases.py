@@ -1,8 +1,8 @@
 """Two drawings on one canvas, with exact captions: composition to learn and to measure, from any captioned drawings.
 
-Canvas i is a pure function of (split, seed, i) and of the drawings it is composed of. The first object lies in the
-left or upper half, the second in the right or lower one, and neither crosses the middle, so that each half can be looked
-at alone.
+Canvas i is a pure function of (split, seed, i) and of the drawings it is composed of. The first object lies in
+the left or upper half, the second in the right or lower one, and neither crosses the middle, so that each half can be
+looked at alone.
 
 Held-out pairs: names whose hash chooses them never stand together in the train split. In the validation split every
 canvas with an odd number shows such a pair, and those with an even number show none.

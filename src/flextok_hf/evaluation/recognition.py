@@ -70,7 +70,8 @@ class Candidates:
         own = torch.tensor([self.positions[row] for row in rows]).unsqueeze(1)
         found = {}
         for name, describe in SPACES.items():
-            distances = (describe(images).unsqueeze(1) - self.features[name]).square().sum(dim=2)  # (B, N)
+            described = describe(images)
+            distances = torch.stack([(row - self.features[name]).square().sum(dim=1) for row in described])  # (B, N)
             others = distances.scatter(1, own, torch.inf).amin(dim=1)
             found[name] = distances.gather(1, own).squeeze(1) < others
         return found
