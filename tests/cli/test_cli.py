@@ -38,7 +38,7 @@ from flextok_hf.utils.files import check_output_path, numbered_paths, read_json,
 from flextok_hf.utils.sheets import contact_sheet
 
 
-COMMANDS = ("generate", "stream", "tokenize", "detokenize", "reconstruct", "convert", "demo", "info")
+COMMANDS = ("generate", "stream", "tokenize", "detokenize", "reconstruct", "personalize", "convert", "demo", "info")
 
 needs_embedded_model = pytest.mark.skipif(
     not (embedded.EMBEDDED_MODEL_FOLDER / "model_index.json").is_file(), reason="the embedded model is missing"

@@ -42,6 +42,7 @@ def test_the_printed_commands_draw_with_what_was_learned(place, capsys):
     [
         (["nowhere", "--name", "x", "--output", "out"], "`folder` 'nowhere' is no folder"),
         (["photos", "--name", " ", "--output", "out"], "`--name` is empty"),
+        (["photos", "--name", "x", "--output", "out", "--dtype", "bfloat16"], "`--dtype` bfloat16 is too coarse"),
         (["photos", "--name", "x", "--output", "photos"], "`output` 'photos' exists and is not empty"),
         (["photos", "--name", "x", "--output", "out", "--captions", "metadata"], "as `captions` asks"),
     ],

@@ -24,7 +24,7 @@ def add_options(parser: argparse.ArgumentParser, count: Callable[[str], int]) ->
         metavar="FROM",
         help="name, files (their names), metadata; or auto: metadata if there is any, else the name (auto)",
     )
-    parser.add_argument("--steps", type=count, metavar="N", help="more learn better and take longer (300)")
+    parser.add_argument("--steps", type=count, metavar="N", help="more learn better and take longer (200)")
     parser.add_argument("--lora-rank", type=count, metavar="N", help="size of the adapter (8)")
     return parser
 
@@ -37,6 +37,8 @@ def check(options: argparse.Namespace) -> None:
     options.name = " ".join(options.name.split())
     if not options.name:
         raise ValueError("`--name` is empty: pass words for what the images show")
+    if options.dtype != "float32":
+        raise ValueError(f"`--dtype` {options.dtype} is too coarse to learn in: leave it out")
     options.model = resolve_model(options.model)
 
 

@@ -19,7 +19,7 @@ from ..data.image_dataset import ImageDataset
 from ..data.token_dataset import check_token_data
 from ..models.configuration_encoder import FlexTokEncoderConfig
 from ..pipelines.pipeline_flextok import FlexTokPipeline
-from ..utils.words import MAX_CAPTION_ROWS, collect_words
+from ..utils.words import MAX_CAPTION_ROWS, MAX_NAMES, MAX_WORDS, collect_words
 from .adapters import add_adapters
 from .arguments import PriorArguments, TokenizerArguments, TrainingArguments, VaeArguments, check_shapes
 from .checkpoints import find_checkpoint
@@ -204,7 +204,9 @@ def train_prior(arguments: PriorArguments, accelerator: Accelerator) -> Path:
     if class_names is not None:
         prior.config.id2label = dict(enumerate(class_names))
     if arguments.caption_column is not None and isinstance(dataset, ImageDataset):  # a stream has no end to wait for
-        prior.config.known_names, prior.config.known_words = collect_words(dataset.caption_rows(MAX_CAPTION_ROWS))
+        names, words = collect_words(dataset.caption_rows(MAX_CAPTION_ROWS))  # in addition to those of a trained prior
+        prior.config.known_names = sorted({*(prior.config.known_names or []), *names})[:MAX_NAMES]
+        prior.config.known_words = list(dict.fromkeys([*words, *(prior.config.known_words or [])]))[:MAX_WORDS]
     if pipe is not None:
         pipe.register_modules(prior=prior, text_encoder=text_encoder, tokenizer=text_tokenizer)
     preview = prior_validation(arguments, pipe, class_names)
