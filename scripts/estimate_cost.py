@@ -1,15 +1,19 @@
-"""Estimate the cost of a training run from its configuration alone, without downloads or training.
+r"""Estimate the cost of a training run from its configuration alone, without downloads or training.
 
     python scripts/estimate_cost.py tokenizer scripts/configs/paper/tokenizer_d12_d12.yaml ... --num_processes 64
     python scripts/estimate_cost.py prior scripts/configs/paper/prior_class_49m.yaml ... --num_processes 16
+    python scripts/estimate_cost.py tokenizer scripts/configs/embedded_256_tokenizer.yaml \
+        --vae scripts/configs/embedded_256_vae.yaml
 
 FLOPs are counted at full length on PyTorch's meta device, activations in bfloat16 for one image and one or two
-blocks on the CPU. Frozen text encoders and REPA networks are not counted. Hours assume the utilization in the header.
+blocks on the CPU. Without `--vae`, a tokenizer's VAE has the published shape. Frozen text encoders and REPA networks
+are not counted. Hours assume the utilization in the header.
 """
 
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -57,9 +61,11 @@ def vae_work(arguments: VaeArguments, dtype: torch.dtype) -> Work:
     return Work([vae], lambda: vae(images))
 
 
-def tokenizer_work(arguments: TokenizerArguments, dtype: torch.dtype) -> Work:
+def tokenizer_work(arguments: TokenizerArguments, dtype: torch.dtype, vae_config: Path | None = None) -> Work:
     vae = None
-    if arguments.vae is not None:  # of the published shape; its name ends in the number of channels
+    if vae_config is not None:
+        vae = build_vae(parse_arguments(VaeArguments, ["--config", str(vae_config)]))
+    elif arguments.vae is not None:  # of the published shape; its name ends in the number of channels
         channels = int(arguments.vae.rpartition("_c")[2])
         vae = build_vae(VaeArguments(output_dir="", resolution=arguments.resolution, latent_channels=channels))
     encoder, decoder = build_tokenizer(arguments, vae)
@@ -114,9 +120,10 @@ def activation_bytes(work: Work) -> int:
     return sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in seen)
 
 
-def estimate_activations(stage: str, arguments: TrainingArguments) -> int:
+def estimate_activations(stage: str, arguments: TrainingArguments, vae_config: Path | None = None) -> int:
     """Measure one and two blocks and extrapolate to all of them, so that the full model need not fit in memory."""
     _, build, layer_options = STAGES[stage]
+    build = build if vae_config is None else partial(build, vae_config=vae_config)
     if not layer_options:
         return activation_bytes(build(arguments, torch.float32)) // 2
     with_one = replace(arguments, **dict.fromkeys(layer_options, 1))
@@ -127,9 +134,10 @@ def estimate_activations(stage: str, arguments: TrainingArguments) -> int:
     return total
 
 
-def estimate(stage: str, path: Path, num_processes: int) -> list[str]:
+def estimate(stage: str, path: Path, num_processes: int, vae_config: Path | None = None) -> list[str]:
     """Return the row of the table for one configuration."""
     kind, build, _ = STAGES[stage]
+    build = build if vae_config is None else partial(build, vae_config=vae_config)
     arguments = parse_arguments(kind, ["--config", str(path)])
     with torch.device("meta"):
         work = build(arguments, torch.float32)
@@ -148,7 +156,7 @@ def estimate(stage: str, path: Path, num_processes: int) -> list[str]:
         "total": flops * images / 1e18,
         "hours": flops * images / (ASSUMED_SHARE * H100_FLOPS) / 3600,
         "states": BYTES_PER_WEIGHT * weights / 2**30,
-        "activations": estimate_activations(stage, arguments) / 2**20,
+        "activations": estimate_activations(stage, arguments, vae_config) / 2**20,
     }
     return [path.stem, *(f"{value:,.{0 if value >= 100 else 1}f}" for value in figures.values())]
 
@@ -158,11 +166,14 @@ def main() -> None:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("configs", type=Path, nargs="+")
     parser.add_argument("--num_processes", type=int, default=1, help="processes that share the images of a step")
+    parser.add_argument("--vae", type=Path, help="configuration of the VAE of a tokenizer")
     options = parser.parse_args()
+    if options.vae is not None and options.stage != "tokenizer":
+        parser.error("`--vae` applies to the stage tokenizer only.")
     print("| " + " | ".join(HEADER) + " |")
     print("|" + " --- |" * len(HEADER))
     for path in options.configs:
-        print("| " + " | ".join(estimate(options.stage, path, options.num_processes)) + " |", flush=True)
+        print("| " + " | ".join(estimate(options.stage, path, options.num_processes, options.vae)) + " |", flush=True)
 
 
 if __name__ == "__main__":

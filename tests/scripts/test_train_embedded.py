@@ -26,7 +26,7 @@ def drawing(number):
 
 def save(folder, rows, columns):
     features = Features({"image": ImageFeature()} | columns)
-    held_out = [row | {"image": drawing(number + 3)} for number, row in enumerate(rows[:4])]
+    held_out = [row | {"image": drawing(len(rows) + 3 + number)} for number, row in enumerate(rows[:4])]
     for split, part in {"train": rows, "validation": held_out}.items():
         Dataset.from_list(part, features=features).to_parquet(folder / f"{split}.parquet")
     return str(folder)
