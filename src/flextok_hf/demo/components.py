@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import PIL.Image
 
 from .actions import DemoActions
 
@@ -56,11 +57,18 @@ def note_list(notes: Sequence[str]) -> str:
     return "".join(f'<p role="status">{html.escape(note)}</p>' for note in notes)
 
 
-def photo_examples(photo: gr.Image) -> Any:
-    """Return images to click that ship with the package, by name: pictures of them would have no text for a reader."""
-    paths = sorted(EXAMPLES.glob("*.[jw]*"))
-    names = [path.stem for path in paths]
-    return gr.Examples([[str(path)] for path in paths], [photo], label="Examples", example_labels=names)
+def photo_examples(photo: gr.Image) -> list[Any]:
+    """Show buttons for the images that ship with the package, and return the events after which `photo` holds one.
+
+    `gr.Examples` would make the component anew for each visitor, without the checks of `photo_input`.
+    """
+    events = []
+    with gr.Row():
+        for path in sorted(EXAMPLES.glob("*.[jw]*")):
+            button = gr.Button(f"Example: {path.stem}", size="sm", min_width=100)
+            load = functools.partial(PIL.Image.open, path)
+            events.append(button.click(load, None, photo, queue=False, api_visibility="private"))
+    return events
 
 
 def progress_bar(done: int, total: int, what: str) -> str:
@@ -74,7 +82,7 @@ def photo_input() -> gr.Image:
 
     Gradio would open the file itself and fail on a bad one with a traceback; the actions say what is wrong with it.
     """
-    photo = gr.Image(label="Photo", sources=["upload", "clipboard"], height=260, buttons=[])
+    photo = gr.Image(label="Photo", sources=["upload", "clipboard"], height=260, buttons=[], format="png")
     return pass_on(photo, lambda payload: None if payload is None else payload.path)
 
 

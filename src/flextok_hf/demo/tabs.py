@@ -65,7 +65,8 @@ def add_reconstruct(actions: DemoActions) -> None:
     inputs, outputs = [photo, count, seed, keeps_shape], [original, image, facts]
     on(button.click, answer(run), inputs, outputs, api_name="reconstruct")
     on(photo.upload, answer(run), inputs, outputs)
-    on(examples.load_input_event.then, answer(run), inputs, outputs)
+    for event in examples:
+        on(event.then, answer(run), inputs, outputs)
     on(strip.click, answer(run_all), [photo, seed, keeps_shape], [progress, original, gallery], show_progress="hidden")
     on(count.release, answer(run), inputs, outputs, trigger_mode="always_last")
     on(keeps_shape.input, answer(run), inputs, outputs)
@@ -213,7 +214,8 @@ def add_tokens(actions: DemoActions) -> None:
     outputs = [token_ids, size, table, after, before, change, change_facts]
     on(read.click, answer(run_read), [photo, seed, keeps_shape], outputs)
     on(photo.upload, answer(run_read), [photo, seed, keeps_shape], outputs)
-    on(examples.load_input_event.then, answer(run_read), [photo, seed, keeps_shape], outputs)
+    for event in examples:
+        on(event.then, answer(run_read), [photo, seed, keeps_shape], outputs)
     if actions.reads_prompts:
         on(write.click, answer(run_write), [prompt, seed], outputs)
     on(replace.click, answer(run_replace), [token_ids, size, number, new_id, seed], outputs)
