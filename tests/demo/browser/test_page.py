@@ -232,7 +232,7 @@ def test_closing_a_tab_during_a_job_does_not_block_others(open_page, pipe):
 
 def test_the_page_fits_on_a_phone(open_page):
     page = open_page(width=390, height=844)
-    for name in ("Reconstruct", "Generate", "Vary", "Tokens"):
+    for name in ("Generate", "Reconstruct", "Vary", "Guess", "Tokens"):
         tab(page, name)
         page.wait_for_timeout(300)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, name
@@ -240,6 +240,7 @@ def test_the_page_fits_on_a_phone(open_page):
     generate(panel, "a cat")
     panel.get_by_text(re.compile("^1 of ")).wait_for()
     page.wait_for_timeout(1000)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390, "after drawing"
     keep_screenshot(page, "phone")
 
 
