@@ -12,7 +12,8 @@ from .options import ConditionOptions
 
 
 NAMING_ATTRIBUTES = ("name", "style")
-PHOTO = "photo"  # a style that adherence skips: two photos of the same thing need not look alike
+# Styles that adherence skips: two photos of the same thing need not look alike, nor do two drawings by many hands.
+STYLES_WITHOUT_LIKENESS = ("photo", "clip art")
 
 Condition = dict  # attributes by name, and a prompt or class under "condition"
 
@@ -51,7 +52,7 @@ class ConditionedMeasurement(Measurement):
         self.attributes = named or [name for name in NAMING_ATTRIBUTES if name in known]
         self.has_prompt_sets = {"styled_prompt", "prompt", "everyday", *NAMING_ATTRIBUTES} <= set(known)
         if self.has_prompt_sets:
-            self.all_rows = [row for row in self.all_rows if row["style"] != PHOTO]
+            self.all_rows = [row for row in self.all_rows if row["style"] not in STYLES_WITHOUT_LIKENESS]
         self.checks: tuple[Check, ...] = checks_for(self.attributes) if self.attributes else ()
         self.protocol |= {"attributes": self.attributes, "max_prompts": options.max_prompts}
         self.reference: Reference | None = None
@@ -73,6 +74,8 @@ class ConditionedMeasurement(Measurement):
 
         def styled(split: str) -> list[Condition]:
             chosen = [row for row in self.all_rows if row["split"] == split]
+            if split == "validation":  # data without this column hold out combinations only
+                chosen = [row for row in chosen if row.get("held_out", True)]
             return [self.attributes_of(row) | {"condition": row["styled_prompt"]} for row in chosen]
 
         def plain(rows: Sequence[dict]) -> list[Condition]:
