@@ -18,6 +18,7 @@ from ..data.columns import Columns
 from ..data.image_dataset import ImageDataset
 from ..data.token_dataset import check_token_data
 from ..models.configuration_encoder import FlexTokEncoderConfig
+from ..models.modeling_prior import FlexTokPriorForCausalLM
 from ..pipelines.pipeline_flextok import FlexTokPipeline
 from ..utils.words import MAX_CAPTION_ROWS, MAX_NAMES, MAX_WORDS, collect_words
 from .adapters import add_adapters
@@ -29,7 +30,7 @@ from .prior import PriorForTraining, build_prior
 from .publishing import check_upload, export, publish
 from .run_lock import locked
 from .setup import build_accelerator, loading, start_trackers
-from .starting_points import load_prior, load_tokenizer
+from .starting_points import load_prior, load_tokenizer, load_whole
 from .text import build_text_encoder, train_text_tokenizer
 from .tokenizer import TokenizerForTraining, build_tokenizer
 from .training_data import TrainingData, cached, load_train_data, patch_side, serve
@@ -181,26 +182,15 @@ def train_prior(arguments: PriorArguments, accelerator: Accelerator) -> Path:
     pipe, unit = None, 1
     needs_images = arguments.token_column is None or (arguments.validation_prompts and arguments.validation_steps)
     if needs_images or arguments.shape_conditioning:  # which is relative to the tokenizer's square
-        pipe = FlexTokPipeline.from_pretrained(arguments.tokenizer).to(accelerator.device)
+        pipe = load_whole("tokenizer", arguments.tokenizer).to(accelerator.device)
         arguments = replace(arguments, resolution=pipe.resolution)
         check_shapes(arguments, pipe.decoder.config.positions)
         unit = patch_side(pipe.vae, pipe.encoder, pipe.decoder)
     dataset, held_out = load_train_data(arguments, columns, unit), load_validation_data(arguments, columns)
-    text_tokenizer, text_encoder, class_names = None, None, dataset.class_names
+    class_names = dataset.class_names
     if held_out is not None:
         check_same_classes(held_out.class_names, class_names)
-    if arguments.pretrained_prior is not None:
-        prior, text_encoder, text_tokenizer, arguments = load_prior(arguments, config, class_names)
-    else:
-        if arguments.caption_column is not None:
-            text_tokenizer, text_encoder = text_components(arguments, dataset)
-        prior = build_prior(
-            arguments,
-            math.prod(config.fsq_levels),
-            config.num_registers,
-            None if text_encoder is None else text_encoder.config.d_model,
-            None if class_names is None else len(class_names),
-        )
+    prior, text_encoder, text_tokenizer, arguments = prior_components(arguments, config, dataset)
     if class_names is not None:
         prior.config.id2label = dict(enumerate(class_names))
     if arguments.caption_column is not None and isinstance(dataset, ImageDataset):  # a stream has no end to wait for
@@ -225,10 +215,30 @@ def train_prior(arguments: PriorArguments, accelerator: Accelerator) -> Path:
     batches = serve(arguments, accelerator, dataset)
     trainer.train(batches, preview, held_out_batches(arguments, held_out, accelerator))
     if pipe is None:
-        pipe = FlexTokPipeline.from_pretrained(arguments.tokenizer)
+        pipe = load_whole("tokenizer", arguments.tokenizer)
         pipe.register_modules(prior=prior, text_encoder=text_encoder, tokenizer=text_tokenizer)
         trainer.arguments = replace(arguments, resolution=pipe.resolution)  # for the record; no images were read
     return export(trainer, pipe, "prior")
+
+
+def prior_components(
+    arguments: PriorArguments, config: FlexTokEncoderConfig, dataset: TrainingData
+) -> tuple[FlexTokPriorForCausalLM, PreTrainedModel | None, PreTrainedTokenizerBase | None, PriorArguments]:
+    """Load or build the prior, its text encoder and text tokenizer; the options get the sizes of what was loaded."""
+    class_names = dataset.class_names
+    if arguments.pretrained_prior is not None:
+        return load_prior(arguments, config, class_names)
+    text_tokenizer, text_encoder = None, None
+    if arguments.caption_column is not None:
+        text_tokenizer, text_encoder = text_components(arguments, dataset)
+    prior = build_prior(
+        arguments,
+        math.prod(config.fsq_levels),
+        config.num_registers,
+        None if text_encoder is None else text_encoder.config.d_model,
+        None if class_names is None else len(class_names),
+    )
+    return prior, text_encoder, text_tokenizer, arguments
 
 
 def prior_columns(arguments: PriorArguments, config: FlexTokEncoderConfig) -> Columns:
