@@ -137,10 +137,10 @@ class Reconstruction(Measurement):
 
     def baseline_images(self, name: str, originals: Tensor) -> Tensor:
         """Return the images of a baseline, (B, 3, R, R) uint8."""
-        if name != VAE:
+        vae = self.pipe.vae
+        if name != VAE or vae is None:
             size = thumbnail_size(self.bits_of(int(name.removeprefix(f"{THUMBNAIL}_"))))
             return round_to_8_bits(code_as_thumbnails(to_unit_range(originals), size))
-        vae = self.pipe.vae
         pixel_values = (2 * to_unit_range(originals) - 1).to(vae.device, vae.dtype)
         return round_to_8_bits((decode_latents(vae, encode_latents(vae, pixel_values)) + 1).clamp(0, 2) / 2)
 
