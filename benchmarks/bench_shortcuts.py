@@ -26,7 +26,7 @@ from torch import Tensor
 
 from flextok_hf import FlexTokPipeline, embedded_model
 from flextok_hf.evaluation.adherence import Check, Reference, score
-from flextok_hf.evaluation.conditions import PHOTO
+from flextok_hf.evaluation.conditions import STYLES_WITHOUT_LIKENESS
 from flextok_hf.evaluation.images import EvaluationImages, draw_rows, load_split
 from flextok_hf.pipelines.guidance import guidance_interval
 
@@ -97,7 +97,8 @@ def read_prompts(
     """Return prompts and, if `data` is given, what each asks for and the real images to compare with."""
     if data is None:
         return [PROMPTS[i % len(PROMPTS)] for i in range(num_prompts)], [], None
-    rows = [row for split in ("train", "validation") for row in load_split(str(data), split) if row["style"] != PHOTO]
+    rows = [row for split in ("train", "validation") for row in load_split(str(data), split)]
+    rows = [row for row in rows if row["style"] not in STYLES_WITHOUT_LIKENESS]
     chosen = draw_rows(list({row["name"]: row for row in rows}.values()), num_prompts, seed=0)
     reference = Reference(EvaluationImages(rows, resolution).read_all(), rows)
     return [row["prompt"] for row in chosen], chosen, reference

@@ -504,4 +504,4 @@ def test_trackers_receive_metrics_and_images(tmp_path):
     train_tokenizer(tokenizer_arguments(tmp_path, report_to="tensorboard", validation_steps=6, logging_steps=2))
     events = EventAccumulator(str(next((tmp_path / "logs").rglob("events*")).parent)).Reload()
     assert [event.step for event in events.Scalars("loss")] == [2, 4, 6]
-    assert [event.step for event in events.Images("validation")] == [6]
+    assert [event.step for event in events.Images("validation")] == [1, 6]

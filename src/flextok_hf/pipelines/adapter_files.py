@@ -84,8 +84,10 @@ def find_file(
         hint = f"It has {', '.join(others[:8])}: pass one as `weight_name`." if others else "Check the path."
         pickles = any((folder / (subfolder or "")).glob("*.bin"))
         hint = "Pickle files (.bin) can run code and are not read: convert them." if pickles and not others else hint
+        within_folder = f" (`subfolder` {subfolder!r})" if subfolder else ""
         raise FileNotFoundError(
-            f"`pretrained_model_name_or_path` {str(name)!r} has no {inner!r}, the weights of an adapter. {hint}"
+            f"`pretrained_model_name_or_path` {str(name)!r} has no {inner!r}{within_folder}, the weights of an"
+            f" adapter. {hint}"
         )
     return folder / inner
 
