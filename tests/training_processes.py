@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import os
+import signal
 import socket
 import traceback
 from collections.abc import Callable
@@ -11,6 +12,9 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
+
+from flextok_hf.training.arguments import TrainingArguments
+from flextok_hf.training.loop import Trainer
 
 
 STUCK_AFTER = 600  # seconds
@@ -76,6 +80,19 @@ def run(train: Callable[[], object], folder: Path, num_processes: int = 1) -> li
         process.kill()  # does nothing to one that has ended
         process.join()
     return [process.exitcode for process in processes]
+
+
+def die_after(step: int, train: Callable, arguments: TrainingArguments) -> None:
+    """Train until one step after `step`, then die as if killed by the system; only in a separate process."""
+    train_step = Trainer.train_step
+
+    def fatal_step(trainer, micro_batches):
+        train_step(trainer, micro_batches)
+        if trainer.step == step + 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Trainer.train_step = fatal_step
+    train(arguments)
 
 
 def errors(folder: Path) -> str:

@@ -1,8 +1,6 @@
 """Distillation as a stage: what it saves, resume, several processes, official checkpoints."""
 
 import json
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +8,7 @@ import pytest
 import torch
 from official_checkpoints import write_tokenizer
 from tiny_models import make_class_pipeline
-from training_processes import assert_same_state, errors, run
+from training_processes import assert_same_state, die_after, errors, run
 
 from flextok_hf.conversion.convert import convert_checkpoint
 from flextok_hf.pipelines.pipeline_flextok import FlexTokPipeline
@@ -18,7 +16,6 @@ from flextok_hf.training.arguments import TokenizerArguments
 from flextok_hf.training.checkpoints import list_checkpoints
 from flextok_hf.training.distillation_arguments import DistillationArguments
 from flextok_hf.training.distillation_stage import train_distillation
-from flextok_hf.training.loop import Trainer
 from flextok_hf.training.stages import train_tokenizer
 
 
@@ -40,19 +37,6 @@ def losses(folder):
     lines = (Path(folder) / "log.jsonl").read_text().splitlines()
     entries = [entry for entry in map(json.loads, lines) if "loss" in entry]
     return torch.tensor([[entry["loss"], entry["mean_velocity_error"]] for entry in entries])
-
-
-def die_after(step, arguments):
-    """Train until one step after `step`, then die as if killed by the system."""
-    train_step = Trainer.train_step
-
-    def fatal_step(trainer, micro_batches):
-        train_step(trainer, micro_batches)
-        if trainer.step == step + 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    Trainer.train_step = fatal_step  # runs in a separate process
-    train_distillation(arguments)
 
 
 def test_the_saved_pipeline_is_the_teachers_with_another_decoder(teacher, tmp_path):
@@ -106,7 +90,7 @@ def test_a_killed_distillation_resumes_to_bitwise_the_same_result(teacher, tmp_p
     assert run(lambda: train_distillation(whole), tmp_path / "whole", num_processes) == [0] * num_processes, errors(
         tmp_path / "whole"
     )
-    run(lambda: die_after(2, killed), tmp_path / "killed", num_processes)
+    run(lambda: die_after(2, train_distillation, killed), tmp_path / "killed", num_processes)
     assert [path.name for path in list_checkpoints(tmp_path / "killed")] == ["checkpoint-2"]
     resumed = replace(killed, resume_from_checkpoint="latest")
     assert run(lambda: train_distillation(resumed), tmp_path / "killed", num_processes) == [0] * num_processes

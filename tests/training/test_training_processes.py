@@ -21,11 +21,10 @@ from accelerate.utils import DistributedType
 from image_rows import write_parquet
 from paths import SCRIPTS
 from safetensors.torch import load_file
-from training_processes import SMALL_DATA, SMALL_TOKENIZER, assert_same_state, errors, free_port, run, start
+from training_processes import SMALL_DATA, SMALL_TOKENIZER, assert_same_state, die_after, errors, free_port, run, start
 
 from flextok_hf.training.arguments import TokenizerArguments
 from flextok_hf.training.checkpoints import list_checkpoints
-from flextok_hf.training.loop import Trainer
 from flextok_hf.training.stages import train_tokenizer
 
 
@@ -41,19 +40,6 @@ def curve(folder):
 
 def losses(folder):
     return torch.tensor([entry["loss"] for entry in curve(folder) if "loss" in entry])
-
-
-def die_after(step, arguments):
-    """Train until one step after `step`, then die as if killed by the system."""
-    train_step = Trainer.train_step
-
-    def fatal_step(trainer, micro_batches):
-        train_step(trainer, micro_batches)
-        if trainer.step == step + 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    Trainer.train_step = fatal_step  # runs in a separate process
-    train_tokenizer(arguments)
 
 
 # Splits of a step
@@ -169,7 +155,7 @@ def test_a_killed_run_resumes_to_bitwise_the_same_result(tmp_path, data, num_pro
     whole = arguments_for(tmp_path / "whole", **options)
     killed = replace(whole, output_dir=str(tmp_path / "killed"))
     assert run(lambda: train_tokenizer(whole), tmp_path / "whole", num_processes) == [0] * num_processes
-    run(lambda: die_after(3, killed), tmp_path / "killed", num_processes)
+    run(lambda: die_after(3, train_tokenizer, killed), tmp_path / "killed", num_processes)
     assert [path.name for path in list_checkpoints(tmp_path / "killed")] == ["checkpoint-3"]
     resumed = replace(killed, resume_from_checkpoint="latest")
     assert run(lambda: train_tokenizer(resumed), tmp_path / "killed", num_processes) == [0] * num_processes
@@ -184,7 +170,7 @@ def test_a_run_resumes_with_another_split(tmp_path, parts):
     whole = arguments_for(tmp_path / "whole", train_batch_size=8)
     assert run(lambda: train_tokenizer(whole), tmp_path / "whole") == [0]
     first = replace(whole, output_dir=str(tmp_path / "run"), train_batch_size=4)
-    run(lambda: die_after(3, first), tmp_path / "run", num_processes=2)
+    run(lambda: die_after(3, train_tokenizer, first), tmp_path / "run", num_processes=2)
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-3"]
 
     split = {"train_batch_size": 8 // parts, "gradient_accumulation_steps": parts}
@@ -236,7 +222,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
     first = arguments_for(tmp_path, max_train_steps=4, checkpointing_steps=2)
     whole = replace(first, output_dir=str(tmp_path / "whole"))
     train_tokenizer(whole)
-    run(lambda: die_after(2, first), tmp_path)
+    run(lambda: die_after(2, train_tokenizer, first), tmp_path)
     before = {file: file.read_bytes() for file in (tmp_path / "checkpoint-2").iterdir()}
 
     def train_with_little_disk():

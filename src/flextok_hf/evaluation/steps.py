@@ -147,8 +147,8 @@ class Steps(Measurement):
             for count, by_steps in self.accumulators["counts"].items()
         }
         means = {
-            int(count): {int(steps): mean.compute()["mean"] for steps, mean in by_steps.items()}
-            for count, by_steps in self.accumulators["counts"].items()
+            int(count): {steps: row[f"{steps}_steps"]["mean"] for steps in self.samplings}
+            for count, row in results.items()
         }
         table = choose_steps(means, self.options.tolerance, self.options.reference_steps)
         return {"count": num_measured, "default_num_inference_steps": table, "results": results}

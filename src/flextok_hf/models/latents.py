@@ -55,6 +55,11 @@ def in_hardware_precision(vae: AutoencoderKL) -> AutoencoderKL:
     return copy.deepcopy(vae, converted)
 
 
+def downsampling_factor(vae: AutoencoderKL | None) -> int:
+    """Return the pixels per side of a latent cell; 1 if latents are pixels."""
+    return 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+
+
 def check_token_ids(token_ids: Tensor, pixel_values: Tensor, encoder: nn.Module, vae: AutoencoderKL | None) -> None:
     """Raise a `ValueError` that says why ids (B, K) are -1, the id of features that are not finite, if any are."""
     if not (token_ids < 0).any():

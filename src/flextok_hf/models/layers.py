@@ -97,8 +97,8 @@ def is_faster_with_matmuls(query: Tensor, key: Tensor, value: Tensor) -> bool:
     (num_queries, num_heads), num_keys = query.shape[1:3], key.shape[1]
     if num_queries * num_keys * num_heads > MAX_LOGITS or num_queries == 1:
         return False
-    at_most = [1 << (length - 1).bit_length() for length in (num_queries, num_keys)]
-    choice = f"attention, {query.dtype}, {num_heads} heads of {query.shape[-1]}, up to {at_most[0]} x {at_most[1]}"
+    at_most = " x ".join(str(tuning.power_of_two(length)) for length in (num_queries, num_keys))
+    choice = f"attention, {query.dtype}, {num_heads} heads of {query.shape[-1]}, up to {at_most}"
 
     def measure() -> tuning.Times:
         states = [part.transpose(1, 2) for part in (query, key, value)]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..utils.numbers import is_finite_number, is_whole_number
+from ..utils.numbers import is_finite_number
 
 
 if TYPE_CHECKING:
@@ -167,14 +167,19 @@ def put_in(model: nn.Module, adapters: dict[str, LowRankAdapter], weights: dict[
     model.__dict__["trainable_without_adapters"] = trainable  # PEFT freezes the rest
 
 
+def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put another layer in the place of that name."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+
+
 def take_out(model: nn.Module) -> None:
     """Put the layers back that `put_in`, or a library, replaced; those that are merged keep merged weights."""
     layers = low_rank_layers(model)
     if layers:
         check_quiet(model)
     for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+        replace_layer(model, name, layer.get_base_layer())
     if "peft_config" in model.__dict__:
         del model.peft_config
         model._hf_peft_config_loaded = False  # type: ignore[assignment]
@@ -256,8 +261,7 @@ def taken_out(models: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for model, layers, state in held:
             for name, layer in layers.items():
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, layer)
+                replace_layer(model, name, layer)
             model.__dict__.update(state)
 
 
@@ -266,10 +270,3 @@ def check_adapter_name(name: Any, argument: str = "adapter_name") -> str:
     if not isinstance(name, str) or ADAPTER_NAME.fullmatch(name) is None:
         raise ValueError(f"`{argument}` must be 1 to 100 letters, digits, spaces, - or _, got {str(name)[:80]!r}.")
     return name
-
-
-def check_rank(rank: Any, argument: str) -> int:
-    """Return a rank, a whole number of at least 1."""
-    if not is_whole_number(rank) or rank < 1:
-        raise ValueError(f"`{argument}` must be a whole number of 1 or more, got {rank!r}.")
-    return int(rank)

@@ -94,8 +94,8 @@ def single_way(layer: nn.Linear, rows: Tensor) -> str:
 
 def product_name(layer: nn.Linear, rows: Tensor) -> str:
     """Name a product by precision, sizes and number of rows, rounded up to a power of two."""
-    num_rows = 1 << max(rows.shape[0] - 1, 0).bit_length()
-    return f"product, {rows.dtype}, {layer.in_features} to {layer.out_features}, up to {num_rows} rows"
+    sizes = f"{layer.in_features} to {layer.out_features}, up to {tuning.power_of_two(rows.shape[0])} rows"
+    return f"product, {rows.dtype}, {sizes}"
 
 
 class PackedWeights:
@@ -170,12 +170,11 @@ def num_calls_in_loop() -> int:
 
 def time_ways(layers: list[nn.Linear], rows: Tensor, ways: list[str]) -> tuning.Times:
     """Return the seconds of each way and of packing; few rows are timed with weights from memory, as in a model."""
-    layers = layers[: tuning.NUM_TIMINGS]
-    packing = tuning.time_calls([(tuning.PACKING, partial(pack, layer)) for layer in layers])
-    weights = [(layer.weight, pack(layer), layer.bias) for layer in layers]
+    layers, packed = layers[: tuning.NUM_TIMINGS], {}
+    packing = tuning.time_calls((tuning.PACKING, lambda: packed.update({layer: pack(layer)})) for layer in layers)
     calls = [
-        (way, partial(multiply, way, rows, packed if way in IN_LOOPS else weight, bias))
-        for weight, packed, bias in weights
+        (way, partial(multiply, way, rows, packed[layer] if way in IN_LOOPS else layer.weight, layer.bias))
+        for layer in layers
         for way in ways
     ]
     return packing | tuning.time_calls(calls, is_from_memory=rows.shape[0] < FEW_ROWS)
@@ -222,9 +221,10 @@ def is_emulated(dtype: torch.dtype) -> bool:
     """Whether PyTorch computes products of this dtype on this CPU without hardware for it."""
     if dtype not in (torch.bfloat16, torch.float16):
         return False
+    if not torch.backends.mkldnn.is_available():  # this build of PyTorch lacks even the functions below
+        return True
     kernels = torch.ops.mkldnn
-    is_supported = kernels._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else kernels._is_mkldnn_fp16_supported
-    return not (torch.backends.mkldnn.is_available() and is_supported())
+    return not (kernels._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else kernels._is_mkldnn_fp16_supported)()
 
 
 def can_pack(weights: list[Tensor]) -> bool:

@@ -13,6 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..models.default_steps import steps_for
+from ..models.latents import downsampling_factor
 from ..models.modeling_decoder import FlexTokFlowDecoder
 from ..models.packed_linear import packed_weights
 from . import input_checks as inputs
@@ -55,8 +56,7 @@ class DecoderHalf(DiffusionPipeline):
     @property
     def resolution(self) -> int:
         """Side length of the square images, in pixels."""
-        factor = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return self.latent_size * factor
+        return self.latent_size * downsampling_factor(self.vae)
 
     def check_decoding(
         self, num_inference_steps: int | None, guidance_scale: GuidanceScale | None, guidance: str, output_type: str

@@ -52,8 +52,8 @@ def add_adapters(arguments: TrainingArguments, accelerator: Accelerator, model: 
     save_only_trained(model)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
-    logger.info("Adapter of rank %d: %s of %s weights (%.1f%%).", arguments.lora_rank, f"{trained:,}", f"{total:,}",
-                100 * trained / total)  # fmt: skip
+    share = f"{trained:,} of {total:,} weights ({trained / total:.1%})"
+    logger.info("Adapter of rank %d: %s.", arguments.lora_rank, share)
 
 
 def freeze_with_adapter(base: nn.Module, part: str, targets: list[str], rank: int, alpha: float) -> None:

@@ -14,7 +14,7 @@ from .loop import Trainer
 from .optimization import split_by_decay
 from .publishing import export
 from .stages import stage
-from .starting_points import load_whole
+from .starting_points import check_resolution, load_whole
 from .training_data import cached, load_train_data, patch_side, serve
 from .validation import choose_images, held_out_batches, load_validation_data, tokenizer_validation
 
@@ -65,10 +65,6 @@ def fit_arguments(arguments: DistillationArguments, source: FlexTokPipeline) -> 
             f"`min_guidance_scale` ({low:g}) and `max_guidance_scale` ({high:g}) must have the model's default between"
             f" them, which is {default:g}."
         )
-    if arguments.resolution not in (None, source.resolution):
-        raise ValueError(
-            f"`resolution` is {arguments.resolution}, but `pretrained_tokenizer` {arguments.pretrained_tokenizer!r}"
-            f" works at {source.resolution} pixels. Set `resolution` to that."
-        )
+    check_resolution(arguments.resolution, arguments.pretrained_tokenizer, source)
     check_shapes(arguments, source.decoder.config.positions)
     return replace(arguments, resolution=source.resolution, min_guidance_scale=low, max_guidance_scale=high)

@@ -77,8 +77,9 @@ class Examples:
 
     def pick(self, count: int, draw: random.Random) -> tuple[Tensor, Tensor, list[str]]:
         """Draw some of them, each equally often if there are enough draws."""
-        rows = [row for _ in range(-(-count // len(self.captions))) for row in draw.sample(range(len(self.captions)),
-                len(self.captions))][:count]  # fmt: skip
+        number = len(self.captions)
+        rounds = math.ceil(count / number)
+        rows = [row for _ in range(rounds) for row in draw.sample(range(number), number)][:count]
         return self.token_ids[rows], self.latents[rows], [self.captions[row] for row in rows]
 
 
@@ -216,10 +217,8 @@ class Personalizer:
         """Draw own images, and as many of those that the model drew."""
         if self.kept is None or count == 1:
             return self.new.pick(count, draw)
-        (new_ids, new, ours), (kept_ids, kept, known) = (
-            self.new.pick(-(-count // 2), draw),
-            self.kept.pick(count // 2, draw),
-        )
+        new_ids, new, ours = self.new.pick(math.ceil(count / 2), draw)
+        kept_ids, kept, known = self.kept.pick(count // 2, draw)
         return torch.cat([new_ids, kept_ids]), torch.cat([new, kept]), ours + known
 
     def train_step(self, step: int) -> dict[str, float]:
@@ -264,8 +263,8 @@ class Previews:
         for model in (self.pipe.decoder, self.pipe.prior):
             model.eval()
         generators = [torch.Generator().manual_seed(number) for number in range(PREVIEW_IMAGES)]
-        self.rows.append(self.pipe([self.name] * PREVIEW_IMAGES, num_inference_steps=DRAW_STEPS,
-                                   generator=generators).images)  # fmt: skip
+        prompts = [self.name] * PREVIEW_IMAGES
+        self.rows.append(self.pipe(prompts, num_inference_steps=DRAW_STEPS, generator=generators).images)
         self.titles.append(f"{self.name!r} after {step} steps")
         save_image(contact_sheet(self.rows, [""] * PREVIEW_IMAGES, row_titles=self.titles), self.path)
 

@@ -71,11 +71,7 @@ def load_tokenizer(
         )
     if vae is not None:
         pipe.register_modules(vae=vae)
-    if arguments.resolution not in (None, pipe.resolution):
-        raise ValueError(
-            f"`resolution` is {arguments.resolution}, but `pretrained_tokenizer` {name!r} works at {pipe.resolution}"
-            " pixels. Leave `resolution` out."
-        )
+    check_resolution(arguments.resolution, name, pipe)
     if arguments.remove_dropped:
         pipe.decoder.register_to_config(remove_dropped=True)
     if arguments.positions == "stretch":
@@ -90,6 +86,15 @@ def load_tokenizer(
     arguments = replace(arguments, resolution=pipe.resolution, **sizes)
     check_shapes(arguments, pipe.decoder.config.positions)
     return pipe, arguments
+
+
+def check_resolution(resolution: int | None, name: str, pipe: FlexTokPipeline) -> None:
+    """Raise a ValueError if the option `resolution` is set, and not to that of the pipeline `pretrained_tokenizer`."""
+    if resolution not in (None, pipe.resolution):
+        raise ValueError(
+            f"`resolution` is {resolution}, but `pretrained_tokenizer` {name!r} works at {pipe.resolution} pixels."
+            " Leave `resolution` out."
+        )
 
 
 def decoder_settings(decoder: FlexTokFlowDecoder, **changes: Any) -> dict[str, Any]:

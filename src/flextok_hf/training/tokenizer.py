@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..data.latent_cache import latents_of
 from ..models.configuration_encoder import FlexTokEncoderConfig, check_token_layout
+from ..models.latents import downsampling_factor
 from ..models.modeling_decoder import FlexTokFlowDecoder
 from ..models.modeling_encoder import FlexTokEncoder
 from ..models.nested_dropout import sample_num_tokens
@@ -153,9 +154,7 @@ def build_tokenizer(
     arguments: TokenizerArguments, vae: AutoencoderKL | None
 ) -> tuple[FlexTokEncoder, FlexTokFlowDecoder]:
     """Build a new encoder and decoder with the sizes in the options; without a VAE, latents are pixels."""
-    channels, factor = 3, 1
-    if vae is not None:
-        channels, factor = vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+    channels, factor = 3 if vae is None else vae.config.latent_channels, downsampling_factor(vae)
     side = arguments.resolution // factor
     for name in ("encoder_patch_size", "decoder_patch_size"):
         if arguments.resolution % (factor * getattr(arguments, name)):

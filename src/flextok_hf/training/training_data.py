@@ -16,6 +16,7 @@ from ..data.image_stream import StreamedImageDataset
 from ..data.latent_cache import LatentDataset, cache_latents
 from ..data.samples import ImageTransform
 from ..data.training_dataset import load_training_dataset
+from ..models.latents import downsampling_factor
 from .arguments import TrainingArguments
 
 
@@ -26,8 +27,7 @@ TrainingData = ImageDataset | StreamedImageDataset | LatentDataset
 
 def patch_side(vae: AutoencoderKL | None, *models: torch.nn.Module) -> int:
     """Return what the sides of an image must be multiples of, in pixels: whole patches of the models."""
-    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
-    return factor * math.lcm(*(model.config.patch_size for model in models))
+    return downsampling_factor(vae) * math.lcm(*(model.config.patch_size for model in models))
 
 
 def load_train_data(arguments: TrainingArguments, columns: Columns, unit: int) -> ImageDataset | StreamedImageDataset:

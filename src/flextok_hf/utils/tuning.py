@@ -89,6 +89,11 @@ def loop_times(choice: str, num_ways: int, num_calls: int, time_ways: Callable[[
         return times
 
 
+def power_of_two(count: int) -> int:
+    """Return the next power of two, at least 1: sizes up to it share their choice."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
 def time_calls(calls: Iterable[tuple[str, Callable[[], object]]], is_from_memory: bool = False) -> Times:
     """Return the least seconds of the calls with the same name; before each, `is_from_memory` empties the cache."""
     times: Times = {}
