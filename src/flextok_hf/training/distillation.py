@@ -1,12 +1,13 @@
 """Distillation: the flow decoder learns the mean velocity over an interval of noise levels, for few steps.
 
 From t to a lower level r the teacher's guided flow moves noisy latents by (t - r) u, where u is the mean of its
-velocity v on the way. Differentiating along the path gives u = v - (t - r) du/dt, which needs no run of the teacher:
-the student learns it with its own derivative in the target (MeanFlow, Geng et al., 2025,
-https://arxiv.org/abs/2505.13447). Its last blocks read r in place of t (Decoupled MeanFlow, Lee et al., 2025,
-https://arxiv.org/abs/2510.24474).
+velocity on the way (MeanFlow, Geng et al., 2025, https://arxiv.org/abs/2505.13447). The student's last blocks read r
+in place of t (Decoupled MeanFlow, Lee et al., 2025, https://arxiv.org/abs/2510.24474). Its targets come from runs of
+the teacher from noise to data: between any two points of a run, u is the way over the time. Those papers derive u from
+the student's own derivative instead, which needs no runs, but many more steps of training (docs/log.md).
 
-Letters: B batch, C latent channels, h w latent grid, K registers, Q code dimensions.
+Letters: B batch, S steps of the teacher, P intervals per image, C latent channels, h w latent grid, K registers,
+Q code dimensions.
 """
 
 import math
@@ -21,60 +22,56 @@ from ..data.latent_cache import latents_of
 from ..models.modeling_decoder import FlexTokFlowDecoder
 from ..models.modeling_encoder import FlexTokEncoder
 from ..models.nested_dropout import sample_num_tokens
-from ..pipelines.flow import add_noise, sample_sigma
 from ..pipelines.guidance import Guidance
 from ..pipelines.length_groups import LengthGroups
-from .distillation_arguments import DistillationArguments
+from .distillation_arguments import STEP_COUNTS, DistillationArguments
 from .starting_points import decoder_settings
 from .step_rng import StepRng
 
 
-# In noise level. Decoders are not smooth on a finer scale: their features turn up to 20 radians in this difference. Of
-# the embedded model, derivatives differ by 10% from those of 0.05, but with 0.005 by half and more.
-DIFFERENCE = 0.02
 FEW_TOKENS, FEW_TOKENS_SHARE = (1, 2, 4), 0.5  # where images change most along the path, and how often they are drawn
-ERROR_POWER, ERROR_OFFSET = 1.0, 1e-3  # p and c of the adaptive weight 1 / (error + c)^p, MeanFlow's table 1
+ERROR_POWER, ERROR_OFFSET = 0.5, 1e-3  # p and c of the adaptive weight 1 / (error + c)^p, MeanFlow's equation 22
 DISTILLED_STEPS = 4  # default of a distilled decoder
 
 
-def mean_velocity_target(
-    predict: Callable[[Tensor, Tensor], Tensor],
-    velocity: Tensor,
-    noisy_latents: Tensor,
-    sigma: Tensor,
-    next_sigma: Tensor,
-) -> Tensor:
-    """Return what the mean velocity should be, v - (t - r) du/dt, by central differences along the path.
+def follow(velocity: Callable[[Tensor, float], Tensor], noise: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
+    """Follow a flow from noise to data on a uniform grid of noise levels.
 
-    Near noise, where there is no level above, the target is a step of the teacher to the level below and the student's
-    mean velocity from there, which is the same to first order: a one-sided difference would multiply the student's own
-    error by (t - r) / `DIFFERENCE`.
+    Each step extrapolates from the last velocity and the one before (the two-step Adams-Bashforth method), which is as
+    cheap as Euler's and an order more accurate.
 
     Args:
-        predict: mean velocity of noisy latents (B, C, h, w) from levels (B,) to `next_sigma`; called twice.
-        velocity: of the teacher at `sigma`, (B, C, h, w).
-        noisy_latents: (B, C, h, w).
-        sigma: noise levels t, (B,) in [0, 1].
-        next_sigma: lower noise levels r, (B,) in [0, t].
+        velocity: of points (B, C, h, w) at one noise level, (B, C, h, w) float32.
+        noise: points at level 1, (B, C, h, w).
+        num_steps: S.
 
     Returns:
-        The target, (B, C, h, w) float32, without a gradient.
+        The points at levels 1, 1 - 1 / S, ... 0, (S + 1, B, C, h, w), and the velocities at all but the last,
+        (S, B, C, h, w).
     """
-    length = (sigma - next_sigma).view(-1, 1, 1, 1)
-    lower, upper = torch.maximum(sigma - DIFFERENCE, next_sigma), sigma + DIFFERENCE
-    is_near_noise = (upper > 1).view(-1, 1, 1, 1)
-    upper = upper.clamp(max=1)
+    points, velocities = [noise], []
+    for step in range(num_steps):
+        velocities.append(velocity(points[-1], 1 - step / num_steps))
+        slope = velocities[-1] if step == 0 else 1.5 * velocities[-1] - 0.5 * velocities[-2]
+        points.append(points[-1] - slope / num_steps)
+    return torch.stack(points), torch.stack(velocities)
 
-    def predict_at(level: Tensor) -> Tensor:
-        return predict(noisy_latents + (level - sigma).view(-1, 1, 1, 1) * velocity, level).float()
 
-    with torch.no_grad():
-        velocity, after, before = velocity.float(), predict_at(lower), predict_at(upper)
-        tiny = torch.finfo(torch.float32).tiny  # of an empty interval, only the velocity itself counts
-        step = (sigma - lower).view(-1, 1, 1, 1)
-        composed = torch.lerp(after, velocity, torch.where(length > 0, step / length.clamp(min=tiny), 1.0))
-        derivative = (before - after) / (upper - lower).clamp(min=tiny).view(-1, 1, 1, 1)
-        return torch.where(is_near_noise, composed, velocity - length * derivative)
+def mean_velocities(points: Tensor, velocities: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """Return the mean velocity between two points of each path; of an empty interval, the velocity at its point.
+
+    Args:
+        points, velocities: as `follow` returns them, (S + 1, B, C, h, w) and (S, B, C, h, w).
+        start: index of the first point, (P, B) in [0, S).
+        end: index of the last point, (P, B) in [start, S].
+
+    Returns:
+        Mean velocities, (P, B, C, h, w).
+    """
+    paths = torch.arange(points.shape[1], device=points.device)
+    sigma_change = ((end - start) / len(velocities))[..., None, None, None]
+    way = points[start, paths] - points[end, paths]
+    return torch.where(sigma_change > 0, way / sigma_change.clamp(min=1 / len(velocities)), velocities[start, paths])
 
 
 def adaptive_loss(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,81 +123,80 @@ class DistillationForTraining(nn.Module):
             rng: source of all randomness, on the device of the model.
 
         Returns:
-            The loss, and metrics to log: squared errors where the interval is empty, and where it is not.
+            The loss, and metrics to log: squared errors of empty intervals, and of others.
         """
-        # 1. Images -> codes; noisy latents on their way to noise
+        # 1. Images -> codes
         with torch.no_grad():
             encoder = self.frozen["encoder"]
             latents = latents_of(batch, self.frozen["vae"], encoder.device)  # (B, C, h, w)
             codes = encoder.quantizer(encoder.compute_features(latents))  # (B, K, Q)
         noise = rng.normal_like(latents)
-        sigma, next_sigma, num_tokens, scale = self.draw(latents.shape[0], rng)
-        # every other sample of the step: where the interval is empty, the student learns the teacher's velocity
-        empty, full = slice(rng.first % 2, None, 2), slice((rng.first + 1) % 2, None, 2)
-        next_sigma[empty] = sigma[empty]
-        noisy_latents = add_noise(latents.float(), noise, sigma)
+        num_tokens, scale, start, end = self.draw(latents.shape[0], rng)
 
-        # 2. The teacher's velocity, and with it the target; the derivative needs the precision of float32
-        velocity = self.guided_velocity(noisy_latents, sigma, codes, num_tokens, scale)
-        target = velocity.clone()
-
-        def predict(noisy_latents: Tensor, sigma: Tensor) -> Tensor:
-            levels = {"sigma": sigma, "next_sigma": next_sigma[full], "guidance_scale": scale[full]}
-            return self.predict(self.decoder, noisy_latents, codes[full], num_tokens[full], **levels)
-
-        if len(sigma[full]):
-            with torch.autocast(latents.device.type, enabled=False):
-                ends = (noisy_latents[full], sigma[full], next_sigma[full])
-                target[full] = mean_velocity_target(predict, velocity[full], *ends)
+        # 2. A run of the teacher from noise -> targets
+        num_steps, num_intervals = self.arguments.teacher_steps, self.arguments.intervals_per_image
+        flow = self.guided_flow(codes, num_tokens, scale)
+        points, velocities = follow(flow, noise, num_steps)  # (S + 1, B, C, h, w), (S, B, C, h, w)
+        target = mean_velocities(points, velocities, start, end).flatten(0, 1)  # (P * B, C, h, w)
+        noisy_latents = points[start, torch.arange(len(codes), device=start.device)].flatten(0, 1)
 
         # 3. The student
-        levels = {"sigma": sigma, "next_sigma": next_sigma, "guidance_scale": scale}
-        prediction = self.predict(self.decoder, noisy_latents, codes, num_tokens, **levels)
+        levels = {"sigma": 1 - start.flatten() / num_steps, "next_sigma": 1 - end.flatten() / num_steps}
+        rows = (codes.repeat(num_intervals, 1, 1), num_tokens.repeat(num_intervals))
+        levels["guidance_scale"] = scale.repeat(num_intervals)
+        prediction = self.predict(self.decoder, noisy_latents, *rows, **levels)
         loss, errors = adaptive_loss(prediction, target)
+        is_empty = (start == end).flatten()
         metrics = {
-            "velocity_error": errors[empty].sum() / max(1, len(errors[empty])),
-            "mean_velocity_error": errors[full].sum() / max(1, len(errors[full])),
+            "velocity_error": (errors * is_empty).sum() / is_empty.sum().clamp(min=1),
+            "mean_velocity_error": (errors * ~is_empty).sum() / (~is_empty).sum().clamp(min=1),
         }
         return (loss if self.training else errors.mean()), metrics
 
     def draw(self, batch_size: int, rng: StepRng) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Draw noise levels, lower ones, numbers of tokens to keep, and guidance scales, each (B,)."""
+        """Draw numbers of tokens to keep and guidance scales, each (B,), and starts and ends of intervals, (P, B)."""
         arguments, generator = self.arguments, rng.generator
-        num_registers = self.decoder.config.num_registers
+        num_registers, num_steps = self.decoder.config.num_registers, arguments.teacher_steps
 
         def uniform(count: int) -> Tensor:
             return torch.rand(count, generator=generator, device=generator.device)
 
-        def draw_sigma(count: int) -> Tensor:
-            shape = (arguments.sigma_distribution, arguments.logit_mean, arguments.logit_std, arguments.mode_scale)
-            return sample_sigma(count, *shape, is_stratified=True, generator=generator)
+        def choose(options: tuple[int, ...], count: int) -> Tensor:
+            return torch.tensor(options, device=generator.device)[(uniform(count) * len(options)).long()]
 
         def draw_num_tokens(count: int) -> Tensor:
-            few = torch.tensor([number for number in FEW_TOKENS if number <= num_registers], device=generator.device)
-            chosen = few[(uniform(count) * len(few)).long()]
+            few = choose(tuple(number for number in FEW_TOKENS if number <= num_registers), count)
             any_of_ladder = sample_num_tokens(count, num_registers, "powers_of_two", generator)
-            return torch.where(uniform(count) < FEW_TOKENS_SHARE, chosen, any_of_ladder)
+            return torch.where(uniform(count) < FEW_TOKENS_SHARE, few, any_of_ladder)
 
-        sigma, share = rng.own(draw_sigma, batch_size), rng.own(uniform, batch_size)
-        # samplers begin with noise alone, which no distribution draws, and one step ends with data
-        sigma = torch.where(rng.bernoulli(arguments.noise_probability, batch_size), 1.0, sigma)
-        share = torch.where(rng.bernoulli(arguments.data_probability, batch_size), 0.0, share)
+        def draw_interval(count: int) -> Tensor:
+            length = num_steps // choose(STEP_COUNTS, count)
+            start = (uniform(count) * (num_steps // length)).long() * length
+            any_level = (uniform(count) * num_steps).long()
+            is_empty = uniform(count) < arguments.empty_share
+            return torch.stack([torch.where(is_empty, any_level, start), torch.where(is_empty, 0, length)], dim=1)
+
         num_tokens = rng.own(draw_num_tokens, batch_size)
         low, high = self.decoder.config.guidance_range
-        return sigma, sigma * share, num_tokens, low + (high - low) * rng.own(uniform, batch_size)
+        scale = low + (high - low) * rng.own(uniform, batch_size)
+        intervals = torch.stack([rng.own(draw_interval, batch_size) for _ in range(arguments.intervals_per_image)])
+        start, length = intervals.unbind(dim=2)
+        return num_tokens, scale, start, start + length
 
-    @torch.no_grad()
-    def guided_velocity(
-        self, noisy_latents: Tensor, sigma: Tensor, codes: Tensor, num_tokens: Tensor, scale: Tensor
-    ) -> Tensor:
-        """Return the teacher's velocity (B, C, h, w) float32 with guidance scales (B,)."""
+    def guided_flow(self, codes: Tensor, num_tokens: Tensor, scale: Tensor) -> Callable[[Tensor, float], Tensor]:
+        """Return the teacher's velocity with guidance scales (B,), as a function of latents and one noise level."""
         teacher = self.frozen["teacher"]
-        if self.decoder.config.guidance_range[1] == self.decoder.config.guidance_range[0] == 1:
-            return self.predict(teacher, noisy_latents, codes, num_tokens, sigma=sigma).float()
-        is_unconditional = torch.arange(2 * len(sigma), device=sigma.device) >= len(sigma)
-        rows = (noisy_latents.repeat(2, 1, 1, 1), codes.repeat(2, 1, 1), num_tokens.repeat(2), is_unconditional)
-        conditional, unconditional = self.predict(teacher, *rows, sigma=sigma.repeat(2)).float().chunk(2)
-        return self.guidance.limit(conditional, unconditional, scale)
+        copies = 1 if list(self.decoder.config.guidance_range) == [1, 1] else 2
+        is_unconditional = torch.arange(copies * len(codes), device=codes.device) >= len(codes)
+        rows = (codes.repeat(copies, 1, 1), num_tokens.repeat(copies), is_unconditional)
+
+        @torch.no_grad()
+        def velocity(noisy_latents: Tensor, sigma: float) -> Tensor:
+            level = torch.full((len(is_unconditional),), sigma, device=codes.device)
+            velocity = self.predict(teacher, noisy_latents.repeat(copies, 1, 1, 1), *rows, sigma=level).float()
+            return velocity if copies == 1 else self.guidance.limit(*velocity.chunk(2), scale)
+
+        return velocity
 
     def predict(
         self,

@@ -4,8 +4,10 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import ClassVar
 
-from ..pipelines.flow import SIGMA_DISTRIBUTIONS
 from .arguments import TrainingArguments, option
+
+
+STEP_COUNTS = (1, 2, 4)  # a distilled decoder learns the steps of runs of that many
 
 
 @dataclass(kw_only=True)
@@ -22,25 +24,19 @@ class DistillationArguments(TrainingArguments):
     interval_blocks: int | None = option(
         None, "Number of last decoder blocks that read the end of a step; if unset, a third of them."
     )
-    sigma_distribution: str = option("logit_normal", "Distribution of the noise levels at which a step begins.")
-    logit_mean: float = option(0.0, "Mean of the logit-normal; positive means more noise.")
-    logit_std: float = option(1.0, "Standard deviation of the logit-normal.")
-    mode_scale: float = option(0.25, "Scale parameter of the mode distribution.")
-    noise_probability: float = option(
-        0.2, "Fraction of steps that begin with noise alone, as the first of a run does."
+    teacher_steps: int = option(
+        12, "Steps of the teacher's run from noise to data, one run per image; a multiple of 4."
     )
-    data_probability: float = option(0.2, "Fraction of steps that end with data, as the last of a run does.")
+    intervals_per_image: int = option(8, "Intervals of that run that the student learns from, per image and step.")
+    empty_share: float = option(0.25, "Fraction of intervals that are empty, where it learns the velocity itself.")
 
     LIMITS: ClassVar[dict[str, tuple[float, float]]] = TrainingArguments.LIMITS | {
         "min_guidance_scale": (0, inf),
         "max_guidance_scale": (0, inf),
         "interval_blocks": (0, inf),
-        "logit_std": (0, inf),
-        "noise_probability": (0, 1),
-        "data_probability": (0, 1),
-    }
-    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = TrainingArguments.CHOICES | {
-        "sigma_distribution": SIGMA_DISTRIBUTIONS
+        "teacher_steps": (STEP_COUNTS[-1], inf),
+        "intervals_per_image": (1, inf),
+        "empty_share": (0, 1),
     }
 
     def __post_init__(self):
@@ -50,3 +46,5 @@ class DistillationArguments(TrainingArguments):
             raise ValueError(f"Set both `min_guidance_scale` and `max_guidance_scale`, or none; got {low} and {high}.")
         if low is not None and high is not None and low > high:
             raise ValueError(f"`min_guidance_scale` ({low}) must not be above `max_guidance_scale` ({high}).")
+        if self.teacher_steps % STEP_COUNTS[-1]:
+            raise ValueError(f"`teacher_steps` must be a multiple of {STEP_COUNTS[-1]}, got {self.teacher_steps}.")
