@@ -194,7 +194,10 @@ class DistillationForTraining(nn.Module):
         def velocity(noisy_latents: Tensor, sigma: float) -> Tensor:
             level = torch.full((len(is_unconditional),), sigma, device=codes.device)
             velocity = self.predict(teacher, noisy_latents.repeat(copies, 1, 1, 1), *rows, sigma=level).float()
-            return velocity if copies == 1 else self.guidance.limit(*velocity.chunk(2), scale)
+            if copies == 1:
+                return velocity
+            conditional, unconditional = velocity.chunk(2)
+            return self.guidance.limit(conditional, unconditional, scale)
 
         return velocity
 
