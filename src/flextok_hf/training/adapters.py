@@ -9,6 +9,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from ..models.low_rank import low_rank_layers, need_peft
+from ..models.upcast_linear import upcast_frozen
 from .arguments import TrainingArguments
 
 
@@ -22,7 +23,8 @@ PROCESSES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULT
 def add_adapters(arguments: TrainingArguments, accelerator: Accelerator, model: nn.Module) -> None:
     """Freeze a model in training and put new adapters into its parts, if the options say so.
 
-    With `mixed_precision`, the frozen weights of the adapted parts are stored in half precision.
+    With `mixed_precision`, the frozen weights of the adapted parts are stored in half precision; a CPU that only
+    emulates it computes with them in float32.
 
     Args:
         arguments: options of the stage; what it can adapt are attributes of `model`.
@@ -46,6 +48,7 @@ def add_adapters(arguments: TrainingArguments, accelerator: Accelerator, model: 
             base.to(COMPUTE_DTYPES[accelerator.mixed_precision])
         alpha = arguments.lora_alpha or arguments.lora_rank
         freeze_with_adapter(base, part, arguments.lora_targets or [part], arguments.lora_rank, alpha)
+        upcast_frozen(base)
     alignment = getattr(model, "alignment", None)
     if alignment is not None:  # REPA's projection is new
         alignment.requires_grad_(True)
