@@ -180,7 +180,8 @@ def test_a_tokenizer_saved_without_the_settings_of_shapes_is_prepared_as_well(tm
         removed = {name: config.pop(name, None) for name in STRETCH}
         assert removed["positions"] == "crop"
         path.write_text(json.dumps(config))
-    pipe, _ = load_tokenizer(arguments_for("x", data, pretrained_tokenizer=str(tmp_path), buckets=True), None)
+    options = {"pretrained_tokenizer": str(tmp_path), "buckets": True, "num_registers": None}
+    pipe, _ = load_tokenizer(arguments_for("x", data, **options), None)
     for model in (pipe.encoder, pipe.decoder):
         assert model.config.positions == "stretch" and model.config.shape_conditioning is True
         assert not model.shape_proj.weight.any()

@@ -282,7 +282,7 @@ def test_a_grid_tokenizer_is_trained_and_reconstructs(tmp_path):
 def test_a_decoder_trained_alone_does_not_change_the_tokens(tiny_tokenizer_pipeline, tmp_path):
     tiny_tokenizer_pipeline.save_pretrained(tmp_path / "tokenizer")
     options = {"pretrained_tokenizer": str(tmp_path / "tokenizer"), "freeze_encoder": True, "weight_decay": 0.5}
-    folder = train_tokenizer(tokenizer_arguments(tmp_path / "run", learning_rate=0.01, **options))
+    folder = train_tokenizer(tokenizer_arguments(tmp_path / "run", learning_rate=0.01, num_registers=None, **options))
     before, after = all_weights(tmp_path / "tokenizer" / "encoder"), all_weights(folder / "encoder")
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     before, after = all_weights(tmp_path / "tokenizer" / "decoder"), all_weights(folder / "decoder")
@@ -298,7 +298,7 @@ def test_the_record_has_the_sizes_that_were_trained_not_those_of_options_without
     tiny_tokenizer_pipeline, tmp_path
 ):
     tiny_tokenizer_pipeline.save_pretrained(tmp_path / "tokenizer")
-    options = {"pretrained_tokenizer": str(tmp_path / "tokenizer"), "encoder_hidden_size": 768, "num_registers": 99}
+    options = {"pretrained_tokenizer": str(tmp_path / "tokenizer"), "encoder_hidden_size": 768, "num_registers": None}
     folder = train_tokenizer(tokenizer_arguments(tmp_path / "run", **options))
     recorded = json.loads((folder / "training.json").read_text())["arguments"]
     config = tiny_tokenizer_pipeline.encoder.config

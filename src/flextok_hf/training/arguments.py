@@ -11,6 +11,9 @@ from ..pipelines.flow import SIGMA_DISTRIBUTIONS
 from .shared_arguments import TrainingArguments, check_shapes, option
 
 
+TOKENS = 256  # of a new tokenizer
+
+
 @dataclass(kw_only=True)
 class VaeArguments(TrainingArguments):
     """Options of stage 0: the VAE between pixels and latents."""
@@ -58,7 +61,11 @@ class TokenizerArguments(TrainingArguments):
         "crop", "Positions of other shapes than the square: `crop` as published, or `stretch`, for any shape."
     )
     shape_conditioning: bool = option(False, "Tell encoder and decoder size and proportions; with `stretch`.")
-    num_registers: int = option(256, "Maximum number of tokens; for a grid, its number of patches.")
+    num_registers: int = option(
+        None,
+        "Maximum number of tokens; for a grid, its number of patches. If unset, that of the model to start from, or"
+        f" {TOKENS}; a model with fewer grows.",
+    )
     fsq_levels: list[int] = option([8, 8, 8, 5, 5, 5], "FSQ levels per code dimension.")
     head_dim: int = option(64, "Dimension of an attention head.")
     encoder_hidden_size: int = option(768, "Width of the encoder.")
@@ -132,6 +139,8 @@ class TokenizerArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.num_registers is None and self.pretrained_tokenizer is None:
+            self.num_registers = TOKENS
         for name in ("encoder_hidden_size", "decoder_hidden_size"):
             if getattr(self, name) % self.head_dim or getattr(self, name) % 4:
                 raise ValueError(

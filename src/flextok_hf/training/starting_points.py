@@ -5,8 +5,9 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import torch
 from diffusers import AutoencoderKL
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.configuration_encoder import FlexTokEncoderConfig
@@ -20,6 +21,8 @@ from .setup import loading
 
 logger = logging.getLogger(__name__)
 
+REGISTERS = {"register_tokens", "register_positions"}  # of the encoder, of the decoder
+GROWTH_SPREAD = 0.3  # of new registers around the last one, relative to that of all
 PRIOR_PARTS = ("prior", "text_encoder", "tokenizer")
 
 
@@ -49,14 +52,15 @@ def load_tokenizer(
 
     It keeps its prior if the encoder is frozen, so that token ids stay. With `remove_dropped`, a decoder that was
     trained with mask tokens learns to work without them. With `positions` "stretch" and `shape_conditioning`, a
-    tokenizer of squares learns other shapes; for squares nothing changes.
+    tokenizer of squares learns other shapes; for squares nothing changes. With a larger `num_registers`, it learns
+    longer sequences; the first tokens of an image stay.
 
     Returns:
         The pipeline, and the options with its resolution and sizes.
 
     Raises:
-        ValueError: `resolution` differs from that of the tokenizer, `buckets` or `max_area` need other positions, or
-            the decoder is distilled.
+        ValueError: `resolution` differs from that of the tokenizer, it cannot grow to `num_registers`, `buckets` or
+            `max_area` need other positions, or the decoder is distilled.
     """
     name = arguments.pretrained_tokenizer
     assert name is not None
@@ -74,13 +78,18 @@ def load_tokenizer(
     check_resolution(arguments.resolution, name, pipe)
     if arguments.remove_dropped:
         pipe.decoder.register_to_config(remove_dropped=True)
+    encoder, decoder = pipe.encoder, pipe.decoder
+    changes: dict[str, Any] = {}
     if arguments.positions == "stretch":
-        encoder, decoder = pipe.encoder, pipe.decoder
         is_told = arguments.shape_conditioning or decoder.config.shape_conditioning
-        shapes: dict[str, Any] = {"positions": "stretch", "shape_conditioning": is_told}
-        config = FlexTokEncoderConfig.from_dict({**encoder.config.to_dict(), **shapes})
+        changes = {"positions": "stretch", "shape_conditioning": is_told}
+    if arguments.num_registers not in (None, pipe.num_registers):
+        check_growth(arguments, pipe)
+        changes["num_registers"] = arguments.num_registers
+    if changes:
+        config = FlexTokEncoderConfig.from_dict({**encoder.config.to_dict(), **changes})
         encoder = copy_weights(encoder, FlexTokEncoder(config))
-        decoder = copy_weights(decoder, FlexTokFlowDecoder(**decoder_settings(decoder, **shapes)))
+        decoder = copy_weights(decoder, FlexTokFlowDecoder(**decoder_settings(decoder, **changes)))
         pipe.register_modules(encoder=encoder, decoder=decoder)
     sizes = size_options(pipe.encoder, pipe.decoder)
     arguments = replace(arguments, resolution=pipe.resolution, **sizes)
@@ -95,6 +104,22 @@ def check_resolution(resolution: int | None, name: str, pipe: FlexTokPipeline) -
             f"`resolution` is {resolution}, but `pretrained_tokenizer` {name!r} works at {pipe.resolution} pixels."
             " Leave `resolution` out."
         )
+
+
+def check_growth(arguments: TokenizerArguments, pipe: FlexTokPipeline) -> None:
+    """Raise a ValueError if `num_registers` is not a length that the pipeline `pretrained_tokenizer` can grow to."""
+    asked, own = arguments.num_registers, pipe.num_registers
+    said = f"`num_registers` is {asked}, but `pretrained_tokenizer` {arguments.pretrained_tokenizer!r} has {own}"
+    if pipe.encoder.config.token_layout == "grid":
+        raise ValueError(f"{said}, one for each patch of its grid. Leave `num_registers` out.")
+    if asked < own:
+        raise ValueError(f"{said}: a tokenizer can only grow. Leave `num_registers` out, or pass more than {own}.")
+    for name in ("freeze_encoder", "lora_rank"):
+        if getattr(arguments, name):
+            raise ValueError(
+                f"{said}: new registers have to be learned, which `{name}` does not do. Leave `num_registers` out, or"
+                f" `{name}`."
+            )
 
 
 def decoder_settings(decoder: FlexTokFlowDecoder, **changes: Any) -> dict[str, Any]:
@@ -116,10 +141,20 @@ def load_whole(option: str, name: str, **components: Any) -> FlexTokPipeline:
 
 
 def copy_weights(source: nn.Module, target: nn.Module) -> nn.Module:
-    """Give a model the weights of one that may lack the layers for shapes, and return it."""
-    left = target.load_state_dict(source.state_dict(), strict=False)
+    """Give a model the weights of one that may lack registers and the layers for shapes, and return it."""
+    weights = source.state_dict()
+    for name in REGISTERS & weights.keys():
+        weights[name] = lengthened(weights[name], len(target.get_parameter(name)))
+    left = target.load_state_dict(weights, strict=False)
     assert set(left.missing_keys) <= {"shape_proj.weight"} and not left.unexpected_keys
     return target
+
+
+def lengthened(vectors: Tensor, length: int) -> Tensor:
+    """Return (K, D) as (length, D): new rows begin near the last one, but not equal, or their tokens would be, too."""
+    last, spread = vectors[-1], vectors.float().std()
+    added = last + GROWTH_SPREAD * spread * torch.randn(length - len(vectors), len(last)).to(last)
+    return torch.cat([vectors, added])
 
 
 def load_prior(
