@@ -5,7 +5,7 @@ r"""Create the training sets of the embedded model: emoji with simple captions, 
     python scripts/prepare_embedded_data.py --emoji emoji128 --photos caltech101_128 --max_photos 1200 \
         --everyday_only --styles 3d flat gradient noto --output data/everyday128
     python scripts/prepare_embedded_data.py --emoji emoji128 twemoji128 --clipart clipart128 --photos caltech101_128 \
-        --more_captions --held_out_share 0.05 --output data/next128
+        --more_captions --held_out_share 0.05 --recolored_copies 1 --output data/next128
 
 The first set has emoji of all names and styles; the second, for the later training stages, has everyday names only.
 These two trained the embedded model; the third is for the next one (docs/log.md).
@@ -25,8 +25,10 @@ train.parquet and validation.parquet with the columns
     styled_prompt    the phrasing with style ("a 3d car"); same as prompt if there is no style to mention
 
 The validation split is that of the source: emoji whose name is in train in another style, and photos of known classes.
-`--held_out_share` moves more combinations of name and style there, chosen by a hash of both, if the name keeps another
-style. Titles of clip art say what it shows only in the folders of CLIPART_OF_THINGS; elsewhere the folder is named.
+`--held_out_share` moves more combinations of name and style there, chosen by a hash of both, if the name keeps
+another style. `--recolored_copies` adds copies of the drawings to train, with other hues (not if a caption names a
+color) and other plain backgrounds, for tokenizers: their latents are cached, so they see no random colors. Titles of
+clip art say what it shows only in the folders of CLIPART_OF_THINGS; elsewhere the folder is named.
 """
 
 import argparse
@@ -38,6 +40,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_dataset
+from embedded_augmentation import recolor
 from embedded_captions import (
     PLAIN_WORDINGS,
     STYLED_WORDINGS,
@@ -68,12 +71,12 @@ PHOTO_NAMES = {
     "sea horse": "seahorse",
     "water lilly": "water lily",
 }
-WEBP_QUALITY = {"photo": 80}  # drawings use 90: compression artifacts are more visible at their edges
+CLIP_ART, PHOTO = "clip art", "photo"
+WEBP_QUALITY = {PHOTO: 80}  # drawings use 90: compression artifacts are more visible at their edges
 
-CLIP_ART = "clip art"
 CLIPART_OF_THINGS = ("animals", "buildings", "food", "plants", "recreation", "tools", "transportation")
 MAX_SHARED_TITLE = 3  # a title of more images is that of a series, such as "lemon theme"
-STYLES_WITHOUT_COMBINATIONS = ("plain", CLIP_ART, "photo")  # never held out: each image is of its own kind
+STYLES_WITHOUT_COMBINATIONS = ("plain", CLIP_ART, PHOTO)  # never held out: each image is of its own kind
 
 
 def compress(image: PILImage.Image, resolution: int, style: str) -> bytes:
@@ -130,7 +133,7 @@ def make_rows(
     """
     for record in records:
         source_name = record["name"].replace("_", " ")
-        source_name = PHOTO_NAMES.get(source_name, source_name) if style == "photo" else source_name
+        source_name = PHOTO_NAMES.get(source_name, source_name) if style == PHOTO else source_name
         if source_name.startswith(EXCLUDED_NAMES):
             continue
         fallback = Noun(source_name=source_name, name=source_name.lower(), form="either")
@@ -180,12 +183,27 @@ def hold_out(splits: dict[str, list[dict]], share: float) -> None:
         row["held_out"] = bool(styles) and row["style"] not in (*styles, *STYLES_WITHOUT_COMBINATIONS)
 
 
+def recolored(rows: Iterable[dict], copies: int) -> Iterator[dict]:
+    """Yield recolored copies of the drawings in rows of `prepare`; hues of flags ("plain") and grays stay."""
+    for number, row in enumerate(rows):
+        if row["style"] == PHOTO:
+            continue
+        image = PILImage.open(io.BytesIO(row["image"]["bytes"]))
+        for copy in range(copies):
+            key = f"{number}/{row['name']}/{row['style']}/{copy}"
+            changed = recolor(image, row["captions"], key, keeps_hue=row["style"] == "plain")
+            if changed is not None:
+                content = compress(changed, image.width, row["style"])
+                yield row | {"image": {"bytes": content, "path": None}}
+
+
 def prepare(
     sources: Iterable[tuple[DatasetDict, str | None]],
     nouns: Iterable[Noun],
     resolution: int,
     more_captions: bool = False,
     held_out_share: float = 0.0,
+    recolored_copies: int = 0,
 ) -> dict[str, Dataset]:
     """Caption, crop and resize; see the module docstring for the columns.
 
@@ -195,12 +213,15 @@ def prepare(
         resolution: side of the images in pixels.
         more_captions: add keywords and short sentences to the captions.
         held_out_share: share of the combinations of name and style in train to move to validation.
+        recolored_copies: number of recolored copies of each drawing in train.
 
     Raises:
-        ValueError: if an everyday name has no image in the sources.
+        ValueError: if an everyday name has no image in the sources, or a number is out of range.
     """
     if not 0 <= held_out_share < 1:
         raise ValueError(f"`held_out_share` must lie in [0, 1), got {held_out_share}.")
+    if recolored_copies < 0:
+        raise ValueError(f"`recolored_copies` must be 0 or more, got {recolored_copies}.")
     noun_of = {noun.source_name: noun for noun in nouns}
     features = Features(
         {"image": Image(), "captions": List(Value("string")), "everyday": Value("bool"), "held_out": Value("bool")}
@@ -212,6 +233,7 @@ def prepare(
             made = make_rows(source[split], noun_of, style, resolution, more_captions)
             rows.extend(row | {"split": split} for row in made)
     hold_out(splits, held_out_share)
+    splits["train"] += list(recolored(splits["train"], recolored_copies))
     found = {row["name"] for rows in splits.values() for row in rows}
     missing = sorted(noun.source_name for noun in noun_of.values() if noun.name not in found)
     if missing:
@@ -221,7 +243,7 @@ def prepare(
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    styles = [style for style in STYLED_WORDINGS if style not in (CLIP_ART, "photo")]
+    styles = [style for style in STYLED_WORDINGS if style not in (CLIP_ART, PHOTO)]
     parser.add_argument("--emoji", required=True, nargs="+", help="folders with parquet files, or Hub datasets")
     parser.add_argument("--clipart", help="the same for clip art (default: none)")
     parser.add_argument("--photos", help="the same for photos (default: none)")
@@ -230,6 +252,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max_photos", type=int, help="number of training photos, chosen at random (all)")
     parser.add_argument("--more_captions", action="store_true", help="also keywords and short sentences")
     parser.add_argument("--held_out_share", type=float, default=0.0, help="of combinations of name and style (0)")
+    parser.add_argument("--recolored_copies", type=int, default=0, help="of each drawing in train (0)")
     parser.add_argument("--output", required=True, type=Path, help="folder for train.parquet and validation.parquet")
     parser.add_argument("--names", type=Path, default=DEFAULT_NAMES_FILE, help="list of everyday names, one per line")
     parser.add_argument("--resolution", type=int, default=128, help="side of the images in pixels")
@@ -249,8 +272,9 @@ def main(argv: list[str] | None = None) -> None:
         photos = load_dataset(arguments.photos)
         if arguments.max_photos is not None:  # shuffled first, because the source is sorted by class
             photos["train"] = photos["train"].shuffle(seed=0).take(arguments.max_photos)
-        sources.append((photos, "photo"))
-    prepared = prepare(sources, nouns, arguments.resolution, arguments.more_captions, arguments.held_out_share)
+        sources.append((photos, PHOTO))
+    options = arguments.more_captions, arguments.held_out_share, arguments.recolored_copies
+    prepared = prepare(sources, nouns, arguments.resolution, *options)
     arguments.output.mkdir(parents=True, exist_ok=True)
     for split, records in prepared.items():
         records.to_parquet(arguments.output / f"{split}.parquet")

@@ -178,31 +178,50 @@ def write_captions(drawings: Sequence[Drawing], relation: str, background: str, 
     return tuple(dict.fromkeys(captions))
 
 
-def cut_out(image: Image.Image) -> Image.Image:
-    """Return a drawing on white as RGBA, without the white that touches the border, cropped to what is left.
+def find_background(rgb: np.ndarray, color: Sequence[int], tolerance: int) -> np.ndarray:
+    """Return where an image has its background: pixels near a color in all channels that are connected to the border.
 
-    Raises:
-        ValueError: if nothing is left.
+    Args:
+        rgb: (H, W, 3) uint8.
+        color: of the background, three numbers.
+        tolerance: largest difference in a channel.
+
+    Returns:
+        (H, W) boolean.
     """
-    rgb = np.asarray(image.convert("RGB"))
-    bright = (rgb >= WHITE).all(axis=2)
-    outside = np.zeros_like(bright)
-    outside[[0, -1], :], outside[:, [0, -1]] = bright[[0, -1], :], bright[:, [0, -1]]
+    near = (np.abs(rgb.astype(np.int16) - np.asarray(color, np.int16)) <= tolerance).all(axis=2)
+    outside = np.zeros_like(near)
+    outside[[0, -1], :], outside[:, [0, -1]] = near[[0, -1], :], near[:, [0, -1]]
     while True:
         grown = outside.copy()
         grown[1:] |= outside[:-1]
         grown[:-1] |= outside[1:]
         grown[:, 1:] |= outside[:, :-1]
         grown[:, :-1] |= outside[:, 1:]
-        grown &= bright
+        grown &= near
         if (grown == outside).all():
-            break
+            return outside
         outside = grown
-    if outside.all():
+
+
+def make_transparent(image: Image.Image) -> Image.Image:
+    """Return a drawing on white as RGBA, with the white that touches the border transparent."""
+    rgb = np.asarray(image.convert("RGB"))
+    alpha = np.where(find_background(rgb, BACKGROUNDS["white"], 255 - WHITE), 0, 255).astype(np.uint8)
+    return Image.fromarray(np.dstack([rgb, alpha]), "RGBA")
+
+
+def cut_out(image: Image.Image) -> Image.Image:
+    """Return a drawing on white as RGBA, without the white that touches the border, cropped to what is left.
+
+    Raises:
+        ValueError: if nothing is left.
+    """
+    whole = make_transparent(image)
+    box = whole.getchannel("A").getbbox()
+    if box is None:
         raise ValueError("`image` is white all over: there is nothing to cut out.")
-    alpha = np.where(outside, 0, 255).astype(np.uint8)
-    whole = Image.fromarray(np.dstack([rgb, alpha]), "RGBA")
-    return whole.crop(whole.getchannel("A").getbbox())
+    return whole.crop(box)
 
 
 def draw_canvas(
