@@ -24,7 +24,7 @@ def add_options(parser: argparse.ArgumentParser, count: Callable[[str], int]) ->
         metavar="FROM",
         help="name, files (their names), metadata; or auto: metadata if there is any, else the name (auto)",
     )
-    parser.add_argument("--steps", type=count, metavar="N", help="more learn better and take longer (200)")
+    parser.add_argument("--steps", type=count, metavar="N", help="more learn better and take longer (120)")
     parser.add_argument("--lora-rank", type=count, metavar="N", help="size of the adapter (8)")
     return parser
 

@@ -1,7 +1,7 @@
 """An adapter that draws one's own images on request, in minutes: `flextok personalize`.
 
-Prior and decoder learn the images, mixed in each step with what the model drew before (prior preservation, Ruiz et
-al., 2023, arXiv 2208.12242), so that it still draws that. The encoder stays, so token ids do.
+Prior and decoder learn the images. In each step they are also asked about images that the model drew before, and
+drawn to what the model without the adapter answers, so that it still draws those. The encoder stays, so token ids do.
 
 Letters: B images, K registers, C latent channels, h w latent grid.
 """
@@ -31,12 +31,15 @@ from ..utils.words import split_words
 from .adapters import freeze_with_adapter
 from .arguments import PriorArguments, TokenizerArguments
 from .personal_images import PersonalImages, prompts_of
+from .preservation import distribution_change, velocity_change
 from .prior import PriorForTraining
 from .step_rng import StepRng
 from .tokenizer import TokenizerForTraining
 
 
 DRAW_BATCH, DRAW_STEPS = 16, 6
+KEPT_STEPS = 3  # of images to keep: only noisy versions of them are looked at
+KEPT_WEIGHT = 2.0  # of changes to what the model knew, relative to the losses on own images
 PREVIEW_IMAGES, PREVIEW_ROWS = 4, 6
 WARMUP, MAX_NORM, BETAS = 0.05, 1.0, (0.9, 0.99)
 PREVIEW_FILE = "preview.png"
@@ -57,10 +60,10 @@ class PersonalizeOptions:
         previews: how many rows of images are drawn while training.
     """
 
-    steps: int = 200
+    steps: int = 120
     lora_rank: int = 8
     learning_rate: float = 2e-3
-    num_kept: int = 64
+    num_kept: int = 128
     prior_batch: int = 16
     decoder_batch: int = 4
     seed: int = 0
@@ -155,7 +158,9 @@ def draw_examples(
     """Let the model draw what it knows: the names in its configuration, or without any, whatever comes."""
     names = getattr(pipe.prior.config, "known_names", None) or [""]
     draw = random.Random(options.seed)
-    prompts = [f"a {name}".rstrip() if name else "" for name in draw.choices(names, k=options.num_kept)]
+    rounds = math.ceil(options.num_kept / len(names))
+    drawn_names = [name for _ in range(rounds) for name in draw.sample(names, len(names))][: options.num_kept]
+    prompts = [f"a {name}" if name else "" for name in drawn_names]
     generator = torch.Generator().manual_seed(options.seed)
     ids, latents = [], []
     for start in tqdm(
@@ -165,7 +170,7 @@ def draw_examples(
             break
         some = prompts[start : start + DRAW_BATCH]
         ids.append(pipe.generate_tokens(some, prior_guidance_scale=1.0, generator=generator))
-        drawn = pipe.detokenize(ids[-1], DRAW_STEPS, 1.0, generator=generator, output_type="latent").images
+        drawn = pipe.detokenize(ids[-1], KEPT_STEPS, 1.0, generator=generator, output_type="latent").images
         latents.append(drawn)
     if not ids:
         return None
@@ -177,10 +182,12 @@ class Personalizer:
 
     def __init__(self, pipe: FlexTokPipeline, new: Examples, kept: Examples | None, options: PersonalizeOptions):
         self.new, self.kept, self.options = new, kept, options
-        base = {"output_dir": "", "max_train_steps": options.steps}
+        base: dict[str, Any] = {"output_dir": "", "max_train_steps": options.steps}
         start = str(pipe.config.get("_name_or_path"))
-        decoding: dict[str, Any] = {**base, "pretrained_tokenizer": start, "freeze_encoder": True, "logit_mean": 0.5}
-        writing: dict[str, Any] = {**base, "pretrained_prior": start, "caption_column": "text"}
+        # What is drawn without a condition stays as it is: guidance of all prompts is relative to that.
+        decoding = base | {"pretrained_tokenizer": start, "freeze_encoder": True, "logit_mean": 0.5}
+        decoding |= {"null_condition_probability": 0.0, "full_length_probability": 0.5}
+        writing = base | {"pretrained_prior": start, "caption_column": "text", "condition_dropout_probability": 0.0}
         self.tokenizer = TokenizerForTraining(pipe.encoder, pipe.decoder, TokenizerArguments(**decoding), pipe.vae)
         self.prior = PriorForTraining(pipe.prior, pipe.text_encoder, pipe.tokenizer, pipe, PriorArguments(**writing))
         self.tokenizer.requires_grad_(False)
@@ -213,30 +220,32 @@ class Personalizer:
         previews.draw(self.options.steps)
         return self.options.steps
 
-    def mix(self, count: int, draw: random.Random) -> tuple[Tensor, Tensor, list[str]]:
-        """Draw own images, and as many of those that the model drew."""
-        if self.kept is None or count == 1:
-            return self.new.pick(count, draw)
-        new_ids, new, ours = self.new.pick(math.ceil(count / 2), draw)
-        kept_ids, kept, known = self.kept.pick(count // 2, draw)
-        return torch.cat([new_ids, kept_ids]), torch.cat([new, kept]), ours + known
-
     def train_step(self, step: int) -> dict[str, float]:
         """Run one step on own images and drawn ones."""
-        options, draw = self.options, random.Random(draw_seed(self.options.seed, step))
-        token_ids, _, captions = self.mix(options.prior_batch, draw)
-        _, latents, _ = self.mix(options.decoder_batch, draw)
+        draw, seed = random.Random(draw_seed(self.options.seed, step)), draw_seed(self.options.seed, step)
         self.tokenizer.train()
         self.prior.train()
-        rng = StepRng(draw_seed(options.seed, step), latents.device)
+        num_images, num_sequences = self.options.decoder_batch, self.options.prior_batch
+        if self.kept is not None:
+            num_images, num_sequences = math.ceil(num_images / 2), math.ceil(num_sequences / 2)
+        token_ids, _, captions = self.new.pick(num_sequences, draw)
+        _, latents, _ = self.new.pick(num_images, draw)
+        rng = StepRng(seed, latents.device)
         flow_loss, _ = self.tokenizer({"latents": latents}, step, rng)
         token_loss, _ = self.prior({"token_ids": token_ids, "captions": captions}, step, rng)
-        (flow_loss + token_loss).backward()
+        losses = {"image loss": flow_loss, "token loss": token_loss}
+        loss = flow_loss + token_loss
+        if self.kept is not None:
+            token_ids, _, captions = self.kept.pick(num_sequences, draw)
+            losses["change"] = distribution_change(self.prior, token_ids, captions, rng)
+            token_ids, latents, _ = self.kept.pick(num_images, draw)
+            loss = loss + KEPT_WEIGHT * (losses["change"] + velocity_change(self.tokenizer, token_ids, latents, rng))
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, MAX_NORM)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return {"image loss": flow_loss.item(), "token loss": token_loss.item()}
+        return {name: value.item() for name, value in losses.items()}
 
 
 class Previews:
