@@ -12,6 +12,8 @@ N ?= 5000
 SEED ?= 0
 
 BIN := $(VENV)/bin
+# Modules are compiled when they are first imported: most never are.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 # Rebuilt when the list of dependencies changes.
 INSTALLED := $(VENV)/.installed
@@ -34,8 +36,8 @@ setup: $(INSTALLED)  ## create .venv and install the package with its developmen
 
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	$(INSTALL) "$(TORCH)"
+	$(INSTALL) --editable ".[dev]"
 	touch $@
 
 demo: setup  ## generate an image from a prompt, reconstruct a photo (into outputs/)
@@ -53,7 +55,7 @@ quality: setup  ## check lint, format and types
 	$(BIN)/mypy
 
 test: setup  ## run the whole test suite, in WORKERS processes of one thread each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 peer-tests: $(VENV)/.installed-peer  ## run the model tests of the installed Transformers on our classes
 	$(BIN)/python scripts/peer_tests.py --workers $(WORKERS)
@@ -75,15 +77,15 @@ figures: setup  ## regenerate the figures of README and docs with the embedded m
 
 # Extras for the targets above, installed on first use.
 $(VENV)/.installed-peer: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[peer]"
+	$(INSTALL) --editable ".[peer]"
 	touch $@
 
 $(VENV)/.installed-docs: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
+	$(INSTALL) --editable ".[docs]"
 	touch $@
 
 $(VENV)/.installed-browser: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[browser]"
+	$(INSTALL) --editable ".[browser]"
 	command -v chromium chromium-browser google-chrome > /dev/null || \
 		{ $(SUDO) apt-get update -qq && $(SUDO) apt-get install --yes -qq chromium; }
 	touch $@

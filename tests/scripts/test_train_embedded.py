@@ -12,6 +12,8 @@ from flextok_hf.training.arguments import PriorArguments, TokenizerArguments, Va
 from flextok_hf.utils.option_parsing import parse_arguments
 
 
+pytestmark = pytest.mark.slow
+
 script = import_module("train_embedded")
 
 NAMES = [f"thing {letter}" for letter in "abcdefghijkl"]
