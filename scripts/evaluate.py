@@ -4,6 +4,7 @@
     python scripts/evaluate.py generation --data data/embedded128 --output docs/results/embedded --max_prompts 100
     python scripts/evaluate.py complexity --data data/embedded128 --output docs/results/embedded --max_prompts 100
     python scripts/evaluate.py steps --data data/embedded128 --output docs/results/embedded --max_images 64
+    python scripts/evaluate.py two_objects --data data/next_canvases128 --drawings data/next_prompts128 --output out
     python scripts/evaluate.py compare first/reconstruction.json second/reconstruction.json
 
 Several processes share the work under `accelerate launch` or `torchrun`. An interrupted measurement resumes when
@@ -20,6 +21,7 @@ from flextok_hf.evaluation.options import ComplexityOptions, GenerationOptions, 
 from flextok_hf.evaluation.reconstruction import Reconstruction
 from flextok_hf.evaluation.results import compare_records, read_record
 from flextok_hf.evaluation.steps import Steps, StepsOptions
+from flextok_hf.evaluation.two_objects import TwoObjects, TwoObjectsOptions
 from flextok_hf.utils.option_parsing import parse_arguments
 from flextok_hf.utils.plain_errors import plain_errors
 from flextok_hf.utils.tables import first_table, markdown_table
@@ -30,6 +32,7 @@ MEASUREMENTS = {
     "generation": (GenerationOptions, Generation),
     "complexity": (ComplexityOptions, Complexity),
     "steps": (StepsOptions, Steps),
+    "two_objects": (TwoObjectsOptions, TwoObjects),
 }
 
 
