@@ -55,7 +55,7 @@ quality: setup  ## check lint, format and types
 	$(BIN)/mypy
 
 test: setup  ## run the whole test suite, in WORKERS processes of one thread each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 peer-tests: $(VENV)/.installed-peer  ## run the model tests of the installed Transformers on our classes
 	$(BIN)/python scripts/peer_tests.py --workers $(WORKERS)

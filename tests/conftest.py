@@ -19,14 +19,9 @@ os.environ["FLEXTOK_TUNING"] = "off"  # bit-equal results between processes; als
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run files with slow tests first, so that no worker ends alone with one; a file runs in one worker, unless its
-    tests name their groups.
-    """
+    """Run files with slow tests first, so that no worker ends alone with one."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 @pytest.fixture

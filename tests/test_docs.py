@@ -77,15 +77,11 @@ def quick_model(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(embedded, "EMBEDDED_MODEL_FOLDER", folder)
 
 
-def page_in_any_worker(page):
-    return pytest.param(page, id=names(page), marks=pytest.mark.xdist_group(names(page)))
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(
     not (embedded.EMBEDDED_MODEL_FOLDER / "model_index.json").is_file(), reason="the embedded model is missing"
 )
-@pytest.mark.parametrize("page", [page_in_any_worker(page) for page in PAGES if all_blocks(page)])
+@pytest.mark.parametrize("page", [page for page in PAGES if all_blocks(page)], ids=names)
 def test_examples_run_or_state_why_not(page, workplace, quick_model):
     scope: dict = {}  # shared by the page: later examples may build on earlier ones
     for block in all_blocks(page):
