@@ -5,7 +5,7 @@ r"""Create the training sets of the embedded model: emoji with simple captions, 
     python scripts/prepare_embedded_data.py --emoji emoji128 --photos caltech101_128 --max_photos 1200 \
         --everyday_only --styles 3d flat gradient noto --output data/everyday128
     python scripts/prepare_embedded_data.py --emoji emoji128 twemoji128 --clipart clipart128 --photos caltech101_128 \
-        --more_captions --held_out_share 0.05 --recolored_copies 1 --output data/next128
+        --more_captions --held_out_share 0.05 --recolored_copies 1 --keep_proportions --output data/next128
 
 The first set has emoji of all names and styles; the second, for the later training stages, has everyday names only.
 These two trained the embedded model; the third is for the next one (docs/log.md).
@@ -14,7 +14,7 @@ These two trained the embedded model; the third is for the next one (docs/log.md
 `--photos` is the same with the columns image and name, `--clipart` with image, text, keywords and label. Writes
 train.parquet and validation.parquet with the columns
 
-    image            lossy WebP, RGB, resolution x resolution
+    image            lossy WebP, RGB, resolution x resolution, or with --keep_proportions the shorter side
     captions         list of phrasings, with and without style; training samples one per step
     name             the common name ("car", not "automobile")
     style            3d, flat, gradient, noto, twemoji, monochrome, plain (flags), clip art or photo
@@ -79,11 +79,16 @@ MAX_SHARED_TITLE = 3  # a title of more images is that of a series, such as "lem
 STYLES_WITHOUT_COMBINATIONS = ("plain", CLIP_ART, PHOTO)  # never held out: each image is of its own kind
 
 
-def compress(image: PILImage.Image, resolution: int, style: str) -> bytes:
-    """Crop and resize an image to a square and return it as WebP, a fifth of the size of PNG."""
-    buffer = io.BytesIO()
-    square = resize_and_crop(to_rgb(image), resolution)
-    square.save(buffer, "WEBP", quality=WEBP_QUALITY.get(style, 90), method=6)
+def compress(image: PILImage.Image, resolution: int, style: str, keep_proportions: bool = False) -> bytes:
+    """Crop an image to a square unless it keeps its proportions, resize its shorter side, and return it as WebP.
+
+    WebP takes a fifth of the size of PNG.
+    """
+    buffer, image = io.BytesIO(), to_rgb(image)
+    scale, shape = resolution / min(image.size), (resolution, resolution)
+    if keep_proportions:
+        shape = (round(image.height * scale), round(image.width * scale))
+    resize_and_crop(image, shape).save(buffer, "WEBP", quality=WEBP_QUALITY.get(style, 90), method=6)
     return buffer.getvalue()
 
 
@@ -125,7 +130,12 @@ def read_clip_art(source: DatasetDict, things_only: bool) -> DatasetDict:
 
 
 def make_rows(
-    records: Dataset, noun_of: dict[str, Noun], style: str | None, resolution: int, more_captions: bool
+    records: Dataset,
+    noun_of: dict[str, Noun],
+    style: str | None,
+    resolution: int,
+    more_captions: bool,
+    keep_proportions: bool = False,
 ) -> Iterator[dict]:
     """Yield the rows of one split; `style` applies to all images, or is `None` if the style is a column.
 
@@ -145,7 +155,7 @@ def make_rows(
         styled = STYLED_WORDINGS[row_style][:1] or PLAIN_WORDINGS[:1]
         phrase = noun_phrases(noun.name, noun.form)[0]
         yield {
-            "image": {"bytes": compress(record["image"], resolution, row_style), "path": None},
+            "image": {"bytes": compress(record["image"], resolution, row_style, keep_proportions), "path": None},
             "captions": captions,
             "name": noun.name,
             "style": row_style,
@@ -193,7 +203,7 @@ def recolored(rows: Iterable[dict], copies: int) -> Iterator[dict]:
             key = f"{number}/{row['name']}/{row['style']}/{copy}"
             changed = recolor(image, row["captions"], key, keeps_hue=row["style"] == "plain")
             if changed is not None:
-                content = compress(changed, image.width, row["style"])
+                content = compress(changed, min(image.size), row["style"], keep_proportions=True)
                 yield row | {"image": {"bytes": content, "path": None}}
 
 
@@ -204,6 +214,7 @@ def prepare(
     more_captions: bool = False,
     held_out_share: float = 0.0,
     recolored_copies: int = 0,
+    keep_proportions: bool = False,
 ) -> dict[str, Dataset]:
     """Caption, crop and resize; see the module docstring for the columns.
 
@@ -214,6 +225,7 @@ def prepare(
         more_captions: add keywords and short sentences to the captions.
         held_out_share: share of the combinations of name and style in train to move to validation.
         recolored_copies: number of recolored copies of each drawing in train.
+        keep_proportions: resize the shorter side to `resolution` instead of cropping to squares, for `buckets`.
 
     Raises:
         ValueError: if an everyday name has no image in the sources, or a number is out of range.
@@ -230,7 +242,7 @@ def prepare(
     splits: dict[str, list[dict]] = {"train": [], "validation": []}
     for source, style in sources:
         for split, rows in splits.items():
-            made = make_rows(source[split], noun_of, style, resolution, more_captions)
+            made = make_rows(source[split], noun_of, style, resolution, more_captions, keep_proportions)
             rows.extend(row | {"split": split} for row in made)
     hold_out(splits, held_out_share)
     splits["train"] += list(recolored(splits["train"], recolored_copies))
@@ -252,6 +264,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max_photos", type=int, help="number of training photos, chosen at random (all)")
     parser.add_argument("--more_captions", action="store_true", help="also keywords and short sentences")
     parser.add_argument("--held_out_share", type=float, default=0.0, help="of combinations of name and style (0)")
+    parser.add_argument("--keep_proportions", action="store_true", help="no squares, for training in `buckets`")
     parser.add_argument("--recolored_copies", type=int, default=0, help="of each drawing in train (0)")
     parser.add_argument("--output", required=True, type=Path, help="folder for train.parquet and validation.parquet")
     parser.add_argument("--names", type=Path, default=DEFAULT_NAMES_FILE, help="list of everyday names, one per line")
@@ -274,6 +287,7 @@ def main(argv: list[str] | None = None) -> None:
             photos["train"] = photos["train"].shuffle(seed=0).take(arguments.max_photos)
         sources.append((photos, PHOTO))
     options = arguments.more_captions, arguments.held_out_share, arguments.recolored_copies
+    options += (arguments.keep_proportions,)
     prepared = prepare(sources, nouns, arguments.resolution, *options)
     arguments.output.mkdir(parents=True, exist_ok=True)
     for split, records in prepared.items():

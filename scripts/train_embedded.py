@@ -27,6 +27,8 @@ CONFIGS = SCRIPTS / "configs"
 HELD_OUT_SHARE = 0.05
 PHOTO = "photo"
 STAGES = ("tokenizer", "tokenizer_detail", "decoder")  # of the tokenizer, each from the one before
+RECIPES = {"distill": "embedded_distill.yaml"}  # others are named embedded_256_{stage}.yaml
+DISTILLATION_STEPS = 800  # what 25 minutes leave
 TOKEN_SETS = ("prompts", "canvases")  # what the prior reads
 COUNTS = (1, 4, 16, 64, 256)
 ONE_STEP_MEAN = {"num_inference_steps": 1, "guidance_scale": 1}  # the decoder's best guess instead of a sample
@@ -34,6 +36,7 @@ RECOGNITION_AMONG = 500
 
 TOY_SIDE = 32
 TOY_TRAINING = {"resolution": TOY_SIDE, "max_train_steps": 2, "train_batch_size": 4, "lr_warmup_steps": 1}
+TOY_TRAINING |= {"gradient_accumulation_steps": 1}
 TOY_TRAINING |= {"dataloader_num_workers": 0, "mixed_precision": "no", "compile": "false", "validation_steps": 0}
 TOY_SIZES = {
     "vae": {"block_out_channels": (16, 16), "latent_channels": 4, "random_crop": "false", "min_crop_scale": 1},
@@ -41,8 +44,10 @@ TOY_SIZES = {
     | {"encoder_num_layers": 1, "decoder_num_layers": 1, "encoder_patch_size": 8, "decoder_patch_size": 8},
     "tokenizer_detail": {"num_registers": 4},
     "decoder": {"num_registers": 4},
+    "distill": {"teacher_steps": 4, "intervals_per_image": 2},
     "prior": {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "text_hidden_size": 32, "text_num_layers": 1},
 }
+TOY_STEPS = {"max_images": 2, "token_counts": (1, 4), "step_counts": 1, "reference_steps": 2}
 TOY_MEASUREMENT = {"num_inference_steps": 1, "batch_size": 4, "sheet_rows": 1}
 
 
@@ -66,7 +71,8 @@ def data_steps(options: argparse.Namespace) -> Iterator[Step]:
     everything, prompts, canvases = (
         options.data / name for name in ("next128", "next_prompts128", "next_canvases128")
     )
-    yield everything / "validation.parquet", [script, *common, "--output", str(everything)]
+    recolored = ["--keep_proportions", *flags({"recolored_copies": 1, "output": everything})]
+    yield everything / "validation.parquet", [script, *common, *recolored]
     words = [script, *common, "--everyday_only", "--max_photos", "1200", "--output", str(prompts)]
     yield prompts / "validation.parquet", words
     sizes = {"num_train": 8, "num_validation": 4, "resolution": TOY_SIDE} if options.toy else {}
@@ -75,7 +81,10 @@ def data_steps(options: argparse.Namespace) -> Iterator[Step]:
 
 
 def training_steps(options: argparse.Namespace) -> Iterator[Step]:
-    """Yield the training of VAE, tokenizer in three parts and prior, with the tokenization of the prior's images."""
+    """Yield the training of VAE, tokenizer in three parts and prior, its default steps, and its distillation.
+
+    The images of the prior are tokenized first.
+    """
     images, canvases = (options.data / name / "train.parquet" for name in ("next128", "next_canvases128"))
     validation = options.data / "next128" / "validation.parquet"
     vae = options.output / "vae" / "vae"
@@ -84,7 +93,10 @@ def training_steps(options: argparse.Namespace) -> Iterator[Step]:
         toy = TOY_TRAINING | TOY_SIZES[name] if options.toy else {}
         if name == "prior":
             toy = {key: value for key, value in toy.items() if key != "resolution"}
-        config = {"config": CONFIGS / f"embedded_256_{name}.yaml", "output_dir": options.output / name}
+        config = {
+            "config": CONFIGS / RECIPES.get(name, f"embedded_256_{name}.yaml"),
+            "output_dir": options.output / name,
+        }
         return ["train.py", stage, *flags(config | changes | toy | {"resume_from_checkpoint": "latest"})]
 
     yield vae, train("vae", "vae", {"train_data": (images,), "validation_data": (validation,)})
@@ -103,7 +115,14 @@ def training_steps(options: argparse.Namespace) -> Iterator[Step]:
         # complete when its card is written
         yield tokens / name / "README.md", ["tokenize_dataset.py", *flags(values)]
     changes = {"tokenizer": before, "train_data": (tokens,)}
-    yield options.output / "prior" / "pipeline", train("prior", "prior", changes)
+    complete = options.output / "prior" / "pipeline"
+    yield complete, train("prior", "prior", changes)
+    steps = {"data": options.data / "next128", "model": complete, "output": options.output / "steps"}
+    steps |= TOY_STEPS if options.toy else {"max_images": 64, "batch_size": 64, "token_counts": COUNTS}
+    yield options.output / "steps" / "steps.json", ["evaluate.py", "steps", "--write_to_model", *flags(steps)]
+    changes = {"pretrained_tokenizer": complete, "train_data": (images, canvases), "validation_data": (validation,)}
+    changes |= {"max_train_steps": DISTILLATION_STEPS}
+    yield options.output / "distill" / "pipeline", train("distill", "distill", changes)
 
 
 def write_held_out(options: argparse.Namespace) -> None:
@@ -131,14 +150,18 @@ def measuring_steps(options: argparse.Namespace) -> Iterator[Step]:
     """Yield the measurements of today's model and the next one, with the model's sampling and as one-step means."""
     write_held_out(options)
     models = {"embedded_256": options.output / "prior" / "pipeline"}
-    models |= {} if options.toy else {"embedded": Path(embedded_model())}
+    distilled = {"embedded_256_distilled": options.output / "distill" / "pipeline"}
+    models |= {} if options.toy else distilled | {"embedded": Path(embedded_model())}
     sets = {name: options.data / "next_held_out" / name for name in ("illustrations", "photos")}
     sets |= {"photo_eval": options.photo_eval} if options.photo_eval else {}
+    sets = {"illustrations": sets["illustrations"]} if options.toy else sets
     for model, folder in models.items():
         for name, data in sets.items():
             among = {"recognition_among": 2 if options.toy else RECOGNITION_AMONG} if name != "photo_eval" else {}
             size = {"max_images": 2 if options.toy else RECOGNITION_AMONG}
-            for kind, changes in {"sampled": {}, "mean": ONE_STEP_MEAN}.items():
+            # a distilled decoder has its guidance in its weights
+            kinds = {"sampled": {}} if model in distilled else {"sampled": {}, "mean": ONE_STEP_MEAN}
+            for kind, changes in kinds.items():
                 output = options.results / model / f"{name}_{kind}"
                 values = {"data": data, "model": folder, "model_name": model, "output": output, "baselines": "true"}
                 values |= {"token_counts": (1, 4) if options.toy else COUNTS} | among | size
@@ -148,6 +171,10 @@ def measuring_steps(options: argparse.Namespace) -> Iterator[Step]:
         values |= {"output": options.results / model / "prompts", "token_counts": (1, 4) if options.toy else COUNTS}
         values |= TOY_MEASUREMENT | {"max_prompts": 2} if options.toy else {"batch_size": 64, "max_prompts": 300}
         yield options.results / model / "prompts" / "generation.json", ["evaluate.py", "generation", *flags(values)]
+        values |= {"data": options.data / "next_canvases128", "drawings": options.data / "next_prompts128"}
+        values |= {"output": options.results / model / "two_objects"}
+        result = options.results / model / "two_objects" / "two_objects.json"
+        yield result, ["evaluate.py", "two_objects", *flags(values)]
 
 
 def run(steps: Iterator[Step], in_process: bool) -> None:

@@ -1,5 +1,6 @@
 """Recolored drawings of the embedded model's data: what changes, what stays, and that no caption is contradicted."""
 
+import io
 from importlib import import_module
 
 import numpy as np
@@ -87,3 +88,9 @@ def test_copies_are_added_to_train_only_and_photos_and_flags_keep_their_colors()
 def test_a_negative_number_of_copies_is_refused():
     with pytest.raises(ValueError, match="`recolored_copies` must be 0 or more, got -1"):
         data.prepare([], [], 32, recolored_copies=-1)
+
+
+@pytest.mark.parametrize(("keep_proportions", "size"), [(False, (16, 16)), (True, (32, 16))])
+def test_images_are_squares_unless_they_keep_their_proportions(keep_proportions, size):
+    content = data.compress(drawing().resize((64, 32)), 16, "3d", keep_proportions)
+    assert Image.open(io.BytesIO(content)).size == size

@@ -9,6 +9,7 @@ from datasets import Image as ImageFeature
 from PIL import Image, ImageDraw
 
 from flextok_hf.training.arguments import PriorArguments, TokenizerArguments, VaeArguments
+from flextok_hf.training.distillation_arguments import DistillationArguments
 from flextok_hf.utils.option_parsing import parse_arguments
 
 
@@ -62,8 +63,9 @@ def test_every_step_runs_and_a_second_call_skips_them_all(words, capsys):
     script.main(words)
     results = Path(words[-1])
     found = sorted(path.relative_to(results).as_posix() for path in results.glob("*/*/*.json"))
-    kinds = ("illustrations_mean", "illustrations_sampled", "photos_mean", "photos_sampled")
+    kinds = ("illustrations_mean", "illustrations_sampled")
     expected = [*(f"{kind}/reconstruction.json" for kind in kinds), "prompts/generation.json"]
+    expected.append("two_objects/two_objects.json")
     assert found == [f"embedded_256/{name}" for name in expected]
     capsys.readouterr()
     script.main(words)
@@ -74,13 +76,15 @@ def test_every_step_runs_and_a_second_call_skips_them_all(words, capsys):
 def test_the_recipes_are_valid_and_each_part_starts_from_the_one_before(words):
     options = script.parse_arguments([word for word in words if word != "--toy"])
     kinds = {"vae": VaeArguments, "tokenizer": TokenizerArguments, "prior": PriorArguments}
+    kinds["distill"] = DistillationArguments
     parsed = {}
     for result, (name, *command) in script.training_steps(options):
         if name == "train.py":
             arguments = parse_arguments(kinds[command[0]], command[1:])
             assert Path(arguments.output_dir) == result.parent and arguments.resume_from_checkpoint == "latest"
             parsed[result.parent.name] = arguments
-    assert list(parsed) == ["vae", *script.STAGES, "prior"]
+    assert list(parsed) == ["vae", *script.STAGES, "prior", "distill"]
     assert parsed["decoder"].pretrained_tokenizer == str(options.output / "tokenizer_detail" / "pipeline")
     assert parsed["prior"].tokenizer == str(options.output / "decoder" / "pipeline")
+    assert parsed["distill"].pretrained_tokenizer == str(options.output / "prior" / "pipeline")
     assert parsed["decoder"].freeze_encoder and not parsed["tokenizer_detail"].freeze_encoder
