@@ -156,6 +156,8 @@ def pipeline_calls(text: FlexTokPipeline, classes: FlexTokPipeline) -> dict[str,
             {"prompt": "a cat", "token_counts": [1, 2], **sampling, **decoding, "class_labels": None, **size},
             aliases=read,
         ),
+        "encode_prompt": Call(text.encode_prompt, {"prompt": "a cat"}, aliases=read),
+        "prompt_notes": Call(text.prompt_notes, {"prompt": "a cat"}, aliases=read),
         "tokenize": Call(text.tokenize, {"images": image, "max_tokens": 2, "size": None}, errors=files),
         "tokenize_pixels": Call(
             text.tokenize_pixels,
@@ -204,9 +206,21 @@ def adapter_calls() -> dict[str, Call]:
         other.fuse_lora(**arguments)
         other.unfuse_lora()
 
+    def save(**arguments):
+        pipe.save_lora_weights(Path(tempfile.mkdtemp(dir=folder)), **arguments)
+
+    losing = make_text_pipeline()
+
+    def delete(**arguments):
+        if "a" not in losing.get_active_adapters():
+            losing.load_lora_weights(folder, adapter_name="a")
+        losing.delete_adapters(**arguments)
+
     loaded = {"pretrained_model_name_or_path": folder, "adapter_name": "b", "weight_name": None, "subfolder": None}
     return {
         "load_lora_weights": Call(load, loaded, errors=(ValueError, TypeError, OSError)),
+        "save_lora_weights": Call(save, {"adapter_name": "a", "prompts": ["a cat"], "notes": ["For a test."]}),
+        "delete_adapters": Call(delete, {"adapter_names": ["a"]}),
         "set_adapters": Call(pipe.set_adapters, {"adapter_names": ["a"], "adapter_weights": [1.0]}),
         "fuse_lora": Call(fuse, {"lora_scale": 1.0, "adapter_names": None}),
     }

@@ -25,6 +25,16 @@ SAVED_FOLDER, INDEX = "adapters", "adapters.json"  # in the folder of a pipeline
 Adapter = dict[str, LowRankAdapter]  # by the part of the pipeline
 
 
+def check_target(save_directory: str | os.PathLike, **texts: Sequence[str]) -> Path:
+    """Check where an adapter goes and what its card says, by name of the argument; returns the folder."""
+    if not isinstance(save_directory, str | os.PathLike) or os.path.isfile(save_directory):
+        raise ValueError(f"`save_directory` must be a folder, got {str(save_directory)[:200]!r}.")
+    for name, values in texts.items():
+        if not isinstance(values, list | tuple) or not all(isinstance(value, str) for value in values):
+            raise ValueError(f"`{name}` must be a list of strings, got {str(values)[:80]!r}.")
+    return Path(save_directory)
+
+
 def write_file(adapter: Adapter, facts: dict[str, Any], path: Path) -> None:
     """Write an adapter in the format of Diffusers, with facts about the model that it is for."""
     tensors: dict[str, Tensor] = {}

@@ -31,6 +31,7 @@ from .adapter_files import (
     LORA_WEIGHT_NAME_SAFE,
     SAVED_FOLDER,
     Adapter,
+    check_target,
     facts_of,
     find_file,
     read_file,
@@ -118,11 +119,9 @@ class AdapterMixin(DiffusionPipeline):
         """
         self._read_models()
         name = self._only(adapter_name)
+        folder = check_target(save_directory, prompts=prompts, notes=notes)
         if prompts:
             self._adapter_prompts[name] = list(prompts)
-        if not isinstance(save_directory, str | os.PathLike) or os.path.isfile(save_directory):
-            raise ValueError(f"`save_directory` must be a folder, got {str(save_directory)[:200]!r}.")
-        folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         write_file(self._adapters[name], self._facts(name), folder / LORA_WEIGHT_NAME_SAFE)
         if not (folder / CARD_NAME).exists():
@@ -286,7 +285,7 @@ class AdapterMixin(DiffusionPipeline):
         return list(dict.fromkeys(names))
 
     def _only(self, adapter_name: str | None) -> str:
-        if adapter_name is not None and adapter_name in self._adapters:
+        if isinstance(adapter_name, str) and adapter_name in self._adapters:
             return adapter_name
         if adapter_name is None and len(self._adapters) == 1:
             return next(iter(self._adapters))
