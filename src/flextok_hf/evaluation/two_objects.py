@@ -49,7 +49,7 @@ def frame_object(pixels: np.ndarray, is_object: np.ndarray) -> Tensor | None:
     rows, columns = np.flatnonzero(is_object.any(axis=1)), np.flatnonzero(is_object.any(axis=0))
     if len(rows) == 0:
         return None
-    part = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    part: tuple[slice, slice] = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     content = Image.fromarray(np.where(is_object[part][..., None], pixels[part], 255).astype(np.uint8))
     square = Image.new("RGB", (max(content.size),) * 2, "white")
     square.paste(content, ((square.width - content.width) // 2, (square.height - content.height) // 2))
@@ -198,8 +198,8 @@ class TwoObjects(Measurement):
         prompts = [prompt for _, prompt in pairs]
         make = partial(generate, self.pipe, prompts, self.counts, samples, self.options.seed, self.sampling)
         made = self.sums["cost"].track(make)
-        for column, images in enumerate(made):
-            self.sums["kept"].update(column, images, samples)
+        for number, images in enumerate(made):
+            self.sums["kept"].update(number, images, samples)
         real = self.images([row for row, _ in pairs]).read_all()
         for column, images in zip(("real", *map(str, self.counts)), (real, *made), strict=True):
             assert self.names is not None
