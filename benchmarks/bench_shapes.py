@@ -10,6 +10,7 @@ import torch
 from harness import build_parser, describe_machine, finish, measure, print_table
 
 from flextok_hf import FlexTokPipeline, embedded_model
+from flextok_hf.pipelines.loading import use_flow_decoder
 
 
 SIDES = (1.0, 1.5, 2.0)  # against the side of the trained square
@@ -33,7 +34,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    pipe = FlexTokPipeline.from_pretrained(options.model or embedded_model()).to(options.device)
+    pipe = FlexTokPipeline.from_pretrained(options.model or embedded_model())
+    use_flow_decoder(pipe, options.model or embedded_model())
+    pipe.to(options.device)
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     token_ids = torch.randint(0, pipe.codebook_size, (1, pipe.num_registers), generator=generator)

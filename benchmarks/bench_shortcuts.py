@@ -24,11 +24,12 @@ from diffusers import (
 )
 from torch import Tensor
 
-from flextok_hf import FlexTokPipeline, embedded_model
+from flextok_hf import FlexTokPipeline
 from flextok_hf.evaluation.adherence import Check, Reference, score
 from flextok_hf.evaluation.conditions import STYLES_WITHOUT_LIKENESS
 from flextok_hf.evaluation.images import EvaluationImages, draw_rows, load_split
 from flextok_hf.pipelines.guidance import guidance_interval
+from flextok_hf.pipelines.loading import FLOW_DECODER, load_pipeline
 
 
 REFERENCE_STEPS, STEPS = 100, 20
@@ -47,6 +48,7 @@ class Shortcut:
     scheduler: SchedulerMixin = field(default_factory=FlowMatchEulerDiscreteScheduler)
     cache: Callable[[list[float]], Any] | None = None  # from the growth of the updates, see `calibration`
     dtype: torch.dtype = torch.float32
+    decoder: str = FLOW_DECODER  # subfolder of the embedded model
 
 
 def first_block_cache(threshold: float) -> Callable[[list[float]], FirstBlockCacheConfig]:
@@ -59,8 +61,12 @@ def mag_cache(threshold: float) -> Callable[[list[float]], MagCacheConfig]:
 
 SHORTCUTS = [
     Shortcut(name="100 Euler steps", num_steps=REFERENCE_STEPS),  # first, since the others are compared with it
-    Shortcut(name="20 Euler steps (default)"),
+    Shortcut(name="20 Euler steps"),
+    Shortcut(name="distilled decoder, 4 steps", num_steps=4, decoder="decoder"),
+    Shortcut(name="distilled decoder, 2 steps", num_steps=2, decoder="decoder"),
+    Shortcut(name="distilled decoder, 1 step", num_steps=1, decoder="decoder"),
     Shortcut(name="10 Euler steps", num_steps=10),
+    Shortcut(name="4 Euler steps", num_steps=4),
     Shortcut(name="bfloat16", dtype=torch.bfloat16),
     Shortcut(name="guidance for sigma in [0.2, 0.9]", scale=lambda scale: guidance_interval(scale, 0.2, 0.9)),
     Shortcut(name="guidance for sigma in [0.4, 0.9]", scale=lambda scale: guidance_interval(scale, 0.4, 0.9)),
@@ -126,12 +132,12 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     pipes = {
-        dtype: FlexTokPipeline.from_pretrained(embedded_model(), dtype=dtype).to(options.device)
-        for dtype in sorted({shortcut.dtype for shortcut in SHORTCUTS}, key=str)
+        kind: load_pipeline(device=options.device, dtype=kind[0], decoder=kind[1])
+        for kind in sorted({(shortcut.dtype, shortcut.decoder) for shortcut in SHORTCUTS}, key=str)
     }
     for each in pipes.values():
         each.set_progress_bar_config(disable=True)
-    pipe = pipes[torch.float32]
+    pipe = pipes[torch.float32, FLOW_DECODER]
     prompts, wanted, reference = read_prompts(options.data, options.num_prompts, pipe.resolution)
     generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
     token_ids = pipe(prompts, generator=generators, num_inference_steps=1, output_type="latent").token_ids
@@ -143,7 +149,8 @@ def main() -> None:
     target = None
     for shortcut in SHORTCUTS:
         decoded: list[Tensor] = []
-        calls = {"decode": lambda: decoded.append(decode(pipes[shortcut.dtype], shortcut, token_ids, noise, growth))}
+        drawing = pipes[shortcut.dtype, shortcut.decoder]
+        calls = {"decode": lambda: decoded.append(decode(drawing, shortcut, token_ids, noise, growth))}
         num_repeats = options.repeats or (1 if shortcut.num_steps == REFERENCE_STEPS else 3)
         timing = harness.measure(calls, options.device, num_repeats)["decode"]
         images = decoded[-1].cpu()
@@ -155,8 +162,8 @@ def main() -> None:
             rows[-1]["right_name"] = score(reference, CHECKS, images, wanted)["name"]["share"]
         rows[-1]["timing"] = timing
         print({name: harness.show(value) for name, value in rows[-1].items() if name != "timing"}, flush=True)
-    default_ms = rows[1]["ms_per_image"]
-    shown = [row | {"speed_up": default_ms / row["ms_per_image"], "psnr_db": row["psnr_db"] or ""} for row in rows]
+    usual_ms = rows[1]["ms_per_image"]
+    shown = [row | {"speed_up": usual_ms / row["ms_per_image"], "psnr_db": row["psnr_db"] or ""} for row in rows]
     columns = ["name", "ms_per_image", "speed_up", "psnr_db"] + ["right_name"] * (reference is not None)
     table = harness.print_table(shown, columns)
     record = {"machine": harness.describe_machine(options.device), "num_images": len(prompts), "rows": rows}

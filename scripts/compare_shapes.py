@@ -23,6 +23,7 @@ from flextok_hf.data.samples import read_image
 from flextok_hf.data.sources import load_rows
 from flextok_hf.evaluation.intervals import percentile_interval, poisson_weights
 from flextok_hf.pipelines.images import load_image, prepare_each, resize_and_crop
+from flextok_hf.pipelines.loading import use_flow_decoder
 from flextok_hf.utils.files import save_image
 from flextok_hf.utils.measures import peak_signal_to_noise
 from flextok_hf.utils.sheets import contact_sheet, token_count_title
@@ -46,7 +47,9 @@ def used_counts(pipe: FlexTokPipeline, counts: tuple[int, ...]) -> list[int]:
 def load(name: str) -> FlexTokPipeline:
     """Load the tokenizer of a pipeline."""
     unused = {"prior": None, "text_encoder": None, "tokenizer": None}
-    pipe = FlexTokPipeline.from_pretrained(embedded_model() if name == "embedded" else name, **unused)
+    folder = embedded_model() if name == "embedded" else name
+    pipe = FlexTokPipeline.from_pretrained(folder, **unused)
+    use_flow_decoder(pipe, folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -8,6 +8,7 @@ Writes into `--output` (docs/assets):
     stream.webp        animation of one prompt while its tokens are generated
     prefixes.webp      images that the model was not trained on, reconstructed from more and more tokens
     first_token.webp   whole images, and decodings of their first token alone from different noise
+    few_steps.webp     the decoder of few steps beside the one that it learned from, if the model has both
     influence.webp     what each register attends to, measured by perturbing patches and registers one at a time
 """
 
@@ -22,6 +23,7 @@ from flextok_hf import FlexTokPipeline, embedded_model
 from flextok_hf.models.latents import encode_latents
 from flextok_hf.models.nested_dropout import token_ladder
 from flextok_hf.pipelines.images import load_image, prepare_images, resize_and_crop
+from flextok_hf.pipelines.loading import use_flow_decoder
 from flextok_hf.utils.files import save_animation, save_image
 from flextok_hf.utils.sheets import contact_sheet, token_count_title
 
@@ -64,6 +66,21 @@ def draw_first_tokens(pipe: FlexTokPipeline, prompts: list[str], seed: int) -> I
         rows.append([whole.images[0], *guesses.images])
     titles = ["all tokens", "first token"] + [""] * (NUM_GUESSES - 1)
     return contact_sheet(rows, titles)
+
+
+def draw_few_steps(pipe: FlexTokPipeline, flow: FlexTokPipeline, prompts: list[str], seed: int) -> Image.Image:
+    """Return a sheet with a row per decoder and number of steps: from few tokens and all, of each prompt."""
+    counts = (1, 4, pipe.num_registers)
+    drawn = [pipe.generate_tokens(prompt, generator=seeded(seed)) for prompt in prompts]
+    rows = []
+    row_titles = []
+    for drawing, num_steps in [(flow, 100), (flow, 20), (flow, 4), (pipe, 4), (pipe, 2), (pipe, 1)]:
+        kind = "flow decoder, two passes a step" if drawing is flow else "distilled, one pass a step"
+        row_titles.append(f"{num_steps} {'step' if num_steps == 1 else 'steps'} ({kind})")
+        calls = [(ids[:, :count], num_steps) for ids in drawn for count in counts]
+        rows.append([drawing.detokenize(*call, generator=seeded(seed)).images[0] for call in calls])
+    titles = [token_count_title(count) for count in counts] * len(prompts)
+    return contact_sheet(rows, titles, row_titles=row_titles)
 
 
 @torch.no_grad()
@@ -118,7 +135,8 @@ def main() -> None:
     options = parse_arguments()
     assets = Path(__file__).parents[1] / "docs" / "assets"
     images = options.images or [*sorted((assets / "held_out").glob("*.png")), assets / "parrots.jpg"]
-    pipe = FlexTokPipeline.from_pretrained(options.model or embedded_model())
+    model = options.model or embedded_model()
+    pipe = FlexTokPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
     figures = {
         "strip": draw_strip(pipe, options.prompts, options.seed),
@@ -126,6 +144,11 @@ def main() -> None:
         "first_token": draw_first_tokens(pipe, options.prompts, options.seed),
         "influence": draw_influence(measure_influence(pipe, images[0])),
     }
+    if pipe.decoder.predicts_mean:
+        flow = FlexTokPipeline.from_pipe(pipe)
+        use_flow_decoder(flow, model)
+        flow.set_progress_bar_config(disable=True)
+        figures["few_steps"] = draw_few_steps(pipe, flow, options.prompts[:2], options.seed)
     for name, figure in figures.items():
         save_image(figure, options.output / f"{name}.webp")
     frames = [image for _, image in pipe.stream(options.prompts[0], generator=seeded(options.seed))]

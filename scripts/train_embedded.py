@@ -19,6 +19,7 @@ from datasets import Dataset
 from prepare_embedded_data import STYLES_WITHOUT_COMBINATIONS, is_chosen
 
 from flextok_hf import embedded_model
+from flextok_hf.pipelines.loading import FLOW_DECODER
 from flextok_hf.utils.plain_errors import plain_errors
 
 
@@ -159,8 +160,9 @@ def measuring_steps(options: argparse.Namespace) -> Iterator[Step]:
         for name, data in sets.items():
             among = {"recognition_among": 2 if options.toy else RECOGNITION_AMONG} if name != "photo_eval" else {}
             size = {"max_images": 2 if options.toy else RECOGNITION_AMONG}
-            # a distilled decoder has its guidance in its weights
-            kinds = {"sampled": {}} if model in distilled else {"sampled": {}, "mean": ONE_STEP_MEAN}
+            # a distilled decoder has its guidance in its weights; the one that it learned from takes any scale
+            mean = ONE_STEP_MEAN | ({"decoder": FLOW_DECODER} if model == "embedded" else {})
+            kinds = {"sampled": {}} if model in distilled else {"sampled": {}, "mean": mean}
             for kind, changes in kinds.items():
                 output = options.results / model / f"{name}_{kind}"
                 values = {"data": data, "model": folder, "model_name": model, "output": output, "baselines": "true"}

@@ -64,6 +64,7 @@ def make_class_pipeline() -> FlexTokPipeline:
 
 
 def make_pipeline(**components) -> FlexTokPipeline:
-    pipe = FlexTokPipeline(make_encoder(), make_decoder(), FlowMatchEulerDiscreteScheduler(), **components)
+    decoder = components.pop("decoder", None) or make_decoder()
+    pipe = FlexTokPipeline(make_encoder(), decoder, FlowMatchEulerDiscreteScheduler(), **components)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -157,6 +157,9 @@ def test_the_main_help_lists_every_command_and_its_example_parses(capsys, monkey
         (("generate", "a cat", "--output", "cat.png", "--temperature", "0"), "--temperature"),
         (("generate", "a cat", "--output", "cat.png", "--dtype", "int4"), "--dtype"),
         (("reconstruct", "--output", "sheet.png"), "PHOTO"),
+        (("generate", "a cat", "--outpt", "cat.png"), "--outpt, did you mean --output?"),
+        (("generate", "a cat", "--output", "cat.png", "--max-tokns=5"), "--max-tokns, did you mean --max-tokens?"),
+        (("info", "--json", "now"), "unrecognized arguments: now (see `flextok info --help`)"),
     ],
 )
 def test_wrong_arguments_get_one_line_that_names_the_argument(capsys, arguments, word):

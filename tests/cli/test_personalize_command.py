@@ -29,7 +29,8 @@ def test_the_printed_commands_draw_with_what_was_learned(place, capsys):
     assert cli.main(words) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "note: 1 image unreadable and skipped: bad.png."
-    assert lines[1] == "3 images, learned as 'my dog'"
+    assert lines[1] == "note: 3 of at least 5 images: the adapter will draw little else than these."
+    assert lines[2] == "3 images, learned as 'my dog'"
     for line in lines[-2:]:
         program, *words = shlex.split(line)
         assert program == "flextok" and cli.main([*words, "--num-inference-steps", "1", "--quiet"]) == 0

@@ -10,9 +10,11 @@ from diffusers import (
     FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    MagCacheConfig,
     UniPCMultistepScheduler,
 )
-from tiny_models import make_decoder, make_encoder, make_pipeline
+from peft import LoraConfig, inject_adapter_in_model
+from tiny_models import make_decoder, make_pipeline, make_prior
 
 from flextok_hf.pipelines.pipeline_flextok import FlexTokPipeline
 
@@ -25,12 +27,10 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def make_student_pipeline(**changes):
+def make_student_pipeline(prior=None, **changes):
     settings = {"predicts": "mean_velocity", "interval_blocks": 1, "guidance_range": [1.0, 4.0]}
     decoder = make_decoder(**settings, default_guidance_scale=2.0, **changes)
-    pipe = FlexTokPipeline(make_encoder(), decoder, FlowMatchEulerDiscreteScheduler())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return make_pipeline(decoder=decoder, prior=prior)
 
 
 def decode(pipe, token_ids=IDS, **options):
@@ -139,11 +139,37 @@ def test_a_distilled_pipeline_survives_saving_and_offloading(tmp_path):
     torch.testing.assert_close(decode(loaded), expected)
 
 
-def test_block_caches_work_with_a_distilled_decoder():
+@pytest.mark.parametrize(
+    "cache",
+    [
+        FirstBlockCacheConfig(threshold=1e-9),
+        MagCacheConfig(threshold=0.0, num_inference_steps=4, mag_ratios=[1.1] * 4),
+    ],
+    ids=lambda cache: type(cache).__name__,
+)
+def test_block_caches_work_with_a_distilled_decoder(cache):
     pipe = make_student_pipeline()
     expected = decode(pipe, num_inference_steps=4)
-    pipe.decoder.enable_cache(FirstBlockCacheConfig(threshold=1e-9))
+    pipe.decoder.enable_cache(cache)
     torch.testing.assert_close(decode(pipe, num_inference_steps=4), expected)
+
+
+def test_the_last_streamed_image_is_that_of_a_call():
+    pipe = make_student_pipeline(make_prior(text_hidden_size=None, num_classes=3))
+    options = {"class_labels": 1, "num_inference_steps": 2, "output_type": "pt"}
+    streamed = [image for _, image in pipe.stream(token_counts=[1, 4], generator=seeded(), **options)]
+    torch.testing.assert_close(streamed[-1], pipe(max_tokens=4, generator=seeded(), **options).images[0])
+
+
+def test_an_adapter_of_the_flow_decoder_works_in_the_distilled_one(tmp_path):
+    flow, student = make_pipeline(), make_student_pipeline()
+    inject_adapter_in_model(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q"]), flow.decoder, "own")
+    flow.save_lora_weights(tmp_path)
+    before = decode(student, num_inference_steps=1)
+    student.load_lora_weights(tmp_path)
+    assert not decode(student, num_inference_steps=1).equal(before)
+    student.unload_lora_weights()
+    assert decode(student, num_inference_steps=1).equal(before)
 
 
 # The model's own number of steps

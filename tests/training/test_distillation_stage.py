@@ -1,6 +1,7 @@
 """Distillation as a stage: what it saves, resume, several processes, official checkpoints."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +12,14 @@ from tiny_models import make_class_pipeline
 from training_processes import assert_same_state, die_after, errors, run
 
 from flextok_hf.conversion.convert import convert_checkpoint
+from flextok_hf.models.modeling_decoder import FlexTokFlowDecoder
 from flextok_hf.pipelines.pipeline_flextok import FlexTokPipeline
 from flextok_hf.training.arguments import TokenizerArguments
 from flextok_hf.training.checkpoints import list_checkpoints
 from flextok_hf.training.distillation_arguments import DistillationArguments
 from flextok_hf.training.distillation_stage import train_distillation
 from flextok_hf.training.stages import train_tokenizer
+from flextok_hf.training.starting_points import load_tokenizer
 
 
 pytestmark = pytest.mark.slow
@@ -77,9 +80,21 @@ def test_a_converted_official_checkpoint_is_distilled(tmp_path):
     assert pipe.detokenize(teacher.tokenize(image), output_type="pt").images.isfinite().all()
 
 
-def test_a_distilled_tokenizer_is_trained_neither_on_nor_again(teacher, tmp_path):
+def test_training_on_starts_from_the_flow_decoder_saved_beside_a_distilled_one(teacher, tmp_path):
     folder = train_distillation(arguments_for(tmp_path / "run", teacher, max_train_steps=1))
-    with pytest.raises(ValueError, match="distilled already"):
+    own = FlexTokFlowDecoder.from_pretrained(teacher, subfolder="decoder").state_dict()
+    beside = FlexTokFlowDecoder.from_pretrained(folder, subfolder="flow_decoder").state_dict()
+    assert all(weight.equal(beside[name]) for name, weight in own.items())
+    options = {"output_dir": str(tmp_path / "on"), "pretrained_tokenizer": str(folder), "freeze_encoder": True}
+    pipe, _ = load_tokenizer(TokenizerArguments(**options), None)
+    assert not pipe.decoder.predicts_mean
+    assert all(weight.equal(own[name]) for name, weight in pipe.decoder.state_dict().items())
+
+
+def test_a_distilled_tokenizer_without_its_flow_decoder_is_trained_neither_on_nor_again(teacher, tmp_path):
+    folder = train_distillation(arguments_for(tmp_path / "run", teacher, max_train_steps=1))
+    shutil.rmtree(folder / "flow_decoder")
+    with pytest.raises(ValueError, match="`pretrained_tokenizer` .* is distilled"):
         train_distillation(arguments_for(tmp_path / "again", folder))
     options = {"output_dir": str(tmp_path / "on"), "pretrained_tokenizer": str(folder), "freeze_encoder": True}
     with pytest.raises(ValueError, match="`pretrained_tokenizer` .* is distilled"):

@@ -29,6 +29,9 @@ def write_images(folder, count=4):
     return folder
 
 
+FEW = "4 of at least 5 images: the adapter will draw little else than these."
+
+
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("learned")
@@ -108,6 +111,13 @@ def test_ctrl_c_keeps_what_was_learned(learned, tmp_path, monkeypatch):
     assert "Learned in 3 steps" in (tmp_path / "README.md").read_text()
 
 
+def test_ctrl_c_before_the_first_step_saves_nothing(learned, tmp_path, monkeypatch):
+    own = read_personal_images(learned / "images", NAME)
+    monkeypatch.setattr(module, "draw_examples", lambda *arguments: os.kill(os.getpid(), signal.SIGINT))
+    assert personalize(make_text_pipeline(), own, NAME, tmp_path, PersonalizeOptions(**OPTIONS), is_quiet=True) == 0
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
 # Captions
 
 
@@ -123,6 +133,7 @@ def test_captions_come_from_metadata_file_names_or_the_name(tmp_path):
     assert own.notes == [
         "2 images without a caption, learned as the name alone: zorp_1.png, zorp_3.png.",
         "1 image captioned but missing: gone.png.",
+        FEW,
     ]
     (folder / "metadata.jsonl").unlink()
     (folder / "metadata.csv").write_text('file_name,text\nzorp_1.png,"a zorp, blue"\n')
@@ -134,7 +145,7 @@ def test_unreadable_images_are_skipped_and_named(tmp_path):
     (folder / "broken.jpg").write_bytes(b"not an image")
     (folder / "notes.txt").write_text("x")
     own = read_personal_images(folder, NAME)
-    assert len(own.images) == 4 and own.notes == ["1 image unreadable and skipped: broken.jpg."]
+    assert len(own.images) == 4 and own.notes == ["1 image unreadable and skipped: broken.jpg.", FEW]
 
 
 def folder_of(tmp_path, kind):

@@ -21,6 +21,7 @@ COMPONENT_TITLES = {
     "vae": "VAE",
     "encoder": "encoder",
     "decoder": "flow decoder",
+    "flow_decoder": "flow decoder before distillation",
     "prior": "prior",
     "text_encoder": "text encoder",
 }
@@ -88,6 +89,11 @@ def model_section(folder: Path) -> str:
             f"The decoder is distilled to few steps: it predicts the mean velocity over a step"
             f" ([arXiv 2510.24474](https://arxiv.org/abs/2510.24474)), with {scales} in its weights."
         )
+        if (folder / "flow_decoder").is_dir():
+            lines[-1] += (
+                " The decoder it learned from takes any guidance scale, number of steps and solver:"
+                ' `FlexTokFlowDecoder.from_pretrained(..., subfolder="flow_decoder")`, passed as `decoder`.'
+            )
     steps = decoder.get("default_num_inference_steps")
     if isinstance(steps, Mapping):
         lines.append(

@@ -8,9 +8,9 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from . import personalize
+from .parser import OneLineErrorParser, WideHelpFormatter
 
 
 # Errors that a user can cause and fix. Anything else is a bug of ours and keeps its traceback.
@@ -29,21 +29,6 @@ EPILOGS = {
     "convert": "example:\n  flextok convert EPFL-VILAB/flextok_d18_d28_dfn --output flextok_d18_d28",
     "info": "example:\n  flextok info --json",
 }
-
-
-class OneLineErrorParser(argparse.ArgumentParser):
-    """A parser that reports a mistake in one line instead of printing the whole usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print `message` and a pointer to `--help`, then exit with code 2."""
-        self.exit(2, f"flextok: error: {message} (see `{self.prog} --help`)\n")
-
-
-class WideHelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keep every option and its help on one line, so that a command's help fits a screen."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=32)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_convert(commands)
     _add_info(commands)
+    parser.parsers = commands.choices
     return parser
 
 
@@ -95,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        print("flextok: interrupted", file=sys.stderr)
+        print("flextok: interrupted; files that were not finished are not written", file=sys.stderr)
         return 130
     except USER_ERRORS as error:
         if options.traceback:
@@ -216,6 +202,9 @@ def _add_size(parser: argparse.ArgumentParser, of_photos: bool) -> None:
 def _add_decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-inference-steps", type=positive_int, metavar="N", help="decoder steps (the model's)")
     parser.add_argument(
+        "--decoder", metavar="NAME", help="flow_decoder: of a distilled model, for any guidance and many steps"
+    )
+    parser.add_argument(
         "--guidance-scale",
         type=non_negative_float,
         metavar="X",
@@ -276,7 +265,7 @@ def _add_prior(parser: argparse.ArgumentParser) -> None:
 def _add_tokenize(commands) -> None:
     parser = _add_command(commands, "tokenize", "turn photos into token ids")
     parser.add_argument(
-        "photos", nargs="+", metavar="PHOTO", help="image files of any size and mode, or folders of them"
+        "photos", nargs="+", metavar="PHOTO", help="image files, transparency becomes white; or folders of them"
     )
     parser.add_argument("--output", required=True, metavar="FILE", help="JSON file for the ids")
     parser.add_argument("--max-tokens", type=positive_int, metavar="N", help="maximum number of tokens (all)")

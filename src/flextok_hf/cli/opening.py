@@ -13,7 +13,9 @@ from ..pipelines.pipeline_flextok import FlexTokPipeline
 def open_pipeline(options: argparse.Namespace) -> FlexTokPipeline:
     """Load the pipeline in the options onto their device."""
     set_verbosity(options)
-    pipe = load_pipeline(options.model, options.device, getattr(torch, options.dtype))
+    pipe = load_pipeline(
+        options.model, options.device, getattr(torch, options.dtype), getattr(options, "decoder", None)
+    )
     if getattr(options, "adapter", None) is not None:
         pipe.load_lora_weights(options.adapter)
     return pipe

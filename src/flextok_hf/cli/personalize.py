@@ -34,6 +34,8 @@ def check(options: argparse.Namespace) -> None:
     from ..utils.files import check_output_folder  # here, as it loads Pillow, for which `flextok --help` must not wait
 
     check_output_folder(options.output)
+    if not Path(options.folder).is_dir():
+        raise FileNotFoundError(f"`folder` {options.folder!r} is no folder. Pass one with images.")
     options.name = " ".join(options.name.split())
     if not options.name:
         raise ValueError("`--name` is empty: pass words for what the images show")
@@ -44,6 +46,7 @@ def check(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Learn the images of a folder, and print the two commands that use the result."""
+    from ..pipelines.loading import use_flow_decoder
     from ..training.personal_images import read_personal_images  # here, so that other commands do not wait for it
     from ..training.personalize import PREVIEW_FILE, PersonalizeOptions, personalize
     from .opening import open_pipeline, report
@@ -53,11 +56,17 @@ def run(options: argparse.Namespace) -> None:
         report(options, f"note: {note}")
     report(options, f"{len(images.images)} images, learned as {options.name!r}")
     pipe = open_pipeline(options)
+    use_flow_decoder(pipe, options.model)
     given = {"steps": options.steps, "lora_rank": options.lora_rank, "seed": options.seed}
     how = PersonalizeOptions(**{name: value for name, value in given.items() if value is not None})
     folder = Path(options.output)
-    report(options, f"Watch {folder / PREVIEW_FILE} for previews. Ctrl-C ends early and keeps what was learned.")
+    report(
+        options,
+        f"Watch {folder / PREVIEW_FILE} for previews. Once it counts steps, Ctrl-C keeps what was learned.",
+    )
     done = personalize(pipe, images, options.name, folder, how, options.quiet)
+    if done == 0:
+        raise KeyboardInterrupt  # before the first step: there is nothing to use
     model = "" if options.model == embedded_model() else f" --model {shlex.quote(options.model)}"
     use = f"{shlex.quote(options.name)} --adapter {shlex.quote(str(folder))}{model}"
     report(options, f"{folder}: an adapter, {done} of {how.steps} steps. Use it:")

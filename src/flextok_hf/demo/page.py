@@ -30,6 +30,7 @@ CSS = """
 .result img {width: 100%; height: 100%; object-fit: contain}
 .pixels img {image-rendering: pixelated}
 .names {max-height: 16rem; overflow-y: auto}
+@media (max-width: 640px) {.grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}}
 progress {width: 100%; height: 0.8rem; accent-color: var(--primary-500)}
 """
 

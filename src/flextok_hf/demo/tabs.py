@@ -84,8 +84,9 @@ def add_generate(actions: DemoActions) -> None:
             count = token_slider(actions, "Maximum tokens", actions.num_registers, "generate-tokens")
             seed = seed_input()
             with gr.Accordion("Guidance", open=False):
-                guidance = guidance_slider("Follow the tokens", actions.pipe.config.default_guidance_scale)
-                prior_guidance = guidance_slider("Follow the prompt", actions.pipe.config.default_prior_guidance_scale)
+                config, scales = actions.pipe.config, actions.pipe.decoder.config.guidance_range
+                guidance = guidance_slider("Follow the tokens", config.default_guidance_scale, scales)
+                prior_guidance = guidance_slider("Follow the prompt", config.default_prior_guidance_scale)
             if actions.names:
                 with gr.Accordion(f"What this model knows: {len(actions.names):,} names", open=False):
                     gr.HTML(f'<div class="names" tabindex="0">{html.escape(", ".join(actions.names))}</div>')

@@ -103,7 +103,7 @@ class Measurement:
         device = choose_device(options.device)
         self.state = PartialState(cpu=device.type == "cpu")
         self.device = str(self.state.device if self.state.num_processes > 1 else device)
-        self.pipe = load_pipeline(options.model, self.device)
+        self.pipe = load_pipeline(options.model, self.device, decoder=options.decoder)
         self.pipe.set_progress_bar_config(disable=True)
         self.counts = check_token_counts(options.token_counts, self.pipe.num_registers)
         self.network: FeatureNetwork | None = None

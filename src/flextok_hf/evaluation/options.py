@@ -24,6 +24,9 @@ class EvaluationOptions:
     output: str = field(metadata={"help": "Folder for the results; created if missing."})
     model: str | None = field(default=None, metadata={"help": "Folder or Hub id; by default the embedded model."})
     model_name: str | None = field(default=None, metadata={"help": "Model name in results; by default `model`."})
+    decoder: str | None = field(
+        default=None, metadata={"help": "Subfolder of the model's decoder, such as `flow_decoder`."}
+    )
     device: str | None = field(default=None, metadata={"help": "Device to run on; by default the best available."})
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
     token_counts: list[int] | None = field(

@@ -81,6 +81,12 @@ class DecoderConditionMixin:
 
         check("sigma", sigma)
         if self.predicts_mean:
+            if guidance_scale is None:
+                raise TypeError(
+                    "`guidance_scale` is missing: this decoder is distilled to few steps, and has guidance in its"
+                    " weights. Training and other uses of the velocity at one level need the decoder it was distilled"
+                    ' from, in the subfolder "flow_decoder" if the model has it.'
+                )
             check("guidance_scale", guidance_scale)
             if next_sigma is not None:
                 check("next_sigma", next_sigma)

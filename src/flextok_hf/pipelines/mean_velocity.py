@@ -44,7 +44,8 @@ def check_scales(decoder: FlexTokFlowDecoder, scales: Sequence[float], guidance:
             allowed = f"{low:g}" if low == high else f"from {low:g} to {high:g}"
             raise ValueError(
                 f"`guidance_scale` must be {allowed}, since guidance is part of the weights of this distilled decoder,"
-                f" got {scale:g}. Leave it out for the default, or use the model that it was distilled from."
+                f" got {scale:g}. Leave it out for the default, or load the decoder that it was distilled from, in the"
+                ' subfolder "flow_decoder" if the model has it.'
             )
     if guidance != "apg":
         raise ValueError(

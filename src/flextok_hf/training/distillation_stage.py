@@ -14,14 +14,14 @@ from .loop import Trainer
 from .optimization import split_by_decay
 from .publishing import export
 from .stages import stage
-from .starting_points import check_resolution, load_whole
+from .starting_points import check_resolution, load_flow_decoder, load_whole
 from .training_data import cached, load_train_data, patch_side, serve
 from .validation import choose_images, held_out_batches, load_validation_data, tokenizer_validation
 
 
 @stage
 def train_distillation(arguments: DistillationArguments, accelerator: Accelerator) -> Path:
-    """Distill the decoder of a pipeline to few steps, and save the pipeline with it.
+    """Distill the decoder of a pipeline to few steps, and save the pipeline with both decoders.
 
     Returns:
         The folder of the pipeline, `output_dir/pipeline`.
@@ -30,6 +30,7 @@ def train_distillation(arguments: DistillationArguments, accelerator: Accelerato
         ValueError: the decoder is distilled already, or options do not fit it.
     """
     source = load_whole("pretrained_tokenizer", arguments.pretrained_tokenizer)
+    load_flow_decoder(source, arguments.pretrained_tokenizer)
     arguments = fit_arguments(arguments, source)
     student = build_student(source.decoder, arguments)
     for part in (source.decoder, source.encoder, source.vae):
@@ -52,7 +53,7 @@ def train_distillation(arguments: DistillationArguments, accelerator: Accelerato
     preview = tokenizer_validation(arguments, choose_images(arguments, held_out), pipe)
     batches = serve(arguments, accelerator, dataset)
     trainer.train(batches, preview, held_out_batches(arguments, held_out, accelerator))
-    return export(trainer, pipe, "distillation")
+    return export(trainer, pipe, "distillation", source.decoder)
 
 
 def fit_arguments(arguments: DistillationArguments, source: FlexTokPipeline) -> DistillationArguments:

@@ -13,7 +13,7 @@ from ..pipelines.images import load_image
 from ..utils.files import IMAGE_EXTENSIONS
 
 
-MAX_IMAGES = 500
+MIN_IMAGES, MAX_IMAGES = 5, 500
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 CAPTION_SOURCES = ("auto", "name", "files", "metadata")
 MAX_SHOWN = 5
@@ -54,7 +54,8 @@ def read_personal_images(folder: Path, name: str, source: str = "auto") -> Perso
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS and path.is_file())
     if not paths:
         raise ValueError(
-            f"`folder` {str(folder)!r} has no images ({', '.join(IMAGE_EXTENSIONS)}). Add 5 to {MAX_IMAGES}."
+            f"`folder` {str(folder)!r} has no images ({', '.join(IMAGE_EXTENSIONS)}). Add {MIN_IMAGES} to"
+            f" {MAX_IMAGES}."
         )
     if len(paths) > MAX_IMAGES:
         raise ValueError(
@@ -84,6 +85,8 @@ def read_personal_images(folder: Path, name: str, source: str = "auto") -> Perso
     notes = describe("unreadable and skipped", unreadable) + notes
     if not images:
         raise ValueError(f"`folder` {str(folder)!r}: none of its {len(paths)} images can be read.")
+    if len(images) < MIN_IMAGES:
+        notes.append(f"{len(images)} of at least {MIN_IMAGES} images: the adapter will draw little else than these.")
     return PersonalImages(images, captions, notes)
 
 

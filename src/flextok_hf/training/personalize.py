@@ -105,7 +105,7 @@ def personalize(
         is_quiet: no progress bars.
 
     Returns:
-        Steps that were done.
+        Steps that were done; if none was, nothing is saved.
 
     Raises:
         ValueError: the pipeline has no prior that reads text, or a caption means nothing to it.
@@ -123,6 +123,8 @@ def personalize(
         done = trainer.train(Previews(pipe, name, own, folder, options), is_quiet, is_asked)
     for model in (pipe.encoder, pipe.decoder, pipe.prior):
         model.eval()
+    if done == 0:
+        return 0
     (folder / CARD_NAME).unlink(missing_ok=True)
     notes = [f"Learned in {done} steps from {len(own.images)} images by `flextok personalize`.", *own.notes]
     pipe.save_lora_weights(folder, prompts=prompts_of(own.captions, name), notes=notes)
@@ -133,6 +135,10 @@ def check_model(pipe: FlexTokPipeline, name: str) -> None:
     """Raise a ValueError unless the model draws from prompts and can read the name."""
     if pipe.prior is None or pipe.text_encoder is None or pipe.tokenizer is None:
         raise ValueError("`model` has no prior that reads text, so a name cannot draw anything. Pass one that does.")
+    if pipe.decoder.predicts_mean:
+        raise ValueError(
+            "`model` is distilled to few steps, and the decoder that it learned from is not there. Pass that model."
+        )
     if pipe.get_list_adapters():
         raise ValueError("`model` has adapters already. Fuse them and save it, or start from the model without them.")
     plain = set(pipe.tokenizer("", add_special_tokens=True).input_ids)

@@ -11,12 +11,14 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
+from diffusers import ModelMixin
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..cards.model_card import write_model_card
 from ..cards.provenance import RECIPE_FILE
 from ..cards.sections import training_facts
+from ..pipelines.loading import FLOW_DECODER
 from ..pipelines.pipeline_flextok import FlexTokPipeline
 from ..utils.files import writing_error
 from .arguments import TrainingArguments
@@ -30,8 +32,11 @@ logger = logging.getLogger(__name__)
 Options = TypeVar("Options", bound=TrainingArguments)
 
 
-def export(trainer: Trainer, pipe: FlexTokPipeline, stage: str) -> Path:
-    """Save the pipeline trained by `stage`, or only its adapter, with the averaged weights."""
+def export(trainer: Trainer, pipe: FlexTokPipeline, stage: str, flow_decoder: ModelMixin | None = None) -> Path:
+    """Save the pipeline trained by `stage`, or only its adapter, with the averaged weights.
+
+    `flow_decoder`, which a distilled decoder learned from, goes beside it.
+    """
     if trainer.arguments.lora_rank:
         pipe.register_to_config(_name_or_path=getattr(trainer.arguments, trainer.arguments.START))
         return publish(trainer, stage, "adapter", partial(save_adapter, trainer, pipe))
@@ -45,6 +50,8 @@ def export(trainer: Trainer, pipe: FlexTokPipeline, stage: str) -> Path:
         if trainer.arguments.export_dtype != "float32":
             dtype = getattr(torch, trainer.arguments.export_dtype)
             FlexTokPipeline.from_pretrained(folder, dtype=dtype).save_pretrained(folder)
+        if flow_decoder is not None:
+            flow_decoder.to(getattr(torch, trainer.arguments.export_dtype)).save_pretrained(folder / FLOW_DECODER)
 
     return publish(trainer, stage, "pipeline", save)
 

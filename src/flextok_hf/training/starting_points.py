@@ -14,6 +14,7 @@ from ..models.configuration_encoder import FlexTokEncoderConfig
 from ..models.modeling_decoder import FlexTokFlowDecoder
 from ..models.modeling_encoder import FlexTokEncoder
 from ..models.modeling_prior import FlexTokPriorForCausalLM
+from ..pipelines.loading import use_flow_decoder
 from ..pipelines.pipeline_flextok import FlexTokPipeline
 from .arguments import PriorArguments, TokenizerArguments, check_shapes
 from .setup import loading
@@ -68,11 +69,7 @@ def load_tokenizer(
     pipe = load_whole("pretrained_tokenizer", name, **({} if is_whole else dict.fromkeys(PRIOR_PARTS)))
     if not arguments.freeze_encoder:
         logger.info("Training the encoder changes token ids, so a prior of %s is left out.", name)
-    if pipe.decoder.predicts_mean:
-        raise ValueError(
-            f"`pretrained_tokenizer` {name!r} is distilled to few steps: its decoder predicts the mean velocity, which"
-            " this stage does not train. Start from the model that it was distilled from, and distill it again."
-        )
+    load_flow_decoder(pipe, name)
     if vae is not None:
         pipe.register_modules(vae=vae)
     check_resolution(arguments.resolution, name, pipe)
@@ -95,6 +92,24 @@ def load_tokenizer(
     arguments = replace(arguments, resolution=pipe.resolution, **sizes)
     check_shapes(arguments, pipe.decoder.config.positions)
     return pipe, arguments
+
+
+def load_flow_decoder(pipe: FlexTokPipeline, name: str) -> None:
+    """Replace a distilled decoder of the pipeline `pretrained_tokenizer` by the one that it learned from.
+
+    Raises:
+        ValueError: the pipeline does not have that.
+    """
+    if not pipe.decoder.predicts_mean:
+        return
+    try:
+        use_flow_decoder(pipe, name)
+    except ValueError as error:
+        raise ValueError(
+            f"`pretrained_tokenizer` {name!r} is distilled to few steps: its decoder predicts the mean velocity, which"
+            " this stage does not train. Start from the model that it was distilled from, and distill it again."
+        ) from error
+    logger.info("%s is distilled to few steps; training starts from its flow decoder.", name)
 
 
 def check_resolution(resolution: int | None, name: str, pipe: FlexTokPipeline) -> None:

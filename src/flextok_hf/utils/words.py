@@ -76,7 +76,8 @@ def nearest(word: str, known: Sequence[str]) -> list[str]:
         return [part for part in split_words(unicodedata.name(word, "")) if part in known][:NUM_NEAREST]
     if not 3 <= len(word) <= MAX_CHARACTERS:  # of shorter words, almost any is similar
         return []
-    return difflib.get_close_matches(word, known, NUM_NEAREST, MIN_SIMILARITY)
+    similar = difflib.get_close_matches(word, known, NUM_NEAREST, MIN_SIMILARITY)
+    return [other for other in similar if other[0] == word[0]]  # misspellings seldom begin with another letter
 
 
 def describe_unknown(words: Sequence[str], known: Sequence[str]) -> str:

@@ -74,6 +74,14 @@ def generate(panel, prompt, seed=0):
     panel.get_by_role("button", name="Generate", exact=True).click()
 
 
+def is_named(control):
+    """Return whether a screen reader has something to say for a control."""
+    return control.evaluate(
+        "e => !!(e.innerText || e.ariaLabel || e.title || e.placeholder || e.getAttribute('aria-labelledby')"
+        " || [...(e.labels || [])].some(label => label.innerText))"
+    )
+
+
 def error_message(page):
     """Return the error message on the page, and close it."""
     note = page.get_by_test_id("toast-body").last
@@ -121,17 +129,76 @@ def test_a_prompt_appears_step_by_step_and_ends_with_the_image_of_the_pipeline(o
     page = open_page()
     panel = tab(page, "Generate")
     counts = token_ladder(pipe.num_registers)
+    page.evaluate(  # what the page says meanwhile, as it may be too short for looking from here
+        """() => {
+            window.said = new Set();
+            const note = () => window.said.add(document.querySelector("#generate-progress").innerText.trim());
+            new MutationObserver(note).observe(document.body, {subtree: true, childList: true, characterData: true});
+        }"""
+    )
     start = time.monotonic()
     generate(panel, "a red apple", seed=3)
-    panel.get_by_text(re.compile(rf"^1 of {len(counts)} images: 1 token$")).wait_for()
-    assert panel.locator(".grid-container img").count() < len(counts), "the first image is shown before the last"
     wait_for_count(panel, len(counts))
+    said = page.evaluate("[...window.said]")
+    earlier = [text for text in said if re.match(rf"[1-{len(counts) - 1}] of {len(counts)} images", text)]
+    assert earlier, "images are shown before the last one"
     seconds = (time.monotonic() - start) / len(counts)
     print(f"\n{seconds:.2f} s per image, {len(counts)} images in a stream")
     expected = pipe("a red apple", generator=seeded(3)).images[0]
     assert_same_image(shown_image(page, panel, "The image so far"), expected)
     assert panel.locator(".grid-container img").count() == len(counts)
     keep_screenshot(page, "generate")
+
+
+def test_the_steps_of_an_image_can_be_gone_through_again(open_page, pipe):
+    page = open_page()
+    panel = tab(page, "Generate")
+    prompt = panel.get_by_placeholder("a cat")
+    prompt.fill("a red apple")
+    prompt.press("Enter")  # without the mouse
+    count = len(token_ladder(pipe.num_registers))
+    wait_for_count(panel, count)
+    panel.get_by_role("button", name="Download the animation").and_(page.locator(":enabled")).wait_for()
+    last = shown_image(page, panel, "The image so far")
+    panel.locator("#generate-scrub").get_by_role("slider").press("Home")
+    panel.get_by_text(re.compile(rf"^1 of {count} images: 1 token$")).wait_for()
+    page.wait_for_timeout(500)
+    first = shown_image(page, panel, "The image so far")
+    assert first != last
+
+
+def test_a_photo_is_shown_from_every_number_of_tokens(open_page, pipe):
+    page = open_page()
+    panel = tab(page, "Reconstruct")
+    send(panel, PHOTO)
+    panel.locator("#reconstruct-facts").get_by_text(f"{pipe.num_registers} tokens").wait_for()
+    panel.get_by_role("button", name="From 1, 2, 4, ... tokens").click()
+    wait_for_count(panel, len(token_ladder(pipe.num_registers)))
+    assert panel.locator(".grid-container img").count() == len(token_ladder(pipe.num_registers))
+
+
+def test_a_riddle_is_solved(open_page):
+    page = open_page()
+    panel = tab(page, "Guess")
+    facts = panel.locator("#guess-facts")
+    panel.get_by_role("button", name="New image").click()
+    facts.get_by_text(re.compile(r"^1 token\.")).wait_for()
+    choices = panel.get_by_role("radio")
+    assert choices.count() == 4
+    panel.get_by_role("button", name="More tokens").click()
+    facts.get_by_text(re.compile(r"^2 tokens\.")).wait_for()
+    choices.first.check()
+    panel.get_by_role("button", name="Guess", exact=True).click()
+    facts.get_by_text(re.compile(r"[01] of 1 right")).wait_for()
+    panel.get_by_role("button", name="More tokens").click()
+    assert "Ask for a new image first" in error_message(page)
+
+
+def test_the_names_that_the_model_knows_are_listed(open_page):
+    page = open_page()
+    panel = tab(page, "Generate")
+    panel.get_by_role("button", name="What this model knows").click()
+    panel.get_by_text(re.compile(r"\bpenguin\b")).wait_for()
 
 
 def test_a_photo_is_varied_four_times(open_page):
@@ -223,7 +290,7 @@ def test_closing_a_tab_during_a_job_does_not_block_others(open_page, pipe):
     leaving, staying = open_page(), open_page()
     panel = tab(leaving, "Generate")
     generate(panel, "a cat")
-    panel.get_by_text(re.compile("^1 of ")).wait_for()
+    panel.get_by_text(re.compile("^[0-9]+ of ")).wait_for()
     leaving.close()
     panel = tab(staying, "Generate")
     generate(panel, "a red apple")
@@ -238,10 +305,21 @@ def test_the_page_fits_on_a_phone(open_page):
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, name
     panel = tab(page, "Generate")
     generate(panel, "a cat")
-    panel.get_by_text(re.compile("^1 of ")).wait_for()
-    page.wait_for_timeout(1000)
+    panel.get_by_role("button", name="Download the animation").and_(page.locator(":enabled")).wait_for()
+    page.wait_for_timeout(500)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390, "after drawing"
     keep_screenshot(page, "phone")
+
+
+@pytest.mark.parametrize("width", [390, 1100])
+def test_every_control_of_every_tab_has_a_name(open_page, width):
+    page = open_page(width=width)
+    for name in ("Generate", "Reconstruct", "Vary", "Guess", "Tokens"):
+        panel = tab(page, name)
+        controls = panel.locator("button, input, textarea, select, [role=slider]").filter(visible=True).all()
+        assert len(controls) > 2
+        unnamed = [control.evaluate("e => e.outerHTML.slice(0, 200)") for control in controls if not is_named(control)]
+        assert not unnamed, name
 
 
 def test_twenty_queued_requests_do_not_leak_memory(server, pipe):
