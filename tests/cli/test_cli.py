@@ -172,6 +172,18 @@ def test_an_unwritable_output_is_refused_before_the_model_is_loaded(capsys, tmp_
     assert_one_line_error(run(capsys, "generate", "a cat", "--output", name, "--model", "not/there"), "`output`")
 
 
+def test_a_decoder_that_the_model_does_not_have_is_named(capsys, model, tmp_path):
+    words = ("--model", model, "--decoder", "flow_decoder", "--output", tmp_path / "cat.png")
+    assert_one_line_error(run(capsys, "generate", "a cat", *words), "`decoder` 'flow_decoder'")
+
+
+@needs_embedded_model
+def test_the_flow_decoder_of_the_embedded_model_takes_any_guidance_scale(capsys, tmp_path):
+    words = ("generate", "a cat", "--max-tokens", 1, "--num-inference-steps", 1, "--guidance-scale", 2, "--output")
+    assert_one_line_error(run(capsys, *words, tmp_path / "cat.png"), "`guidance_scale` must be 4", "flow_decoder")
+    assert run(capsys, *words, tmp_path / "cat.png", "--decoder", "flow_decoder")[0] == 0
+
+
 def test_a_missing_photo_is_named(capsys, tmp_path):
     result = run(capsys, "tokenize", "gone.jpg", "--output", tmp_path / "ids.json")
     assert_one_line_error(result, "gone.jpg")
