@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from official_checkpoints import write_tokenizer
+from safetensors.torch import load_file
 from tiny_models import make_class_pipeline
 from training_processes import assert_same_state, die_after, errors, run
 
@@ -89,6 +90,20 @@ def test_training_on_starts_from_the_flow_decoder_saved_beside_a_distilled_one(t
     pipe, _ = load_tokenizer(TokenizerArguments(**options), None)
     assert not pipe.decoder.predicts_mean
     assert all(weight.equal(own[name]) for name, weight in pipe.decoder.state_dict().items())
+
+
+def test_an_adapter_learns_to_take_few_steps_and_becomes_part_of_the_weights(teacher, tmp_path):
+    options = {"lora_rank": 2, "lora_targets": ["decoder.to_q"], "learning_rate": 0.01}
+    folder = train_distillation(arguments_for(tmp_path / "run", teacher, **options))
+    before = FlexTokFlowDecoder.from_pretrained(teacher, subfolder="decoder").state_dict()
+    after = FlexTokFlowDecoder.from_pretrained(folder, subfolder="decoder").state_dict()
+    assert after.keys() - before.keys() == {"guidance_proj.weight"} and after["guidance_proj.weight"].any()
+    changed = {name for name, weight in before.items() if not weight.equal(after[name])}
+    assert changed == {name for name in before if name.endswith("to_q.weight")}
+    ranks = [torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-3).item() for name in changed]
+    assert max(ranks) == 2
+    saved = load_file(tmp_path / "run" / "checkpoint-4" / "model.safetensors")
+    assert all("lora" in name or "guidance_proj" in name for name in saved)
 
 
 def test_a_distilled_tokenizer_without_its_flow_decoder_is_trained_neither_on_nor_again(teacher, tmp_path):

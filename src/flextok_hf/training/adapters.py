@@ -49,9 +49,9 @@ def add_adapters(arguments: TrainingArguments, accelerator: Accelerator, model: 
         alpha = arguments.lora_alpha or arguments.lora_rank
         freeze_with_adapter(base, part, arguments.lora_targets or [part], arguments.lora_rank, alpha)
         upcast_frozen(base)
-    alignment = getattr(model, "alignment", None)
-    if alignment is not None:  # REPA's projection is new
-        alignment.requires_grad_(True)
+    guidance = getattr(getattr(model, "decoder", None), "guidance_proj", None)
+    for new in filter(None, (getattr(model, "alignment", None), guidance)):  # of REPA and distillation, with no base
+        new.float().requires_grad_(True)
     save_only_trained(model)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())

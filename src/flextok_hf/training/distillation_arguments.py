@@ -39,6 +39,9 @@ class DistillationArguments(TrainingArguments):
         "empty_share": (0, 1),
     }
 
+    ADAPTED_PARTS: ClassVar[tuple[str, ...]] = ("decoder",)
+    START: ClassVar[str] = "pretrained_tokenizer"
+
     def __post_init__(self):
         super().__post_init__()
         low, high = self.min_guidance_scale, self.max_guidance_scale

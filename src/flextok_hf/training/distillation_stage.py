@@ -7,6 +7,7 @@ from accelerate import Accelerator
 
 from ..data.columns import Columns
 from ..pipelines.pipeline_flextok import FlexTokPipeline
+from .adapters import add_adapters
 from .arguments import check_shapes
 from .distillation import DistillationForTraining, build_student
 from .distillation_arguments import DistillationArguments
@@ -44,6 +45,7 @@ def train_distillation(arguments: DistillationArguments, accelerator: Accelerato
     if arguments.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     model = DistillationForTraining(student, source.decoder, source.encoder, arguments, source.vae)
+    add_adapters(arguments, accelerator, model)
     if arguments.compile:
         for block in (*student.transformer_blocks, *source.decoder.transformer_blocks, *source.encoder.blocks):
             block.compile()

@@ -1,5 +1,6 @@
 """Results of training: the saved model with its averaged weights, a model card, and a repository on the Hub."""
 
+import copy
 import json
 import logging
 import shutil
@@ -18,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from ..cards.model_card import write_model_card
 from ..cards.provenance import RECIPE_FILE
 from ..cards.sections import training_facts
+from ..models.low_rank import low_rank_layers
 from ..pipelines.loading import FLOW_DECODER
 from ..pipelines.pipeline_flextok import FlexTokPipeline
 from ..utils.files import writing_error
@@ -35,9 +37,10 @@ Options = TypeVar("Options", bound=TrainingArguments)
 def export(trainer: Trainer, pipe: FlexTokPipeline, stage: str, flow_decoder: ModelMixin | None = None) -> Path:
     """Save the pipeline trained by `stage`, or only its adapter, with the averaged weights.
 
-    `flow_decoder`, which a distilled decoder learned from, goes beside it.
+    `flow_decoder`, which a distilled decoder learned from, goes beside it; an adapter of the distilled decoder becomes
+    part of its weights, as it has a layer that the base does not have.
     """
-    if trainer.arguments.lora_rank:
+    if trainer.arguments.lora_rank and flow_decoder is None:
         pipe.register_to_config(_name_or_path=getattr(trainer.arguments, trainer.arguments.START))
         return publish(trainer, stage, "adapter", partial(save_adapter, trainer, pipe))
 
@@ -46,7 +49,7 @@ def export(trainer: Trainer, pipe: FlexTokPipeline, stage: str, flow_decoder: Mo
         pipe.register_modules(**dict(zip(names, unsharded(trainer.raw_model, *modules), strict=True)))
         if not trainer.accelerator.is_main_process:
             return
-        pipe.save_pretrained(folder)
+        with_adapters_fused(pipe).save_pretrained(folder)
         if trainer.arguments.export_dtype != "float32":
             dtype = getattr(torch, trainer.arguments.export_dtype)
             FlexTokPipeline.from_pretrained(folder, dtype=dtype).save_pretrained(folder)
@@ -54,6 +57,16 @@ def export(trainer: Trainer, pipe: FlexTokPipeline, stage: str, flow_decoder: Mo
             flow_decoder.to(getattr(torch, trainer.arguments.export_dtype)).save_pretrained(folder / FLOW_DECODER)
 
     return publish(trainer, stage, "pipeline", save)
+
+
+def with_adapters_fused(pipe: FlexTokPipeline) -> FlexTokPipeline:
+    """Return the pipeline, or if its decoder has an adapter, a copy with that in the weights."""
+    if not low_rank_layers(pipe.decoder):
+        return pipe
+    fused = FlexTokPipeline.from_pipe(pipe, decoder=copy.deepcopy(pipe.decoder).float())
+    fused.fuse_lora()
+    fused.unload_lora_weights()
+    return fused
 
 
 def save_adapter(trainer: Trainer, pipe: FlexTokPipeline, folder: Path) -> None:
@@ -100,7 +113,7 @@ def write_facts(trainer: Trainer, stage: str, folder: Path, final_folder: Path) 
         **training_facts(arguments, trainer.folder.read_log(), trainer.images_per_step),
     }
     (folder / RECIPE_FILE).write_text(json.dumps(record, indent=2) + "\n")
-    if not trainer.arguments.lora_rank:  # the card of an adapter is its own
+    if (folder / "model_index.json").is_file() or stage == "vae":  # the card of an adapter is its own
         name = hub_name(trainer.arguments)
         is_public = trainer.arguments.push_to_hub
         write_model_card(folder, name if is_public else None, final_folder=final_folder, title=name)
