@@ -3,6 +3,7 @@
 from pathlib import Path
 
 
+OFFICIAL_OWNER = "EPFL-VILAB"
 OFFICIAL_TOKENIZERS = {
     "flextok_d12_d12_in1k": "342 M",
     "flextok_d18_d18_in1k": "950 M",
@@ -44,7 +45,7 @@ def list_models() -> list[dict[str, str]]:
         For each a `name`, `parameters` (without text encoders of official priors), `license`, and the `call` that
         loads it.
     """
-    start, owner = "FlexTokPipeline.from_", "EPFL-VILAB"
+    start, owner = "FlexTokPipeline.from_", OFFICIAL_OWNER
     models = [("embedded", "15.4 M", "Apache-2.0", f"{start}pretrained(embedded_model())")]
     for name, size in OFFICIAL_TOKENIZERS.items():
         models.append((f"{owner}/{name}", size, "Apple, research only", f'{start}original("{owner}/{name}")'))
@@ -54,6 +55,12 @@ def list_models() -> list[dict[str, str]]:
             call = f'{start}original("{owner}/flextok_d18_d28_dfn", prior="{owner}/{name}")'
         models.append((f"{owner}/{name}", size, "Apache-2.0, its tokenizer: research only", call))
     return [dict(zip(("name", "parameters", "license", "call"), model)) for model in models]
+
+
+def is_official(name: object) -> bool:
+    """Return whether a name is the Hub id of an official checkpoint, which has a format of its own."""
+    owner, _, model = str(name).partition("/")
+    return owner == OFFICIAL_OWNER and model in OFFICIAL_TOKENIZERS | OFFICIAL_PRIORS and not Path(str(name)).is_dir()
 
 
 def resolve_model(name: str | None) -> str:

@@ -26,6 +26,12 @@ def test_the_official_models_are_those_of_the_migration_page():
     assert {model["name"].removeprefix("EPFL-VILAB/") for model in list_models()[1:]} == documented
 
 
+@pytest.mark.parametrize("name", [model["name"] for model in list_models()[1:]])
+def test_the_names_of_official_models_lead_to_the_call_that_reads_their_format(name):
+    with pytest.raises(ValueError, match="official format.*from_original"):
+        FlexTokPipeline.from_pretrained(name)
+
+
 def test_the_size_and_the_call_of_the_embedded_model_hold():
     entry = list_models()[0]
     pipe = eval(entry["call"], {"FlexTokPipeline": FlexTokPipeline, "embedded_model": embedded_model})

@@ -408,3 +408,14 @@ def test_outputs_that_are_not_finite_are_refused():
         to_output(torch.full((1, 3, 4, 4), float("nan")))
     with pytest.raises(ValueError, match="`output_type` must be one of pil, np, pt"):
         to_output(torch.zeros(1, 3, 4, 4), "jpeg")
+
+
+def test_an_image_file_may_be_open_already():
+    image = Image.new("RGBA", (4, 3), (255, 0, 0, 0))
+    assert load_image(image).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("source", [None, 3, [b""], np.zeros((2, 2, 3), np.uint8)], ids=lambda s: type(s).__name__)
+def test_what_is_no_image_file_is_refused_by_type(source):
+    with pytest.raises(TypeError, match=f"`source` must be .* got {type(source).__name__}"):
+        load_image(source)

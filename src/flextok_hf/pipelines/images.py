@@ -39,22 +39,23 @@ class ImageValueError(ValueError):
     """The values of a whole image are out of range; the message continues "This image"."""
 
 
-def load_image(source: str | Path | bytes) -> Image.Image:
-    """Read an image file as upright RGB; from an animation, the first frame.
+def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
+    """Read an image file, or take a PIL image, as upright RGB; from an animation, the first frame.
 
     Large JPEG files are deliberately decoded at full size: the decoder's own downscaling gives slightly different
     pixels, so the tokens of an image would depend on how it was passed.
 
     Args:
-        source: path or bytes of an image file.
+        source: path or bytes of an image file, or an image.
 
     Raises:
+        TypeError: if it is something else.
         FileNotFoundError: if there is no such file.
         OSError: if the system cannot read the file, regardless of its content.
         ValueError: if the file is not an image of one of `RASTER_FORMATS`, is truncated or damaged, is too large to
             decode safely, or has values out of range.
     """
-    return _read_file(source, to_rgb)
+    return to_rgb(source) if isinstance(source, Image.Image) else _read_file(source, to_rgb)
 
 
 def image_size(source: str | Path | bytes) -> tuple[int, int]:
@@ -77,8 +78,10 @@ def _read_file(source: str | Path | bytes, read: Callable[[Image.Image], Result]
             raise FileNotFoundError(
                 f"{name} is {kind}. Pass the path of an image file; download images from the web first."
             )
-    else:
+    elif isinstance(source, bytes):
         name, file = f"a file of {len(source)} bytes", BytesIO(source)
+    else:
+        raise TypeError(f"`source` must be a path, bytes or a PIL image, got {type(source).__name__}.")
     try:
         with open_image(file) as image:
             return read(image)

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cards.model_card import CardMixin
+from ..embedded import is_official
 from ..models.argument_checks import check_tensor
 from ..models.latents import check_token_ids, decode_latents, encode_latents
 from ..models.modeling_decoder import FlexTokFlowDecoder
@@ -140,6 +141,11 @@ class FlexTokPipeline(AdapterMixin, CardMixin, OffloadingMixin, PriorHalf, Decod
             ValueError: if settings are not valid, or weights of any component are missing or do not match them.
             OSError: if files are missing or cannot be read, or the Hub cannot be reached.
         """
+        if is_official(pretrained_model_name_or_path):
+            raise ValueError(
+                f"`pretrained_model_name_or_path` {pretrained_model_name_or_path!r} is in the official format: load a"
+                " tokenizer with `FlexTokPipeline.from_original`, and a prior as its `prior`."
+            )
         if "dtype" not in kwargs and "torch_dtype" not in kwargs:
             kwargs["dtype"] = torch.float32
         pipe = load_checked(cls, super().from_pretrained, pretrained_model_name_or_path, kwargs)
