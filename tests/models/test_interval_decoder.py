@@ -109,7 +109,7 @@ def test_each_kind_of_decoder_refuses_the_levels_of_the_other():
         make_decoder()(noisy, SIGMA, codes, next_sigma=NEXT)
     with pytest.raises(ValueError, match="`guidance_scale` is for decoders that predict the mean velocity"):
         make_decoder().compute_modulation(SIGMA, guidance_scale=SCALE)
-    with pytest.raises(TypeError, match="`guidance_scale` must be a tensor"):
+    with pytest.raises(TypeError, match="`guidance_scale` is missing"):
         make_interval_decoder()(noisy, SIGMA, codes)
     with pytest.raises(ValueError, match="`next_sigma` must have the shape"):
         make_interval_decoder()(noisy, SIGMA, codes, next_sigma=torch.zeros(3), guidance_scale=SCALE)
