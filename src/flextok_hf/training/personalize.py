@@ -137,8 +137,8 @@ def check_model(pipe: FlexTokPipeline, name: str) -> None:
         raise ValueError("`model` has no prior that reads text, so a name cannot draw anything. Pass one that does.")
     if pipe.decoder.predicts_mean:
         raise ValueError(
-            "`model` is distilled to few steps: its decoder cannot learn. Pass a pipeline with the one that it learned from,"
-            " which is in the subfolder `flow_decoder` if the model has it."
+            "`model` is distilled to few steps: its decoder cannot learn. Pass a pipeline with the one that it learned"
+            " from, which is in the subfolder `flow_decoder` if the model has it."
         )
     if pipe.get_list_adapters():
         raise ValueError("`model` has adapters already. Fuse them and save it, or start from the model without them.")
