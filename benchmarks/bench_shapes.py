@@ -34,8 +34,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    pipe = FlexTokPipeline.from_pretrained(options.model or embedded_model())
-    use_flow_decoder(pipe, options.model or embedded_model())
+    model = options.model or embedded_model()
+    pipe = FlexTokPipeline.from_pretrained(model)
+    use_flow_decoder(pipe, model)
     pipe.to(options.device)
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)

@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 
 from datasets import Dataset
-from prepare_embedded_data import STYLES_WITHOUT_COMBINATIONS, is_chosen
+from prepare_embedded_data import PHOTO, STYLES_WITHOUT_COMBINATIONS, is_chosen
 
 from flextok_hf import embedded_model
 from flextok_hf.pipelines.loading import FLOW_DECODER
@@ -26,7 +26,6 @@ from flextok_hf.utils.plain_errors import plain_errors
 SCRIPTS = Path(__file__).parent
 CONFIGS = SCRIPTS / "configs"
 HELD_OUT_SHARE = 0.05
-PHOTO = "photo"
 STAGES = ("tokenizer", "tokenizer_detail", "decoder")  # of the tokenizer, each from the one before
 RECIPES = {"distill": "embedded_distill.yaml"}  # others are named embedded_256_{stage}.yaml
 DISTILLATION_STEPS = 800  # what 25 minutes leave

@@ -31,11 +31,11 @@ def add_options(parser: argparse.ArgumentParser, count: Callable[[str], int]) ->
 
 def check(options: argparse.Namespace) -> None:
     """Check the options, and resolve the model, before PyTorch is loaded."""
-    from ..utils.files import check_output_folder  # here, as it loads Pillow, for which `flextok --help` must not wait
+    # here, as it loads Pillow, for which `flextok --help` must not wait
+    from ..utils.files import check_image_folder, check_output_folder
 
     check_output_folder(options.output)
-    if not Path(options.folder).is_dir():
-        raise FileNotFoundError(f"`folder` {options.folder!r} is no folder. Pass one with images.")
+    check_image_folder(Path(options.folder))
     options.name = " ".join(options.name.split())
     if not options.name:
         raise ValueError("`--name` is empty: pass words for what the images show")

@@ -120,9 +120,8 @@ def token_slider(actions: DemoActions, label: str, value: int, elem_id: str) -> 
 def guidance_slider(label: str, value: float, fixed_range: Sequence[float] | None = None) -> gr.Slider:
     """Return a slider for a guidance scale; it is hidden if the range of a distilled decoder leaves no choice."""
     low, high = fixed_range or (1, max(15, value))
-    if low == high:
-        return pass_on(gr.Slider(1, high + 1, value=value, label=label, visible=False))
-    return pass_on(gr.Slider(low, high, value=value, step=0.5, label=label))
+    slider = gr.Slider(low, max(high, low + 1), value=value, step=0.5, label=label, visible=low < high)
+    return pass_on(slider)
 
 
 def image_output(actions: DemoActions, label: str, height: int = 260) -> gr.Image:

@@ -7,10 +7,9 @@ the duration of one product, forward and backward, so memory is that of half pre
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .packed_linear import FEW_ROWS, is_emulated
+from .packed_linear import FEW_ROWS, UPCAST, is_emulated, multiply
 
 
 def upcast_frozen(model: nn.Module) -> None:
@@ -40,9 +39,7 @@ class UpcastProduct(torch.autograd.Function):
         ctx.save_for_backward(weight)
         ctx.dtype = hidden_states.dtype
         with torch.autocast("cpu", enabled=False):
-            return F.linear(hidden_states.float(), weight.float(), None if bias is None else bias.float()).to(
-                weight.dtype
-            )
+            return multiply(UPCAST, hidden_states, weight, bias).to(weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]

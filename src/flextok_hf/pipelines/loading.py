@@ -50,19 +50,24 @@ def load_decoder(model: str, subfolder: str, dtype: torch.dtype) -> FlexTokFlowD
         raise ValueError(f"`decoder` {subfolder!r} of {model!r} cannot be loaded. {hint} ({error})") from error
 
 
-def use_flow_decoder(pipe: FlexTokPipeline, model: str) -> None:
+def use_flow_decoder(pipe: FlexTokPipeline, model: str) -> bool:
     """Replace the distilled decoder of a pipeline by the flow decoder that it learned from, which can be trained.
 
     Args:
         pipe: changed in place; nothing is done if its decoder is not distilled.
         model: where it was loaded from.
 
+    Returns:
+        Whether it was replaced.
+
     Raises:
         ValueError: the decoder is distilled, and the other one is not there.
     """
-    if pipe.decoder.predicts_mean:
-        decoder = load_decoder(model, FLOW_DECODER, pipe.decoder.dtype)
-        pipe.register_modules(decoder=decoder.to(pipe.decoder.device))
+    if not pipe.decoder.predicts_mean:
+        return False
+    decoder = load_decoder(model, FLOW_DECODER, pipe.decoder.dtype)
+    pipe.register_modules(decoder=decoder.to(pipe.decoder.device))
+    return True
 
 
 def choose_device(name: str | None) -> torch.device:

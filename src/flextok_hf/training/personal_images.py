@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..pipelines.images import load_image
-from ..utils.files import IMAGE_EXTENSIONS
+from ..utils.files import IMAGE_EXTENSIONS, check_image_folder
 
 
 MIN_IMAGES, MAX_IMAGES = 5, 500
@@ -49,8 +49,7 @@ def read_personal_images(folder: Path, name: str, source: str = "auto") -> Perso
     """
     if source not in CAPTION_SOURCES:
         raise ValueError(f"`captions` must be one of {', '.join(CAPTION_SOURCES)}, got {source!r}.")
-    if not folder.is_dir():
-        raise FileNotFoundError(f"`folder` {str(folder)!r} is no folder. Pass one with images.")
+    check_image_folder(folder)
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS and path.is_file())
     if not paths:
         raise ValueError(

@@ -80,10 +80,14 @@ class Examples:
 
     def pick(self, count: int, draw: random.Random) -> tuple[Tensor, Tensor, list[str]]:
         """Draw some of them, each equally often if there are enough draws."""
-        number = len(self.captions)
-        rounds = math.ceil(count / number)
-        rows = [row for _ in range(rounds) for row in draw.sample(range(number), number)][:count]
+        rows = draw_evenly(len(self.captions), count, draw)
         return self.token_ids[rows], self.latents[rows], [self.captions[row] for row in rows]
+
+
+def draw_evenly(number: int, count: int, draw: random.Random) -> list[int]:
+    """Draw `count` indices of `number` things: all of them in a random order, then again in another."""
+    rounds = math.ceil(count / number)
+    return [index for _ in range(rounds) for index in draw.sample(range(number), number)][:count]
 
 
 def personalize(
@@ -165,8 +169,7 @@ def draw_examples(
     """Let the model draw what it knows: the names in its configuration, or without any, whatever comes."""
     names = getattr(pipe.prior.config, "known_names", None) or [""]
     draw = random.Random(options.seed)
-    rounds = math.ceil(options.num_kept / len(names))
-    drawn_names = [name for _ in range(rounds) for name in draw.sample(names, len(names))][: options.num_kept]
+    drawn_names = [names[index] for index in draw_evenly(len(names), options.num_kept, draw)]
     prompts = [f"a {name}" if name else "" for name in drawn_names]
     generator = torch.Generator().manual_seed(options.seed)
     ids, latents = [], []
@@ -229,7 +232,8 @@ class Personalizer:
 
     def train_step(self, step: int) -> dict[str, float]:
         """Run one step on own images and drawn ones."""
-        draw, seed = random.Random(draw_seed(self.options.seed, step)), draw_seed(self.options.seed, step)
+        seed = draw_seed(self.options.seed, step)
+        draw = random.Random(seed)
         self.tokenizer.train()
         self.prior.train()
         num_images, num_sequences = self.options.decoder_batch, self.options.prior_batch

@@ -61,10 +61,13 @@ def distribution_change(prior: "PriorForTraining", token_ids: Tensor, captions: 
     input_ids = prior.prior.prepend_bos(token_ids)[:, :-1]  # (B, K)
     was_training = prior.training
     prior.eval()  # dropout would count as change
+
+    def log_probabilities() -> Tensor:
+        logits = prior.prior(input_ids=input_ids, use_cache=False, **condition).logits  # (B, K, V)
+        return logits.float().log_softmax(-1).flatten(0, 1)
+
     with torch.no_grad(), taken_out([prior.prior]):
-        before = (
-            prior.prior(input_ids=input_ids, use_cache=False, **condition).logits.float().log_softmax(-1)
-        )  # (B, K, V)
-    after = prior.prior(input_ids=input_ids, use_cache=False, **condition).logits.float().log_softmax(-1)
+        before = log_probabilities()
+    after = log_probabilities()
     prior.train(was_training)
-    return F.kl_div(after.flatten(0, 1), before.flatten(0, 1), reduction="batchmean", log_target=True)
+    return F.kl_div(after, before, reduction="batchmean", log_target=True)

@@ -31,6 +31,8 @@ from .weights import unsharded
 
 logger = logging.getLogger(__name__)
 
+ADAPTER_FOLDER = "adapter"  # in the output folder of a stage
+
 Options = TypeVar("Options", bound=TrainingArguments)
 
 
@@ -42,7 +44,7 @@ def export(trainer: Trainer, pipe: FlexTokPipeline, stage: str, flow_decoder: Mo
     """
     if trainer.arguments.lora_rank and flow_decoder is None:
         pipe.register_to_config(_name_or_path=getattr(trainer.arguments, trainer.arguments.START))
-        return publish(trainer, stage, "adapter", partial(save_adapter, trainer, pipe))
+        return publish(trainer, stage, ADAPTER_FOLDER, partial(save_adapter, trainer, pipe))
 
     def save(folder: Path) -> None:
         names, modules = zip(*pipe.components.items(), strict=True)
@@ -113,7 +115,7 @@ def write_facts(trainer: Trainer, stage: str, folder: Path, final_folder: Path) 
         **training_facts(arguments, trainer.folder.read_log(), trainer.images_per_step),
     }
     (folder / RECIPE_FILE).write_text(json.dumps(record, indent=2) + "\n")
-    if (folder / "model_index.json").is_file() or stage == "vae":  # the card of an adapter is its own
+    if final_folder.name != ADAPTER_FOLDER:  # whose card is its own
         name = hub_name(trainer.arguments)
         is_public = trainer.arguments.push_to_hub
         write_model_card(folder, name if is_public else None, final_folder=final_folder, title=name)

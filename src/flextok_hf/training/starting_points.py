@@ -100,16 +100,15 @@ def load_flow_decoder(pipe: FlexTokPipeline, name: str) -> None:
     Raises:
         ValueError: the pipeline does not have that.
     """
-    if not pipe.decoder.predicts_mean:
-        return
     try:
-        use_flow_decoder(pipe, name)
+        is_replaced = use_flow_decoder(pipe, name)
     except ValueError as error:
         raise ValueError(
             f"`pretrained_tokenizer` {name!r} is distilled to few steps: its decoder predicts the mean velocity, which"
             " this stage does not train. Start from the model that it was distilled from, and distill it again."
         ) from error
-    logger.info("%s is distilled to few steps; training starts from its flow decoder.", name)
+    if is_replaced:
+        logger.info("%s is distilled to few steps; training starts from its flow decoder.", name)
 
 
 def check_resolution(resolution: int | None, name: str, pipe: FlexTokPipeline) -> None:

@@ -56,6 +56,12 @@ def check_output_folder(path: str | os.PathLike) -> Path:
     return path
 
 
+def check_image_folder(folder: Path) -> None:
+    """Raise a `FileNotFoundError` if there is no folder to read images from."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"`folder` {str(folder)!r} is no folder. Pass one with images.")
+
+
 def check_folder_around(path: Path) -> None:
     """Raise a `ValueError` if the parent folder of `path` is missing or read-only."""
     if not path.parent.is_dir():
